@@ -1,0 +1,49 @@
+"""Which implementation an operator runs: Triton on a GPU, plain PyTorch on a CPU, or the one the caller names."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch")
+
+# Triton reads the variable when a kernel is decorated, so its value at import is the one that counts.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+_selected = "auto"
+
+
+@contextmanager
+def use_backend(name: Literal["auto", "triton", "torch"]) -> Iterator[None]:
+    """Select the implementation of every operator called inside the `with` block.
+
+    `"auto"` takes Triton for tensors on a GPU and plain PyTorch for tensors on a CPU. `"triton"` on CPU tensors works
+    only under `TRITON_INTERPRET=1`. The choice is made in the forward call and kept for its backward. It belongs to the
+    process, not to a thread.
+
+    Raises:
+        ValueError: `name` is not a backend.
+    """
+    global _selected
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; the backends are {', '.join(BACKENDS)}")
+    previous, _selected = _selected, name
+    try:
+        yield
+    finally:
+        _selected = previous
+
+
+def resolve_backend(device: torch.device) -> Literal["triton", "torch"]:
+    """The implementation that runs for tensors on `device` under the current selection.
+
+    Raises:
+        RuntimeError: Triton was asked for on a CPU without its interpreter.
+    """
+    if _selected == "auto":
+        return "torch" if device.type == "cpu" else "triton"
+    if _selected == "triton" and device.type == "cpu" and not INTERPRET:
+        raise RuntimeError("the Triton kernels run on CPU tensors only under TRITON_INTERPRET=1, set before the import")
+    return _selected
