@@ -1,0 +1,6 @@
+"""DyHead, the detectors it plugs into, and the weights released for them."""
+
+from heads.detector import build_detector
+from heads.dyhead import DyHead
+
+__all__ = ["DyHead", "build_detector"]

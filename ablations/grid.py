@@ -1,0 +1,235 @@
+"""What is run: a cell is everything that decides one result, a grid is a Python product of cells."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+
+from heads.detector import DETECTORS
+from heads.dyhead import ATTENTIONS, FORMULATIONS, canonical
+
+GRIDS = ("default", "combinations", "depth", "detectors", "full")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Everything that decides a result. Two cells with equal fields are the same experiment and share one row."""
+
+    # data
+    data: str
+    data_fingerprint: str
+    image_size: tuple[int, ...]  # shorter sides to draw from in training; the last one is used in evaluation
+    max_size: int  # cap of the longer side
+    # model
+    detector: str
+    backbone: str
+    weights: str  # initial backbone weights: "none", a published name, or a file's name and hash
+    channels: int
+    attentions: str  # "baseline" (the detector's own towers), "none", or a subset of LSC
+    depth: int | None  # DyHead blocks; None for the baseline
+    formulation: str | None
+    coarse_offsets: str | None
+    placement: str
+    # schedule
+    steps: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    warmup: int
+    seed: int
+    # execution
+    precision: str
+    device_kind: str
+    backend: str
+
+    @property
+    def key(self) -> str:
+        """Content hash of all fields, the name of the cell's files."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def name(self) -> str:
+        """Short readable name, unique among the cells of one preset and data set."""
+        parts = [self.detector, self.attentions]
+        if self.depth is not None:
+            parts.append(f"depth {self.depth}")
+        if self.formulation == "paper":
+            parts.append("paper")
+        if self.coarse_offsets not in (None, "crop"):
+            parts.append(self.coarse_offsets)
+        if self.seed:
+            parts.append(f"seed {self.seed}")
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The size of an experiment. Learning rates are per batch of the given size."""
+
+    description: str
+    difficulty: str  # of the generated data
+    image_size: tuple[int, ...]
+    max_size: int
+    backbone: str
+    weights: str
+    channels: int
+    depths: tuple[int, ...]
+    one_depth: int  # for the grids that vary something else
+    steps: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    warmup: int
+    gpu_precision: str
+
+
+PRESETS = {
+    "tiny": Preset(
+        description="2 CPU cores, about half a minute a cell",
+        difficulty="tiny",
+        image_size=(128,),
+        max_size=160,
+        backbone="tiny",
+        weights="none",
+        channels=32,
+        depths=(1, 2),
+        one_depth=1,
+        steps=400,
+        batch_size=8,
+        lr=0.04,
+        weight_decay=1e-4,
+        warmup=20,
+        gpu_precision="fp32",
+    ),
+    "small": Preset(
+        description="one GPU, under a minute a cell",
+        difficulty="small",
+        image_size=(256,),
+        max_size=320,
+        backbone="tiny",
+        weights="none",
+        channels=128,
+        depths=(1, 2, 4, 6),
+        one_depth=6,
+        steps=800,
+        batch_size=16,
+        lr=0.02,
+        weight_decay=1e-4,
+        warmup=50,
+        gpu_precision="bf16",
+    ),
+    # The paper's ablation: 1x of 90,000 steps, batch 16; lr as in the released ATSS configuration.
+    "paper": Preset(
+        description="R-50, 800×1333, 1x schedule, batch 16: days on one GPU",
+        difficulty="paper",
+        image_size=(800,),
+        max_size=1333,
+        backbone="resnet50",
+        weights="resnet50",
+        channels=256,
+        depths=(1, 2, 4, 6, 8, 10),
+        one_depth=6,
+        steps=90_000,
+        batch_size=16,
+        lr=0.01,
+        weight_decay=1e-4,
+        warmup=1000,
+        gpu_precision="bf16",
+    ),
+}
+
+
+def with_attentions(
+    cell: Cell, attentions: str | None, depth: int | None, formulation: str = "released", coarse_offsets: str = "crop"
+) -> Cell:
+    """`cell` with another trunk. Fields that the trunk does not read are None, so equal experiments stay equal.
+
+    Args:
+        cell: Supplies all other fields.
+        attentions: Subset of LSC, or None for the baseline.
+        depth, formulation, coarse_offsets: Of the DyHead; ignored for the baseline.
+    """
+    if attentions is None:
+        return replace(cell, attentions="baseline", depth=None, formulation=None, coarse_offsets=None)
+    reads_coarse = formulation == "released" and "S" in attentions
+    return replace(
+        cell,
+        attentions=canonical(attentions) or "none",
+        depth=depth,
+        formulation=formulation,
+        coarse_offsets=coarse_offsets if reads_coarse else None,
+    )
+
+
+def build_grid(name: str, preset: Preset, base: Cell, detectors: Iterable[str], seeds: int) -> list[Cell]:
+    """The cells of a named grid, each once, baseline first.
+
+    Args:
+        name: One of `GRIDS`.
+        preset: Supplies the depths.
+        base: Supplies every field that the grid does not vary.
+        detectors: Detectors to run it for.
+        seeds: Number of seeds, 0 … seeds - 1.
+
+    Raises:
+        ValueError: `name` is no grid.
+    """
+    if name not in GRIDS:
+        raise ValueError(f"unknown grid {name!r}; the grids are {', '.join(GRIDS)}")
+    if name == "detectors":
+        detectors = DETECTORS
+    cells = []
+    for detector in detectors:
+        for seed in range(seeds):
+            start = replace(base, detector=detector, seed=seed)
+            cells.append(with_attentions(start, None, None))
+            cells += variants(name, preset, start)
+    return list(dict.fromkeys(cells))
+
+
+def variants(name: str, preset: Preset, start: Cell) -> Iterator[Cell]:
+    """The cells with a DyHead of one grid, detector and seed."""
+    if name == "combinations":
+        product = [(a, preset.one_depth, "released", "crop") for a in ATTENTIONS]
+    elif name == "depth":
+        product = [("LSC", d, "released", "crop") for d in preset.depths]
+    elif name == "detectors":
+        product = [("LSC", preset.one_depth, "released", "crop")]
+    elif name == "default":
+        product = [(a, d, "released", "crop") for d in preset.depths for a in ATTENTIONS]
+    else:
+        product = [
+            (a, d, f, c)
+            for f in FORMULATIONS
+            for c in ("crop", "prefix", "resize")
+            for d in preset.depths
+            for a in ATTENTIONS
+        ]
+    for attentions, depth, formulation, coarse_offsets in product:
+        yield with_attentions(start, attentions, depth, formulation, coarse_offsets)
+
+
+def only(cells: list[Cell], expression: str) -> list[Cell]:
+    """Keep the cells that match every comma-separated term: an `attentions` value, or column=value.
+
+    Raises:
+        ValueError: A term names no column or value of these cells; the possible ones are listed.
+    """
+    columns = {field.name for field in fields(Cell)}
+    for term in filter(None, (part.strip() for part in expression.split(","))):
+        column, equals, value = term.partition("=")
+        if not equals:
+            column, value = "attentions", term
+        if column not in columns:
+            raise ValueError(f"--only: unknown column {column!r}; the columns are {', '.join(sorted(columns))}")
+        cells = matching(cells, column, value)
+    return cells
+
+
+def matching(cells: list[Cell], column: str, value: str) -> list[Cell]:
+    """The cells whose `column` reads `value`; an empty value matches cells without one."""
+    values = ["" if getattr(cell, column) is None else str(getattr(cell, column)) for cell in cells]
+    if value not in values:
+        present = ", ".join(v or "(empty)" for v in dict.fromkeys(values))
+        raise ValueError(f"--only: no cell has {column}={value}; here it is one of {present}")
+    return [cell for cell, own in zip(cells, values, strict=True) if own == value]

@@ -1,0 +1,132 @@
+"""The training loop of one cell: SGD, warm-up, step schedule, clipping, checkpoints, exact resume.
+
+A step is a pure function of the weights, the optimiser's state, the seed and the step's number: the batch and every
+random draw are derived from them. A checkpoint therefore needs no loader state, and a run that was killed and resumed
+ends with the same bits on a CPU as one that was not.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ablations.grid import Cell
+
+MOMENTUM = 0.9
+MAX_GRADIENT_NORM = 10.0
+# The paper divides the learning rate by 10 after 67 % and 89 % of the steps.
+MILESTONES = (0.67, 0.89)
+CHECKPOINTS = 5
+
+
+class Diverged(RuntimeError):
+    """The loss stopped being a finite number."""
+
+
+def learning_rate(cell: Cell, step: int) -> float:
+    """Linear warm-up, then a tenth after each milestone."""
+    warmup = min(1.0, (step + 1) / cell.warmup) if cell.warmup else 1.0
+    drops = sum(step >= milestone * cell.steps for milestone in MILESTONES)
+    return cell.lr * warmup * 0.1**drops
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Trained parameters in two groups: weight decay is for weights, not for biases, norms and scales."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def train(
+    cell: Cell,
+    model: nn.Module,
+    batch: Callable[[int], tuple[list[Tensor], list[dict]]],
+    device: torch.device,
+    directory: Path,
+    busy: Callable = nullcontext,
+    report: Callable[[int, float], None] = lambda step, loss: None,
+) -> dict:
+    """Train `model` in place, from the checkpoint in `directory` if there is one.
+
+    Args:
+        cell: Supplies the schedule, the seed and the precision.
+        model: On `device`, freshly initialised with the cell's seed.
+        batch: Step number -> images and targets; a pure function.
+        device: Where to train.
+        directory: Where checkpoints are kept; made if need be.
+        busy: Context manager around every step; latency is measured only while no step runs.
+        report: Called with the step's number and its loss.
+
+    Returns:
+        `steps`, `images` and `loss`, the mean of the watched steps in the last tenth.
+
+    Raises:
+        Diverged: A loss was not finite; the message has the step and the parts of the loss.
+    """
+    optimizer = torch.optim.SGD(
+        parameter_groups(model, cell.weight_decay), lr=cell.lr, momentum=MOMENTUM, fused=device.type in ("cpu", "cuda")
+    )
+    checkpoint = directory / "checkpoint.pt"
+    step, tail = load_checkpoint(checkpoint, model, optimizer, device)
+    every = math.ceil(cell.steps / CHECKPOINTS)
+    # bfloat16 has float32's range, so no loss scaling is needed.
+    autocast = torch.autocast(device.type, torch.bfloat16) if cell.precision == "bf16" else nullcontext()
+    model.train()
+    while step < cell.steps:
+        with busy():
+            torch.manual_seed(cell.seed * 1_000_003 + step)
+            images, targets = batch(step)
+            images = [image.to(device, non_blocking=True) for image in images]
+            targets = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in t.items()} for t in targets]
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(cell, step)
+            with autocast:
+                losses = model(images, targets)
+            loss = sum(losses.values())
+            # Asking a GPU for the value waits for it, so there it is asked only now and then.
+            step += 1
+            watched = device.type == "cpu" or step % 20 == 0 or step % every == 0 or step == cell.steps
+            if watched and not math.isfinite(value := loss.item()):
+                parts = ", ".join(f"{name} {part.item():g}" for name, part in losses.items())
+                raise Diverged(f"loss is not finite at step {step} of {cell.steps}: {parts}")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+            optimizer.step()
+            if watched:
+                report(step, value)
+                if step > 0.9 * cell.steps:
+                    tail.append(value)
+        if step % every == 0 or step == cell.steps:
+            save_checkpoint(checkpoint, model, optimizer, step, tail)
+    return {"steps": step, "images": step * cell.batch_size, "loss": sum(tail) / len(tail)}
+
+
+def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, tail: list) -> None:
+    """Write a checkpoint so that a kill at any moment leaves either the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    with open(temporary, "wb") as file:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "tail": tail}
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> tuple[int, list]:
+    """Restore a checkpoint; returns the steps it has behind it and the last losses, (0, []) if there is none."""
+    if not path.exists():
+        return 0, []
+    state = torch.load(path, map_location=device, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["tail"]

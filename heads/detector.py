@@ -1,0 +1,117 @@
+"""A detector is backbone → FPN → trunk → prediction head; `build_detector` puts one together by name."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from heads.atss import ATSSHead, ATSSTowers
+from heads.dyhead import DyHead
+from heads.fpn import FPN
+from heads.resnet import BACKBONES
+
+# ImageNet's channel statistics, RGB in [0, 1].
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+class Detector(nn.Module):
+    """The parts of a detector in a row, with torchvision's calling convention.
+
+    Args:
+        backbone: (N, 3, H, W) -> C3, C4, C5.
+        fpn: C3, C4, C5 -> a pyramid of (N, C, H_l, W_l).
+        trunk: The detector's own towers (pyramid -> classification maps, regression maps) or a `DyHead` (pyramid ->
+            pyramid, which serves both).
+        head: Prediction head with `forward`, `loss` and `predict`; see `heads/atss.py`.
+        divisor: Batches are padded to a multiple of this many pixels.
+    """
+
+    def __init__(self, backbone: nn.Module, fpn: nn.Module, trunk: nn.Module, head: nn.Module, divisor: int = 32):
+        super().__init__()
+        self.backbone = backbone
+        self.fpn = fpn
+        self.trunk = trunk
+        self.head = head
+        self.divisor = divisor
+        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: list[Tensor], targets: list[dict] | None = None) -> dict[str, Tensor] | list[dict]:
+        """Losses in training, detections in evaluation.
+
+        Args:
+            images: RGB, (3, H, W) each, uint8 in 0…255 or floating point in 0…1; sizes may differ.
+            targets: In training one dict an image: `boxes` (n, 4) xyxy in pixels and `labels` (n,) int64; n may be 0.
+
+        Returns:
+            In training a dict of scalar losses whose sum is minimised. In evaluation one dict an image: `boxes` (K, 4)
+            xyxy in pixels of that image, `scores` (K,), `labels` (K,).
+        """
+        sizes = [tuple(image.shape[-2:]) for image in images]
+        outputs = self.raw(self.batch(images))
+        if self.training:
+            return self.head.loss(outputs, targets, sizes)
+        return self.head.predict(outputs, sizes)
+
+    def batch(self, images: list[Tensor]) -> Tensor:
+        """Normalise and pad images at the bottom and right to one (N, 3, H, W) tensor, with zeros after normalising."""
+        height, width = (max(image.shape[d] for image in images) for d in (-2, -1))
+        height, width = (-(-side // self.divisor) * self.divisor for side in (height, width))
+        batch = self.mean.new_zeros(len(images), 3, height, width)
+        for slot, image in zip(batch, images, strict=True):
+            unit = image / 255 if image.dtype == torch.uint8 else image
+            slot[:, : image.shape[1], : image.shape[2]] = (unit - self.mean) / self.std
+        return batch
+
+    def raw(self, batch: Tensor):
+        """Head outputs for a normalised, padded batch (N, 3, H, W): everything but target assignment and decoding."""
+        if batch.is_cuda:
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        maps = self.trunk(self.fpn(self.backbone(batch)))
+        return self.head(*maps) if isinstance(maps, tuple) else self.head(maps, maps)
+
+
+def atss(num_classes: int, channels: int, trunk: nn.Module | None) -> tuple[nn.Module, nn.Module]:
+    """ATSS's trunk (its own towers unless one is given) and prediction head."""
+    towers = ATSSTowers(channels) if trunk is None else trunk
+    # With DyHead the towers are gone and the authors predict with 1×1 convolutions.
+    head = ATSSHead(
+        in_channels=channels, num_classes=num_classes, strides=FPN.strides, kernel_size=3 if trunk is None else 1
+    )
+    return towers, head
+
+
+DETECTORS = {"atss": atss}
+
+
+def build_detector(
+    name: str,
+    num_classes: int = 80,
+    backbone: str = "resnet50",
+    attentions: str | None = "LSC",
+    depth: int = 6,
+    formulation: str = "released",
+    coarse_offsets: str = "crop",
+    channels: int = 256,
+) -> Detector:
+    """Build a detector with its own towers or with DyHead in their place.
+
+    Args:
+        name: One of `DETECTORS`.
+        num_classes: Number of object classes, without a background class.
+        backbone: One of `BACKBONES`.
+        attentions: Subset of the letters L, S, C for DyHead, or None for the detector's own towers, its baseline.
+        depth: DyHead blocks.
+        formulation, coarse_offsets: See `DyHead`.
+        channels: Channels of the pyramid, a multiple of 16.
+
+    Raises:
+        ValueError: A name is unknown; the known ones are listed.
+    """
+    if name not in DETECTORS:
+        raise ValueError(f"unknown detector {name!r}; the detectors are {', '.join(DETECTORS)}")
+    if backbone not in BACKBONES:
+        raise ValueError(f"unknown backbone {backbone!r}; the backbones are {', '.join(BACKBONES)}")
+    body = BACKBONES[backbone]()
+    trunk = None if attentions is None else DyHead(channels, depth, attentions, formulation, coarse_offsets)
+    return Detector(body, FPN(body.channels, channels), *DETECTORS[name](num_classes, channels, trunk))
