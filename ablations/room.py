@@ -1,10 +1,10 @@
 """Quiet for measuring: latency is taken while nothing else of the grid computes.
 
-A readers-writer lock among the processes that share a result directory. Whoever computes holds the room *busy*, for one
-training step or one batch at a time; whoever measures asks for *quiet*, waits for the steps under way to end, and keeps
-new ones from starting until it is done. Two files of `flock`s make it: everybody passes the turnstile before entering the
-room, and a measuring process stays in the turnstile, so a stream of steps cannot keep it waiting. A killed process gives
-its locks back at once.
+A readers-writer lock among the processes that share a result directory. Whoever computes holds the room *busy*, for
+one training step or one batch at a time; whoever measures asks for *quiet*, waits for the steps under way to end, and
+keeps new ones from starting until it is done. Two files of `flock`s make it: everybody passes the turnstile before
+entering the room, and a measuring process stays in the turnstile, so a stream of steps cannot keep it waiting. A killed
+process gives its locks back at once.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ class Room:
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """Compute inside this block: waits while another process measures. Costs a few microseconds when nobody does."""
+        """Compute inside this block: waits while another process measures. Microseconds when nobody does."""
         self._enter(shared=True)
         try:
             self._turnstile.unlock()

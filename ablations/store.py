@@ -113,8 +113,8 @@ def claim(directory: str | Path, key: str) -> FileLock | None:
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file to write to that takes the place of `path`, whole and synced, when the block ends without an error.
 
-    It is written as `.<name>.tmp` in the same directory. Writers of the same path wait for each other, and what a killed
-    writer left there is overwritten by the next one.
+    It is written as `.<name>.tmp` in the same directory. Writers of the same path wait for each other, and what a
+    killed writer left there is overwritten by the next one.
 
     Raises:
         OSError: no space, no permission, or another failure of the disk; the message names `path`, which is unchanged.
@@ -231,7 +231,7 @@ def _sync_directory(path: Path) -> None:
 
 
 def _plain(value):
-    """`value` as JSON can hold it: numpy's numbers as Python's, tuples as lists, numbers that are not finite as None."""
+    """`value` as JSON can hold it: numpy's numbers as Python's, tuples as lists, non-finite numbers as None."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The store keeps every row whole through kill -9, a full disk and eight writers; the room excludes and does not starve."""
+"""The store keeps every row whole through kill -9, a full disk and eight writers; the room excludes, nobody starves."""
 
 import errno
 import json
