@@ -1,0 +1,242 @@
+"""Image files: a cheap check of header, size and end marker, and the full decode to RGB.
+
+Only JPEG and PNG are read, told apart by their first bytes and not by their extension. Pillow's other formats stay
+closed, because some of them run external programs.
+"""
+
+import mmap
+import os
+import struct
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+# Pillow's own default for a decompression bomb, here an error and not a warning.
+MAX_PIXELS = 89_478_485
+MAX_FILE_BYTES = 1 << 30
+
+_HEAD_BYTES = 4096
+_MAX_SEGMENTS = 4096
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
+_JPEG_END = b"\xff\xd9"
+# Every start-of-frame marker; C4, C8 and CC lie between them and mean something else.
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_ORIENTATION_TAG = 0x0112
+# What brings pixels stored under an EXIF orientation (TIFF 6.0, tag 274) upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """An image file that cannot be used; the text says what is wrong with it but does not name the file."""
+
+
+class Header(NamedTuple):
+    """What an image file says of itself: size in pixels as stored, EXIF orientation 1..8, size of the file in bytes."""
+
+    width: int
+    height: int
+    orientation: int
+    file_bytes: int
+
+
+def applied_orientation(header: Header, width: int, height: int) -> int | None:
+    """The EXIF orientation to apply so that the image has the declared size, or None if no reading gives that size.
+
+    COCO's format does not mention EXIF, and tools disagree: most annotate the image as it is displayed, some the pixels
+    as they are stored. The declared size tells them apart, so it decides; where both readings have that size (no
+    quarter turn, or a square) the image is taken as displayed.
+    """
+    stored = (header.width, header.height)
+    if (stored[::-1] if header.orientation >= 5 else stored) == (width, height):
+        return header.orientation
+    return 1 if stored == (width, height) else None
+
+
+def read_header(path: str | os.PathLike, *, follow_links: bool = True) -> Header:
+    """Check one image file without decoding it: a regular file, a JPEG or PNG header, a sane size, the end marker.
+
+    Costs one open and two small reads; a file whose last bytes are not its end marker is searched for it once.
+
+    Raises:
+        ImageError: the file is unreadable, of another kind, truncated, or larger than MAX_PIXELS.
+        OSError: the file cannot be opened (`ELOOP` for a symbolic link when `follow_links` is false).
+        ValueError: the path cannot be given to the system (a NUL, a lone surrogate).
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    # O_NONBLOCK: a pipe in the place of an image must not stop the check.
+    file = os.open(path, flags if follow_links else flags | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        return _inspect(file)
+    except struct.error as error:
+        raise ImageError("truncated: the header ends early") from error
+    finally:
+        os.close(file)
+
+
+def _inspect(file: int) -> Header:
+    status = os.fstat(file)
+    if status.st_mode & 0o170000 != 0o100000:
+        raise ImageError("not a regular file")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ImageError(f"the file has {status.st_size} bytes; at most {MAX_FILE_BYTES} are read")
+    window = _Window(file, status.st_size)
+    head = window.head
+    if head.startswith(b"\xff\xd8\xff"):
+        width, height, orientation, body = _jpeg_header(window)
+        end = _JPEG_END
+    elif head.startswith(_PNG_SIGNATURE):
+        width, height, orientation, body = _png_header(window)
+        end = _PNG_END
+    elif not head:
+        raise ImageError("the file is empty")
+    else:
+        raise ImageError("neither a JPEG nor a PNG file")
+    if width < 1 or height < 1:
+        raise ImageError(f"its header gives a size of {width}x{height} pixels")
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"its header gives {width}x{height} pixels; at most {MAX_PIXELS} are decoded")
+    if window.read(max(status.st_size - len(end), 0), len(end)) != end and not _found_after(file, body, end):
+        raise ImageError("truncated: the end marker is missing")
+    return Header(width, height, orientation, status.st_size)
+
+
+class _Window:
+    """Reads at an offset, served from the first bytes of the file where they suffice."""
+
+    def __init__(self, file: int, size: int):
+        self.file = file
+        self.head = os.pread(file, min(size, _HEAD_BYTES), 0)
+
+    def read(self, offset: int, count: int) -> bytes:
+        if offset + count <= len(self.head):
+            return self.head[offset : offset + count]
+        return os.pread(self.file, count, offset)
+
+
+def _found_after(file: int, body: int, end: bytes) -> bool:
+    """Whether the end marker stands anywhere after the start of the pixel data.
+
+    Some cameras append data after the image. Inside compressed JPEG data an FF byte is always followed by 00 or a
+    restart marker, so a truncated stream cannot hold the end marker by chance.
+    """
+    with mmap.mmap(file, 0, access=mmap.ACCESS_READ) as content:
+        return content.rfind(end, body) >= 0
+
+
+def _jpeg_header(window: _Window) -> tuple[int, int, int, int]:
+    """Width, height, orientation and the offset of the first scan (ITU-T T.81, annex B)."""
+    offset, size, orientation = 2, None, None
+    for _ in range(_MAX_SEGMENTS):
+        prefix, marker = struct.unpack(">BB", window.read(offset, 2))
+        if prefix != 0xFF:
+            raise ImageError(f"no JPEG marker at byte {offset}")
+        if marker == 0xFF:
+            offset += 1
+            continue
+        if marker == 0x01 or 0xD0 <= marker <= 0xD7:
+            offset += 2
+            continue
+        if marker == 0xD9:
+            raise ImageError("truncated: it ends before any pixel data")
+        (length,) = struct.unpack(">H", window.read(offset + 2, 2))
+        if length < 2:
+            raise ImageError(f"a JPEG segment of length {length} at byte {offset}")
+        if marker in _JPEG_FRAMES and size is None:
+            height, width = struct.unpack(">HH", window.read(offset + 5, 4))
+            size = (width, height)
+        elif marker == 0xE1 and orientation is None:
+            payload = window.read(offset + 4, length - 2)
+            if payload.startswith(b"Exif\x00\x00"):
+                orientation = _tiff_orientation(payload[6:])
+        elif marker == 0xDA:
+            if size is None:
+                raise ImageError("pixel data before any JPEG frame header")
+            return *size, orientation or 1, offset + 2 + length
+        offset += 2 + length
+    raise ImageError(f"more than {_MAX_SEGMENTS} JPEG segments before the pixel data")
+
+
+def _png_header(window: _Window) -> tuple[int, int, int, int]:
+    """Width, height, orientation and the offset of the first pixel data (PNG specification, chunk layout)."""
+    length, kind, width, height = struct.unpack(">I4sII", window.read(8, 16))
+    if kind != b"IHDR" or length != 13:
+        raise ImageError("its first PNG chunk is not IHDR")
+    offset, orientation = 8, 1
+    for _ in range(_MAX_SEGMENTS):
+        length, kind = struct.unpack(">I4s", window.read(offset, 8))
+        if kind == b"IDAT":
+            return width, height, orientation, offset
+        if kind == b"IEND":
+            raise ImageError("truncated: it ends before any pixel data")
+        if kind == b"eXIf" and length <= 1 << 16:
+            orientation = _tiff_orientation(window.read(offset + 8, length))
+        offset += 12 + length
+    raise ImageError(f"more than {_MAX_SEGMENTS} PNG chunks before the pixel data")
+
+
+def _tiff_orientation(tiff: bytes) -> int:
+    """The orientation in an EXIF block, 1 where it has none or is malformed: viewers ignore such a block too."""
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        return 1
+    try:
+        (directory,) = struct.unpack_from(order + "I", tiff, 4)
+        (entries,) = struct.unpack_from(order + "H", tiff, directory)
+        for entry in range(entries):
+            tag, kind, count, value = struct.unpack_from(order + "HHIH", tiff, directory + 2 + 12 * entry)
+            if tag == _ORIENTATION_TAG:
+                return value if kind == 3 and count == 1 and 1 <= value <= 8 else 1
+    except struct.error:
+        return 1
+    return 1
+
+
+def decode(path: str | os.PathLike, width: int, height: int, orientation: int = 1) -> np.ndarray:
+    """Decode an image file to RGB, upright under `orientation`.
+
+    Grey values are repeated, palettes looked up, CMYK converted, 16-bit values rounded to 8 bits, alpha dropped.
+
+    Args:
+        width, height: the size that the upright image must have, in pixels.
+        orientation: the EXIF orientation to apply, 1..8, as `applied_orientation` gives it.
+
+    Returns:
+        (height, width, 3) uint8.
+
+    Raises:
+        ImageError: the file cannot be decoded, or has another size by now.
+    """
+    try:
+        with Image.open(path, formats=("JPEG", "PNG")) as image:
+            stored = (height, width) if orientation >= 5 else (width, height)
+            if image.size != stored:
+                raise ImageError(f"it has {image.size[0]}x{image.size[1]} pixels, expected {stored[0]}x{stored[1]}")
+            rgb = _to_rgb(image)
+            if orientation != 1:
+                rgb = rgb.transpose(_UPRIGHT[orientation])
+            return np.array(rgb)
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        # Pillow raises whatever its decoders stumble on: OSError, SyntaxError, ValueError, zlib.error, ...
+        raise ImageError(f"it does not decode: {type(error).__name__}: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        # Pillow warns unless a palette with per-entry alpha passes through RGBA.
+        image = image.convert("RGBA")
+    return image.convert("RGB")
