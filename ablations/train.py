@@ -6,7 +6,6 @@ ends with the same bits on a CPU as one that was not.
 """
 
 import math
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ablations.grid import Cell
+from ablations.store import atomic_file
 
 MOMENTUM = 0.9
 MAX_GRADIENT_NORM = 10.0
@@ -111,13 +111,9 @@ def train(
 def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, tail: list) -> None:
     """Write a checkpoint so that a kill at any moment leaves either the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    with open(temporary, "wb") as file:
+    with atomic_file(path) as file:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "tail": tail}
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def load_checkpoint(

@@ -2,5 +2,6 @@
 
 from heads.detector import build_detector
 from heads.dyhead import DyHead
+from heads.released import load_released
 
-__all__ = ["DyHead", "build_detector"]
+__all__ = ["DyHead", "build_detector", "load_released"]

@@ -2,10 +2,12 @@
 
 A pyramid is a list of maps (N, C, H_l, W_l), finest level first. One block applies, in this order:
 
-    S  every level samples itself and its two neighbours with deformable 3×3 convolutions   levels -> levels × neighbours
-    L  every sampled map gets one weight in [0.5, 1], and the maps of a level are averaged  levels × neighbours -> levels
-    C  every channel passes a piecewise linear function whose two slopes and offsets
-       are computed from the pooled level (dynamic ReLU)                                    levels -> levels
+    S  every level samples itself and its two neighbours with deformable 3×3 convolutions:
+       levels -> levels × neighbours
+    L  every sampled map gets one weight in [0.5, 1], and the maps of a level are averaged:
+       levels × neighbours -> levels
+    C  every channel passes a piecewise linear function whose two slopes and offsets are
+       computed from the pooled level (dynamic ReLU): levels -> levels
 
 Sources: Dai et al., "Dynamic Head: Unifying Object Detection Heads with Attentions", CVPR 2021, and the code released
 with it, which differs from the paper's formulas; those are in `heads/paper.py`.
@@ -150,8 +152,8 @@ class ScaleAttention(nn.Module):
 class TaskAttention(nn.Module):
     """C: dynamic ReLU, max(a1·x + b1, a2·x + b2) per channel, with coefficients from the pooled level.
 
-    Coefficient network, shared by the levels: global average pool → linear C→C/4 → ReLU → linear C/4→4C → hard sigmoid y,
-    then a1 = 2y, b1 = y − 1/2, a2 = 2y − 1, b2 = y − 1/2. At y = 1/2, where training starts, it is a ReLU.
+    Coefficient network, shared by the levels: global average pool → linear C→C/4 → ReLU → linear C/4→4C → hard
+    sigmoid y, then a1 = 2y, b1 = y − 1/2, a2 = 2y − 1, b2 = y − 1/2. At y = 1/2, where training starts, it is a ReLU.
     `static=True` is the switched-off form, an ordinary ReLU.
     """
 

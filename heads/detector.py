@@ -1,7 +1,6 @@
 """A detector is backbone → FPN → trunk → prediction head; `build_detector` puts one together by name."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heads.atss import ATSSHead, ATSSTowers

@@ -1,4 +1,4 @@
-"""DyHead: any subset of scale (L), spatial (S) and task (C) attention, in the released or in the paper's formulation."""
+"""DyHead: any subset of scale (L), spatial (S) and task (C) attention, in the released or the paper's formulation."""
 
 from torch import Tensor, nn
 
@@ -70,7 +70,8 @@ class DyHead(nn.Module):
         channels: C of every level, a multiple of 16.
         depth: Number of blocks.
         attentions: Subset of the letters L (scale), S (spatial), C (task); `""` switches all three off.
-        formulation: `"released"`, what the authors' code computes, or `"paper"`, what the paper writes (`heads/paper.py`).
+        formulation: `"released"`, what the authors' code computes, or `"paper"`, what the paper writes
+            (`heads/paper.py`).
         coarse_offsets: `"crop"`, `"prefix"` or `"resize"`: how a level's offsets serve its coarser neighbour, whose map
             is smaller. Checkpoints of the authors and of mmdetection were trained with `"prefix"`.
         levels: Number of pyramid levels; only the paper's formulation needs to know it beforehand.
@@ -95,7 +96,7 @@ class DyHead(nn.Module):
         self.blocks = nn.ModuleList(DyHeadBlock(*block) for _ in range(depth))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """Apply the blocks to a pyramid: a list of (N, C, H_l, W_l), finest level first -> a list of the same shapes."""
+        """Apply the blocks to a list of (N, C, H_l, W_l), finest level first; returns a list of the same shapes."""
         sizes = [x.shape[-2:] for x in features]
         x = features if self.formulation == "released" else to_median(features)
         for block in self.blocks:

@@ -1,4 +1,4 @@
-"""ResNet backbones (He et al. 2016) with torchvision's state-dict keys, so that public ImageNet weights load as they are.
+"""ResNet backbones (He et al. 2016) with torchvision's state-dict keys, so that public ImageNet weights load unchanged.
 
 Sizes: `resnet18`, `resnet50`, `resnet101`, and `tiny`, one block a stage at a quarter of the width, which trains from
 scratch on a CPU. BatchNorm is frozen in the large ones, as detectors do that start from ImageNet weights and see few
@@ -137,8 +137,8 @@ def load_imagenet(backbone: ResNet, source: str | Path) -> None:
     """Load ImageNet weights with torchvision's key names into `backbone`.
 
     Args:
-        source: A local file (`.pth`, read with `weights_only=True`, or `.safetensors`), or the name of a backbone, whose
-            weights come from the hub cache, or from the network if they are not there yet.
+        source: A local file (`.pth`, read with `weights_only=True`, or `.safetensors`), or the name of a backbone,
+            whose weights come from the hub cache, or from the network if they are not there yet.
 
     Raises:
         ValueError: Keys are missing or unknown; both are listed. The classifier (`fc.*`) is left out by design.

@@ -1,0 +1,106 @@
+"""What a run shows while it runs: finished cells as rows of a table, the ones under way in a line below."""
+
+import shutil
+import sys
+import time
+from typing import TextIO
+
+from ablations.grid import Cell
+
+COLUMNS = (
+    ("cell", 34),
+    ("AP", 6),
+    ("AP50", 6),
+    ("latency_ms", 11),
+    ("images_per_s", 13),
+    ("minutes", 8),
+    ("status", 8),
+)
+# Share of a cell's time that is training; the rest is evaluation and measurement.
+TRAINING_SHARE = 0.85
+
+
+class Progress:
+    """Prints a row per finished cell; on a terminal also a line of what is under way, plain lines elsewhere.
+
+    Args:
+        total: Number of cells that will run.
+        stream: Where to print.
+    """
+
+    def __init__(self, total: int, stream: TextIO = sys.stdout):
+        self.total = total
+        self.stream = stream
+        self.live = stream.isatty()
+        self.began = time.monotonic()
+        self.finished = 0
+        self.under_way: dict[Cell, tuple[str, float]] = {}
+        self.line("  ".join(name.rjust(width) if i else name.ljust(width) for i, (name, width) in enumerate(COLUMNS)))
+
+    def notice(self, kind: str, cell: Cell, detail: object) -> None:
+        """Take note of an event of `ablations.pool.run_cells`."""
+        if kind == "row":
+            self.under_way.pop(cell, None)
+            self.finished += 1
+            self.line(
+                describe(cell, detail) + ("" if self.live else f"  [{self.finished}/{self.total}, {self.remaining()}]")
+            )
+        elif kind == "step":
+            step, loss = detail
+            self.under_way[cell] = (f"step {step}/{cell.steps} loss {loss:.3f}", TRAINING_SHARE * step / cell.steps)
+        else:
+            share = {"start": 0.0, "evaluate": TRAINING_SHARE, "measure": 0.95}[kind]
+            self.under_way[cell] = (kind, share)
+        if self.live:
+            self.status()
+
+    def line(self, text: str) -> None:
+        """Print a line above the status line."""
+        self.stream.write(("\r\x1b[K" if self.live else "") + text + "\n")
+        self.stream.flush()
+
+    def status(self) -> None:
+        """Redraw the status line."""
+        cells = "  |  ".join(f"{cell.name}: {text}" for cell, (text, _) in self.under_way.items())
+        text = f"{self.finished}/{self.total}, {self.remaining()}  {cells}"
+        self.stream.write("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1])
+        self.stream.flush()
+
+    def remaining(self) -> str:
+        """Time since the start, and how long the rest takes at the pace so far."""
+        elapsed = time.monotonic() - self.began
+        done = self.finished + sum(share for _, share in self.under_way.values())
+        if self.finished == self.total:
+            return f"{clock(elapsed)} in all"
+        left = f", about {clock(elapsed / done * (self.total - done))} left" if done > 0.2 else ""
+        return clock(elapsed) + left
+
+    def close(self) -> None:
+        """Take the status line away."""
+        if self.live:
+            self.stream.write("\r\x1b[K")
+            self.stream.flush()
+
+
+def describe(cell: Cell, row: dict) -> str:
+    """One row of the live table."""
+    metrics = row.get("metrics") or {}
+    seconds = (row.get("training") or {}).get("seconds")
+    values = (
+        metrics.get("AP"),
+        metrics.get("AP50"),
+        row.get("latency_ms_p50"),
+        row.get("images_per_s"),
+        seconds and seconds / 60,
+    )
+    numbers = ["" if value is None else f"{value:.1f}" for value in values]
+    cells = [cell.name.ljust(COLUMNS[0][1]), *(n.rjust(w) for n, (_, w) in zip(numbers, COLUMNS[1:], strict=False))]
+    reason = f"  {row['reason']}" if row.get("reason") else ""
+    return "  ".join([*cells, row["status"].rjust(COLUMNS[-1][1])]) + reason
+
+
+def clock(seconds: float) -> str:
+    """Seconds as minutes:seconds, with hours where there are any."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

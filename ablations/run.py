@@ -1,0 +1,237 @@
+"""`python -m ablations.run --grid`: train, evaluate, measure and table every cell of a grid.
+
+A cell that has a row is not run again, so the same command goes on where it was stopped.
+"""
+
+import argparse
+import hashlib
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from ablations.coco import Split, read_split
+from ablations.generate import generate
+from ablations.grid import GRIDS, PRESETS, Cell, Preset, build_grid, only
+from ablations.machine import machine_info
+from ablations.pool import run_cells
+from ablations.progress import Progress, clock
+from ablations.report import write_report
+from ablations.store import read_row, read_rows
+from ablations.tables import write_tables
+from ablations.work import Job
+from heads.detector import DETECTORS
+from kernels.backend import BACKENDS
+
+RUNS = Path("runs")
+OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; anything unknown ends the program with exit code 2 and the valid names."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ablations.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_argument_group("what to run")
+    what.add_argument(
+        "--grid",
+        nargs="?",
+        const="default",
+        choices=GRIDS,
+        required=True,
+        help="default: baseline + 8 subsets × depths; combinations: baseline + 8 subsets at one depth; depth: baseline "
+        "+ LSC × depths; detectors: baseline + LSC for every detector; full: all of it in both formulations",
+    )
+    sizes = "; ".join(f"{name}: {preset.description}" for name, preset in PRESETS.items())
+    what.add_argument("--preset", choices=PRESETS, default="tiny", help=f"{sizes} (default: tiny)")
+    what.add_argument("--data", default="generated", metavar="generated|DIR", help="a directory in COCO layout")
+    what.add_argument("--only", default="", metavar="TERMS", help='keep matching cells, for instance "LSC,depth=1"')
+    what.add_argument("--detector", default="atss", metavar="NAME[,NAME]", help=f"of {', '.join(DETECTORS)}")
+    what.add_argument("--seeds", type=positive, default=1, metavar="N", help="repeat with seeds 0 … N-1 (default: 1)")
+    what.add_argument("--weights", metavar="FILE", help="initial backbone weights, torchvision's names (paper preset)")
+    how = parser.add_argument_group("how to run it")
+    how.add_argument("--out", type=Path, metavar="DIR", help="rows, tables, report (default: runs/<data>-<preset>)")
+    how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    how.add_argument("--backend", choices=BACKENDS, default="auto", help="of the operators (default: auto)")
+    how.add_argument("--workers", type=positive, metavar="N", help="processes (default: one per core; 1 on a GPU)")
+    how.add_argument("--dry-run", action="store_true", help="list the cells, what is done and the cost; run nothing")
+    how.add_argument("--fresh", action="store_true", help="run finished cells again; old rows move to cells/replaced/")
+    how.add_argument("--retry-failed", action="store_true", help="run failed cells again")
+    options = parser.parse_args(arguments)
+    options.detector = list(dict.fromkeys(options.detector.split(",")))
+    for name in options.detector:
+        if name not in DETECTORS:
+            parser.error(f"unknown detector {name!r}; the detectors are {', '.join(DETECTORS)}")
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif options.device.split(":")[0] not in ("cpu", "cuda"):
+        parser.error(f"unknown device {options.device!r}; it is auto, cpu, cuda or cuda:N")
+    elif options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    if options.backend == "triton" and options.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("--backend triton on a CPU needs TRITON_INTERPRET=1 in the environment, and hours of patience")
+    return options
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+    return value
+
+
+def open_data(options: argparse.Namespace, preset: Preset) -> tuple[Path, Split, Split]:
+    """The data directory and its two parts, checked; the default set is made if it is not there yet."""
+    if options.data == "generated":
+        directory = RUNS / "data" / f"generated-{preset.difficulty}"
+        began = time.monotonic()
+        directory = generate(directory, preset.difficulty)
+        if time.monotonic() - began > 1:
+            print(f"made the default data set in {directory} in {clock(time.monotonic() - began)}")
+    else:
+        directory = Path(options.data)
+    parts = read_split(directory, "train"), read_split(directory, "val")
+    for part in parts:
+        for note in part.notes:
+            print(note)
+    return directory, *parts
+
+
+def base_cell(options: argparse.Namespace, preset: Preset, train: Split, val: Split) -> Cell:
+    """The fields that no grid varies; the attention fields are those of the baseline."""
+    device_kind = "cpu" if options.device == "cpu" else "hip" if torch.version.hip else "cuda"
+    weights = options.weights or preset.weights
+    if Path(weights).is_file():
+        weights = f"{Path(weights).name}:{hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:12]}"
+    fingerprint = hashlib.sha256(f"{train.fingerprint} {val.fingerprint}".encode()).hexdigest()[:16]
+    return Cell(
+        data=f"generated-{preset.difficulty}" if options.data == "generated" else Path(options.data).resolve().name,
+        data_fingerprint=fingerprint,
+        image_size=preset.image_size,
+        max_size=preset.max_size,
+        detector=options.detector[0],
+        backbone=preset.backbone,
+        weights=weights,
+        channels=preset.channels,
+        attentions="baseline",
+        depth=None,
+        formulation=None,
+        coarse_offsets=None,
+        placement="trunk",
+        steps=preset.steps,
+        batch_size=preset.batch_size,
+        lr=preset.lr,
+        weight_decay=preset.weight_decay,
+        warmup=preset.warmup,
+        seed=0,
+        precision=preset.gpu_precision if device_kind != "cpu" else "fp32",
+        device_kind=device_kind,
+        backend=options.backend,
+    )
+
+
+def banner(options: argparse.Namespace, workers: int, threads: int) -> str:
+    """One line on what this machine measures, and loudly what it does not."""
+    if options.device == "cpu":
+        return (
+            f"NO GPU: training on {workers} × {threads} CPU threads through the plain PyTorch path. "
+            "NOT MEASURED here: the Triton kernels' speed, GPU throughput and latency, GPU memory."
+        )
+    return f"training on {torch.cuda.get_device_name(options.device)}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    options = parse(arguments)
+    preset = PRESETS[options.preset]
+    command = "python -m ablations.run " + shlex.join(sys.argv[1:] if arguments is None else arguments)
+    try:
+        data, train, val = open_data(options, preset)
+        base = base_cell(options, preset, train, val)
+        cells = only(build_grid(options.grid, preset, base, options.detector, options.seeds), options.only)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+
+    out = options.out or RUNS / f"{base.data}-{options.preset}"
+    rows = {cell: read_row(out, cell.key) for cell in cells}
+    todo = [
+        c for c, row in rows.items() if row is None or options.fresh or (options.retry_failed and row["status"] != "ok")
+    ]
+    cores = len(os.sched_getaffinity(0))
+    workers = min(options.workers or (cores if options.device == "cpu" else 1), max(1, len(todo)))
+    threads = max(1, cores // workers)
+    print(f"{len(cells)} cells, {len(cells) - len(todo)} done, {len(todo)} to run; results in {out}")
+    if options.dry_run:
+        return dry_run(rows, todo, out, workers)
+    report_reuse([row for cell, row in rows.items() if cell not in todo], options.device, command)
+    if options.fresh:
+        set_aside(out, [cell for cell in todo if rows[cell]])
+
+    interrupted = False
+    if todo:
+        print(banner(options, workers, threads))
+        weights = options.weights or (None if preset.weights == "none" else preset.weights)
+        job = Job(data, out, options.device, threads, weights, command, options.retry_failed)
+        progress = Progress(len(todo))
+        try:
+            run_cells(todo, job, workers, progress.notice)
+        except KeyboardInterrupt:
+            interrupted = True
+        except OSError as error:
+            print(f"\nerror: {error}", file=sys.stderr)
+            return SOME_FAILED
+        finally:
+            progress.close()
+    if not read_rows(out):
+        print(f"interrupted before the first cell ended; go on with: {command}")
+        return INTERRUPTED
+    write_tables(out)
+    write_report(out)
+    print(f"tables in {out}/table.md, .csv, .tex; report in {out}/report.html")
+    if interrupted:
+        print(f"interrupted; finished cells are kept, go on with: {command}")
+        return INTERRUPTED
+    failed = [cell.name for cell in cells if (read_row(out, cell.key) or {}).get("status") != "ok"]
+    if failed:
+        print(f"without a good row: {', '.join(failed)}; run again with --retry-failed", file=sys.stderr)
+    return SOME_FAILED if failed else OK
+
+
+def dry_run(rows: dict[Cell, dict | None], todo: list[Cell], out: Path, workers: int) -> int:
+    """List the cells and what they will cost, judged by the rows that are there."""
+    for cell, row in rows.items():
+        print(f"  {cell.name:34}  {row['status'] if row and cell not in todo else 'to run'}")
+    seconds = [row["training"]["seconds"] for row in read_rows(out) if (row.get("training") or {}).get("seconds")]
+    if seconds and todo:
+        cost = clock(len(todo) * sum(seconds) / len(seconds) / workers)
+        print(f"about {cost} with {workers} workers, at the pace of the cells that are done")
+    elif todo:
+        print("cost: not known before a first cell has run here")
+    return OK
+
+
+def report_reuse(rows: list[dict], device: str, command: str) -> None:
+    """Say in one line when rows are reused that another commit made."""
+    here = machine_info(device, command)["commit"]
+    others = sorted({row["machine"].get("commit") or "unknown" for row in rows} - {here})
+    if others:
+        print(f"reusing rows made at commit {', '.join(others)}; --fresh runs them again at {here}")
+
+
+def set_aside(out: Path, cells: list[Cell]) -> None:
+    """Move rows and checkpoints that are about to be replaced to `cells/replaced/<time>/`."""
+    place = out / "cells" / "replaced" / time.strftime("%Y%m%dT%H%M%S")
+    for cell in cells:
+        place.mkdir(parents=True, exist_ok=True)
+        for path in (out / "cells" / f"{cell.key}.json", out / "cells" / cell.key):
+            if path.exists():
+                path.rename(place / path.name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
