@@ -26,11 +26,11 @@ from tabulate import tabulate
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels import dynamic_relu_triton
 from kernels.backend import INTERPRET
 from kernels.compile_spec import CompileSpec
-from kernels.dynamic_relu import compile_specs as dynamic_relu_specs
 
-SPECS = (dynamic_relu_specs,)
+TRITON_MODULES = (dynamic_relu_triton,)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Row:
 
 def all_specs() -> list[CompileSpec]:
     """The kernels of every operator."""
-    return [spec for specs in SPECS for spec in specs()]
+    return [spec for module in TRITON_MODULES for spec in module.compile_specs()]
 
 
 def compile_spec(spec: CompileSpec, target: str) -> Row:
