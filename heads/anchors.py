@@ -1,0 +1,139 @@
+"""Where dense detectors predict: one cell per position of every pyramid level, with a point or anchors in it.
+
+The order is everybody's: levels from fine to coarse, inside a level row by row, inside a cell anchor by anchor.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Sizes = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The anchors of one pyramid of feature maps. Tensors are float32, shared by all callers, and never written to.
+
+    Attributes:
+        sizes: (height, width) of each level's feature map, in cells.
+        strides: pixels per cell, by level.
+        counts: anchors of each level; they sum to A.
+        anchors: (A, 4) x1, y1, x2, y2 in pixels.
+        centres: (A, 2) x, y in pixels.
+        levels: (A,) int64, index of the level.
+    """
+
+    sizes: Sizes
+    strides: tuple[int, ...]
+    counts: tuple[int, ...]
+    anchors: Tensor
+    centres: Tensor
+    levels: Tensor
+
+
+def cell_anchors(
+    sizes: Sequence[float], ratios: Sequence[float] = (1.0,), order: Literal["ratio", "size"] = "ratio"
+) -> tuple[tuple[float, float, float, float], ...]:
+    """The anchors of one cell, centred on the origin: each area `size`² at each `ratio` of height to width.
+
+    Args:
+        order: what varies slowest. `"ratio"` is mmdetection's order, `"size"` detectron2's; it decides which channel of
+            a released checkpoint belongs to which anchor.
+    """
+    pairs = [(s, r) for r in ratios for s in sizes] if order == "ratio" else [(s, r) for s in sizes for r in ratios]
+    halves = [(0.5 * size / ratio**0.5, 0.5 * size * ratio**0.5) for size, ratio in pairs]
+    return tuple((-w, -h, w, h) for w, h in halves)
+
+
+def anchor_grid(
+    sizes: Sequence[Sequence[int]],
+    strides: Sequence[int],
+    cells: Sequence[Sequence[Sequence[float]]],
+    offset: float,
+    device: torch.device | str = "cpu",
+) -> Grid:
+    """Anchors on the grid of every level; the 32 grids used last are kept, so a call in a training loop is free.
+
+    Args:
+        sizes: (height, width) of each level's feature map.
+        strides: pixels per cell, by level.
+        cells: what `cell_anchors` gave, by level.
+        offset: where in its cell an anchor is centred, in cells: 0.5 is the middle (official DyHead), 0 the upper left
+            corner (mmdetection's default).
+    """
+    key = (
+        tuple((int(h), int(w)) for h, w in sizes),
+        tuple(strides),
+        tuple(tuple(tuple(anchor) for anchor in level) for level in cells),
+        offset,
+        torch.device(device),
+    )
+    return _anchor_grid(*key)
+
+
+@lru_cache(maxsize=32)
+def _anchor_grid(sizes: Sizes, strides: tuple, cells: tuple, offset: float, device: torch.device) -> Grid:
+    # A tensor made in inference mode could never be used in training, and this one outlives the call.
+    with torch.inference_mode(False):
+        anchors, centres = [], []
+        for points, level in zip(_level_points(sizes, strides, offset), cells, strict=True):
+            anchors.append((torch.cat([points, points], -1)[:, None] + torch.tensor(level)).flatten(0, 1))
+            centres.append(points.repeat_interleave(len(level), 0))
+        counts = tuple(len(level) for level in anchors)
+        levels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        tensors = (t.to(device) for t in (torch.cat(anchors), torch.cat(centres), levels))
+        return Grid(sizes, strides, counts, *tensors)
+
+
+def point_grid(
+    sizes: Sequence[Sequence[int]], strides: Sequence[int], offset: float, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The points (A, 2) x, y of all levels, `(index + offset) * stride`: 0.5 for FCOS, 0 for RepPoints. Cached."""
+    empty_cell = ((0.0, 0.0, 0.0, 0.0),)
+    return anchor_grid(sizes, strides, [empty_cell] * len(strides), offset, device).centres
+
+
+def outside_padding(
+    grid: Grid, image_sizes: Sequence[tuple[int, int]], divisor: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which part of the grid each image of a padded batch covers, by mmdetection's rule.
+
+    An image counts as padded to its own size rounded up to a multiple of `divisor` (`pad_shape` there), however large
+    the batch is. A cell takes part if it begins within that.
+
+    Args:
+        grid: one whose offset is below one cell.
+        image_sizes: (height, width) of each of the N images before padding.
+        divisor: in pixels.
+
+    Returns:
+        (N, L, 2) int64, rows and columns of each level that take part, and (N, A) bool, the anchors that do; or twice
+        None when all of them do in every image.
+    """
+    sizes = []
+    for image in image_sizes:
+        padded = [-(-side // divisor) * divisor for side in image]
+        sizes.append(
+            tuple(
+                (min(-(-padded[0] // stride), height), min(-(-padded[1] // stride), width))
+                for (height, width), stride in zip(grid.sizes, grid.strides, strict=True)
+            )
+        )
+    if all(image == grid.sizes for image in sizes):
+        return None, None
+    cells = torch.tensor(sizes, device=grid.anchors.device)
+    # A centre lies before the end of the last cell exactly if its own cell takes part.
+    limits = (cells * torch.tensor(grid.strides, device=cells.device)[:, None]).flip(-1)
+    return cells, (grid.centres < limits[:, grid.levels]).all(-1)
+
+
+def _level_points(sizes: Sizes, strides: tuple, offset: float) -> list[Tensor]:
+    points = []
+    for (height, width), stride in zip(sizes, strides, strict=True):
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        points.append((torch.stack([x, y], -1).reshape(-1, 2) + offset) * stride)
+    return points

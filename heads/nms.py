@@ -1,0 +1,87 @@
+"""Non-maximum suppression: exact, greedy, the same result on every device and in every run.
+
+Boxes are taken by falling score; a box is kept unless its IoU with a box kept earlier exceeds the threshold (strictly,
+in float32, with no `+ 1` in the sides). Equal scores are taken in the order of their indices.
+
+The overlaps of a block of boxes are one matrix, computed where the boxes lie. The greedy walk itself is sequential, so
+it runs on the host, over rows packed into Python integers: one step per *kept* box, whatever the block holds. On a GPU
+that costs one transfer per block. Blocks follow the score order, so a limit on the output ends the work early.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Boxes per overlap matrix. Small where the matrix itself is the cost, large where the transfer is.
+_BLOCK_CPU = 256
+_BLOCK_GPU = 2048
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_output: int | None = None) -> Tensor:
+    """Indices of the boxes that greedy suppression keeps, by falling score.
+
+    Args:
+        boxes: (n, 4) x1, y1, x2, y2.
+        scores: (n,).
+        iou_threshold: a box is dropped when its IoU with a kept box is greater than this.
+        max_output: stop after this many kept boxes; `None` keeps all.
+
+    Returns:
+        (k,) int64. Boxes without area never suppress one another (their IoU, 0 / 0, exceeds nothing).
+    """
+    return _greedy(boxes, scores, None, iou_threshold, max_output)
+
+
+def batched_nms(
+    boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, max_output: int | None = None
+) -> Tensor:
+    """`nms` in which only boxes of the same label (n,) int64 suppress one another.
+
+    Labels are compared, not added to the coordinates as a shift: that usual trick rounds the boxes of high labels.
+    """
+    return _greedy(boxes, scores, labels, iou_threshold, max_output)
+
+
+def _greedy(
+    boxes: Tensor, scores: Tensor, labels: Tensor | None, iou_threshold: float, max_output: int | None
+) -> Tensor:
+    order = scores.detach().argsort(descending=True, stable=True)
+    limit = len(order) if max_output is None else min(max_output, len(order))
+    if limit <= 0:
+        return order[:0]
+    # Columns of x1, y1, x2, y2, area, and the label where there is one: (5 or 6, n), contiguous along the boxes.
+    sorted_boxes = boxes.detach()[order].float().t().contiguous()
+    sorted_labels = None if labels is None else labels[order]
+    area = (sorted_boxes[2] - sorted_boxes[0]) * (sorted_boxes[3] - sorted_boxes[1])
+
+    def overlaps(rows: Tensor | slice, columns: slice) -> np.ndarray:
+        """Which boxes of `rows` suppress which of `columns`, one bit each, packed along the columns."""
+        x1, y1, x2, y2 = sorted_boxes[:, rows, None]
+        u1, v1, u2, v2 = sorted_boxes[:, columns]
+        shared = (torch.minimum(x2, u2) - torch.maximum(x1, u1)).clamp_(min=0)
+        shared *= (torch.minimum(y2, v2) - torch.maximum(y1, v1)).clamp_(min=0)
+        union = (area[rows, None] + area[columns]).sub_(shared)
+        suppress = shared.div_(union) > iou_threshold
+        if sorted_labels is not None:
+            suppress &= sorted_labels[rows, None] == sorted_labels[columns]
+        return np.packbits(suppress.cpu().numpy(), axis=1, bitorder="little")
+
+    block = _BLOCK_CPU if boxes.device.type == "cpu" else _BLOCK_GPU
+    kept: list[int] = []
+    for start in range(0, len(order), block):
+        stop = min(start + block, len(order))
+        columns = slice(start, stop)
+        alive = (1 << (stop - start)) - 1
+        if kept:
+            earlier = torch.tensor(kept, device=boxes.device)
+            alive &= ~int.from_bytes(np.bitwise_or.reduce(overlaps(earlier, columns), axis=0).tobytes(), "little")
+        rows = overlaps(columns, columns)
+        while alive:
+            # The lowest set bit is the best box left. Bits below it are settled, so clearing them again is harmless.
+            lowest = alive & -alive
+            index = lowest.bit_length() - 1
+            kept.append(start + index)
+            if len(kept) == limit:
+                return order[torch.tensor(kept, device=boxes.device)]
+            alive &= ~(int.from_bytes(rows[index].tobytes(), "little") | lowest)
+    return order[torch.tensor(kept, device=boxes.device)]
