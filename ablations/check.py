@@ -356,7 +356,7 @@ def _check_annotations(
     bbox = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     corners = _corners(bbox, table[:, 3:], [section[number] for number in numbers], numbers, problems, notes)
     if short_polygons:
-        notes.append(f"{short_polygons} polygons of fewer than three points dropped")
+        notes.append(f"polygons of fewer than three points, dropped: {short_polygons}")
     crowd = table[:, 2].astype(bool)
     if not problems and not ((corners[:, 2:] > corners[:, :2]).all(1) & ~crowd).any():
         problems.append("has no annotation with a box that is not a crowd region")
@@ -392,5 +392,5 @@ def _corners(
     corners = np.concatenate([start.clip(0, sizes), end.clip(0, sizes)], 1).astype(np.float32)
     dropped = (corners[:, 2:] <= corners[:, :2]).any(1)
     if dropped.any():
-        notes.append(f"{dropped.sum()} boxes of zero width or height dropped")
+        notes.append(f"boxes of zero width or height, dropped: {dropped.sum()}")
     return corners
