@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ablations.coco import Split, read_split
+from ablations.coco import Dataset, read_dataset
 from ablations.generate import generate
 from ablations.grid import GRIDS, PRESETS, Cell, Preset, build_grid, only
 from ablations.machine import machine_info
@@ -84,33 +84,29 @@ def positive(text: str) -> int:
     return value
 
 
-def open_data(options: argparse.Namespace, preset: Preset) -> tuple[Path, Split, Split]:
-    """The data directory and its two parts, checked; the default set is made if it is not there yet."""
+def open_data(options: argparse.Namespace, preset: Preset) -> Dataset:
+    """The data, checked; the default set is made if it is not there yet."""
+    directory = Path(options.data)
     if options.data == "generated":
-        directory = RUNS / "data" / f"generated-{preset.difficulty}"
         began = time.monotonic()
-        directory = generate(directory, preset.difficulty)
+        directory = generate(RUNS / "data", preset.difficulty)
         if time.monotonic() - began > 1:
-            print(f"made the default data set in {directory} in {clock(time.monotonic() - began)}")
-    else:
-        directory = Path(options.data)
-    parts = read_split(directory, "train"), read_split(directory, "val")
-    for part in parts:
-        for note in part.notes:
-            print(note)
-    return directory, *parts
+            print(f"made the default data set, {directory}, in {clock(time.monotonic() - began)}")
+    data = read_dataset(directory)
+    for note in data.notes:
+        print(note)
+    return data
 
 
-def base_cell(options: argparse.Namespace, preset: Preset, train: Split, val: Split) -> Cell:
+def base_cell(options: argparse.Namespace, preset: Preset, data: Dataset) -> Cell:
     """The fields that no grid varies; the attention fields are those of the baseline."""
     device_kind = "cpu" if options.device == "cpu" else "hip" if torch.version.hip else "cuda"
     weights = options.weights or preset.weights
     if Path(weights).is_file():
         weights = f"{Path(weights).name}:{hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:12]}"
-    fingerprint = hashlib.sha256(f"{train.fingerprint} {val.fingerprint}".encode()).hexdigest()[:16]
     return Cell(
         data=f"generated-{preset.difficulty}" if options.data == "generated" else Path(options.data).resolve().name,
-        data_fingerprint=fingerprint,
+        data_fingerprint=data.fingerprint,
         image_size=preset.image_size,
         max_size=preset.max_size,
         detector=options.detector[0],
@@ -150,8 +146,8 @@ def main(arguments: list[str] | None = None) -> int:
     preset = PRESETS[options.preset]
     command = "python -m ablations.run " + shlex.join(sys.argv[1:] if arguments is None else arguments)
     try:
-        data, train, val = open_data(options, preset)
-        base = base_cell(options, preset, train, val)
+        data = open_data(options, preset)
+        base = base_cell(options, preset, data)
         cells = only(build_grid(options.grid, preset, base, options.detector, options.seeds), options.only)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -176,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
     if todo:
         print(banner(options, workers, threads))
         weights = options.weights or (None if preset.weights == "none" else preset.weights)
-        job = Job(data, out, options.device, threads, weights, command, options.retry_failed)
+        job = Job(data.root, out, options.device, threads, weights, command, options.retry_failed)
         progress = Progress(len(todo))
         try:
             run_cells(todo, job, workers, progress.notice)

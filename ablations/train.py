@@ -6,6 +6,7 @@ ends with the same bits on a CPU as one that was not.
 """
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -64,7 +65,7 @@ def train(
         report: Called with the step's number and its loss.
 
     Returns:
-        `steps`, `images` and `loss`, the mean of the watched steps in the last tenth.
+        `steps`, `images`, `seconds` and `loss`, the mean of the watched steps in the last tenth.
 
     Raises:
         Diverged: A loss was not finite; the message has the step and the parts of the loss.
@@ -73,7 +74,8 @@ def train(
         parameter_groups(model, cell.weight_decay), lr=cell.lr, momentum=MOMENTUM, fused=device.type in ("cpu", "cuda")
     )
     checkpoint = directory / "checkpoint.pt"
-    step, tail = load_checkpoint(checkpoint, model, optimizer, device)
+    step, tail, seconds = load_checkpoint(checkpoint, model, optimizer, device)
+    began = time.monotonic() - seconds
     every = math.ceil(cell.steps / CHECKPOINTS)
     # bfloat16 has float32's range, so no loss scaling is needed.
     autocast = torch.autocast(device.type, torch.bfloat16) if cell.precision == "bf16" else nullcontext()
@@ -104,25 +106,28 @@ def train(
                 if step > 0.9 * cell.steps:
                     tail.append(value)
         if step % every == 0 or step == cell.steps:
-            save_checkpoint(checkpoint, model, optimizer, step, tail)
-    return {"steps": step, "images": step * cell.batch_size, "loss": sum(tail) / len(tail)}
+            save_checkpoint(checkpoint, model, optimizer, step, tail, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    return {"steps": step, "images": step * cell.batch_size, "seconds": seconds, "loss": sum(tail) / len(tail)}
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, tail: list) -> None:
+def save_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, tail: list[float], seconds: float
+) -> None:
     """Write a checkpoint so that a kill at any moment leaves either the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     with atomic_file(path) as file:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "tail": tail}
-        torch.save(state, file)
+        torch.save({**state, "step": step, "tail": tail, "seconds": seconds}, file)
 
 
 def load_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-) -> tuple[int, list]:
-    """Restore a checkpoint; returns the steps it has behind it and the last losses, (0, []) if there is none."""
+) -> tuple[int, list[float], float]:
+    """Restore a checkpoint: steps and seconds it has behind it and the last losses; zeros where there is none."""
     if not path.exists():
-        return 0, []
+        return 0, [], 0.0
     state = torch.load(path, map_location=device, weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["tail"]
+    return state["step"], state["tail"], state["seconds"]

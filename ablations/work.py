@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from ablations.coco import DataError, Split, read_split
+from ablations.coco import DataError, Dataset, read_dataset
 from ablations.evaluate import evaluate
 from ablations.grid import Cell
-from ablations.loader import EvaluationLoader, TrainLoader
+from ablations.loader import EvalLoader, Loader
 from ablations.machine import machine_info
 from ablations.measure import count_gmacs, count_parameters, measure_latency
 from ablations.room import Room
@@ -105,8 +105,8 @@ def run_cell(cell: Cell, job: Job, room: Room, notice) -> dict:
 def outcome(cell: Cell, job: Job, room: Room, notice) -> dict:
     """The measured part of a row."""
     device = torch.device(job.device)
-    train_split, val_split = split(job.data, "train"), split(job.data, "val")
-    model = build(cell, len(train_split.category_ids), job.weights).to(device)
+    data = dataset(job.data)
+    model = build(cell, len(data.train.category_ids), job.weights).to(device)
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)
 
@@ -114,48 +114,44 @@ def outcome(cell: Cell, job: Job, room: Room, notice) -> dict:
         if step % STEPS_PER_NOTICE == 0:
             notice("step", (step, loss))
 
-    with TrainLoader(
-        train_split,
-        batch_size=cell.batch_size,
-        short_sides=cell.image_size,
-        max_size=cell.max_size,
-        seed=cell.seed,
-        prefetch=0 if device.type == "cpu" else 4,
-    ) as loader:
-        training = train(cell, model, loader.batch, device, job.out / "cells" / cell.key, room.busy, report)
+    # Decoding runs beside the GPU; on a CPU it would only take the trainer's core.
+    threads = 0 if device.type == "cpu" else min(8, job.threads)
+    batches = Loader(data.train, cell.batch_size, cell.seed, cell.image_size, cell.max_size, threads=threads)
+    try:
+        training = train(cell, model, batches.batch, device, job.out / "cells" / cell.key, room.busy, report)
+    finally:
+        batches.close()
 
     notice("evaluate")
     model.eval()
-    batches = EvaluationLoader(
-        val_split, batch_size=cell.batch_size, short_side=cell.image_size[-1], max_size=cell.max_size
-    )
-    predictions = detect(model, batches, device, cell.precision, room)
+    shown = EvalLoader(data.val, cell.batch_size, cell.image_size[-1], cell.max_size, threads=threads)
+    try:
+        predictions = detect(model, shown, device, cell.precision, room)
+    finally:
+        shown.close()
     with room.busy():
-        metrics = evaluate(predictions, val_split.ground_truth, val_split.category_ids)
+        metrics = evaluate(predictions, data.val.ground_truth, data.val.category_ids)
 
     notice("measure")
-    images = batches.batch(0)[0]
+    images = next(iter(EvalLoader(data.val, cell.batch_size, cell.image_size[-1], cell.max_size)))[0]
     with room.quiet(), autocast(device, cell.precision):
         speed = measure_latency(model, images, device)
-    gmacs = count_gmacs(model, images[:1])
     return {
         "metrics": metrics,
         "training": training,
         "params_M": count_parameters(model) / 1e6,
-        "GMACs": gmacs,
+        "GMACs": count_gmacs(model, images[:1]),
         **speed,
     }
 
 
-def detect(model, batches: EvaluationLoader, device: torch.device, precision: str, room: Room) -> list:
+def detect(model: torch.nn.Module, batches: EvalLoader, device: torch.device, precision: str, room: Room) -> list:
     """(image id, detections in pixels of the original image) for every image."""
     predictions = []
-    for index in range(len(batches)):
+    for images, shown in batches:
         with room.busy(), torch.inference_mode(), autocast(device, precision):
-            images, metas = batches.batch(index)
-            for found, meta in zip(model([image.to(device) for image in images]), metas, strict=True):
-                boxes = found["boxes"].float() / found["boxes"].new_tensor(meta.scale, dtype=torch.float32)
-                predictions.append((meta.image_id, {**found, "boxes": boxes.cpu()}))
+            for found, image in zip(model([image.to(device) for image in images]), shown, strict=True):
+                predictions.append((image.image_id, {**found, "boxes": image.to_original(found["boxes"].float())}))
     return predictions
 
 
@@ -164,10 +160,10 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-@lru_cache(maxsize=2)
-def split(data: Path, name: str) -> Split:
-    """A part of the data set, read once per process; its files were checked before the first cell."""
-    return read_split(data, name, check_images=False)
+@lru_cache(maxsize=1)
+def dataset(directory: Path) -> Dataset:
+    """The data, read once per process."""
+    return read_dataset(directory)
 
 
 def build(cell: Cell, num_classes: int, weights: str | None) -> torch.nn.Module:
