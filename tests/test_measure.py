@@ -112,7 +112,7 @@ class Clock:
 
 
 class Scripted(nn.Module):
-    """Takes a known number of 64ths of a second: five for a batch of four, for one image its number of rows."""
+    """Takes a known number of 64ths of a second: five for a batch of ten, for one image its number of rows."""
 
     def __init__(self, clock):
         super().__init__()
@@ -121,24 +121,24 @@ class Scripted(nn.Module):
     def forward(self, images):
         assert not self.training and not torch.is_grad_enabled()
         self.calls.append([image.shape[1] for image in images])
-        self.clock.now += (5 if len(images) == 4 else images[0].shape[1]) / 64
+        self.clock.now += (5 if len(images) == 10 else images[0].shape[1]) / 64
 
 
 def test_latency_and_throughput_against_a_scripted_clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(measure, "time", clock)
     model = Scripted(clock).train()
-    speed = measure_latency(model, [torch.zeros(3, rows, 4) for rows in (1, 2, 3, 4)], "cpu", seconds=80 / 64)
-    assert speed["images_per_s"] == 4 / (5 / 64)
-    # 32 single runs: 1, 2, 3 and 4 64ths in turn, eight times each.
-    assert speed["latency_ms_p50"] == 2.5 / 64 * 1000
-    assert speed["latency_ms_p90"] == 4 / 64 * 1000
-    assert speed["batch_size_measured"] == 4 and speed["threads"] == torch.get_num_threads()
+    speed = measure_latency(model, [torch.zeros(3, rows, 4) for rows in range(1, 11)], "cpu", seconds=220 / 64)
+    assert speed["images_per_s"] == 10 / (5 / 64)
+    # 40 single runs: 1 to 10 64ths in turn, four times each.
+    assert speed["latency_ms_p50"] == pytest.approx(5.5 / 64 * 1000)
+    assert speed["latency_ms_p90"] == pytest.approx(9.1 / 64 * 1000)
+    assert speed["batch_size_measured"] == 10 and speed["threads"] == torch.get_num_threads()
     assert speed["peak_memory_MB"] is None
     assert model.training, "the model must come back in the mode it was given in"
     # Warm-up for a quarter of the time, then measuring, for each of the two.
-    assert [len(call) for call in model.calls].count(4) == 4 + 16
-    assert [len(call) for call in model.calls].count(1) == 8 + 32
+    assert [len(call) for call in model.calls].count(10) == 11 + 44
+    assert [len(call) for call in model.calls].count(1) == 10 + 40
 
 
 def test_a_slow_model_still_gets_five_runs_and_each_shape_its_warm_up(monkeypatch):
