@@ -6,9 +6,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from kernels import use_backend
 
 # A percentile of fewer runs means little; a budget of seconds is overdrawn rather than undercut.
 LEAST_RUNS = 5
@@ -62,15 +65,17 @@ def count_gmacs(model: nn.Module, images: Sequence[Tensor]) -> float:
     # Each slot of each module once. A module that is reached by two names must not be swapped twice: functional_call
     # would put the second stand-in back as if it were the original.
     state = {
-        f"{prefix}.{name}": value.detach().to("meta")
+        f"{prefix}.{name}": value
         for prefix, module in raw.named_modules()
         for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     }
-    shapes = [torch.empty(image.shape, dtype=image.dtype, device="meta") for image in images]
     counter = FlopCounterMode(display=False)
     uncounted = _Uncounted()
-    with torch.no_grad(), torch.device("meta"), counter, uncounted:
-        functional_call(raw, state, (shapes,), tie_weights=False)
+    # Fake tensors say that they are on a CPU, whatever the model is on, so every model takes the same way.
+    with torch.no_grad(), torch.device("cpu"), use_backend("auto"), FakeTensorMode(), counter, uncounted:
+        fakes = {name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for name, x in state.items()}
+        inputs = [torch.empty(image.shape, dtype=image.dtype) for image in images]
+        functional_call(raw, fakes, (inputs,), tie_weights=False)
     if uncounted.names:
         raise RuntimeError(f"no FLOP formula is registered for {', '.join(sorted(uncounted.names))}")
     return counter.get_total_flops() / 2 / 1e9 / len(images)
