@@ -117,7 +117,7 @@ def _points(values: Tensor, like: list[Tensor], plan: Plan) -> list[tuple[Tensor
     """Pairs of views of the same shape: a part of `values` (planes, M), and the tensor (N, G*T*planes, Ho, Wo)."""
     pairs, done = [], 0
     for tensor in like:
-        view = tensor.unflatten(1, (plan.groups, -1, values.shape[0])).permute(3, 0, 4, 5, 2, 1)
+        view = torch.unflatten(tensor, 1, (plan.groups, -1, values.shape[0])).permute(3, 0, 4, 5, 2, 1)
         count = view[0].numel()
         pairs.append((values[:, done : done + count].view(view.shape), view))
         done += count
@@ -128,7 +128,7 @@ def _fill_table(inputs: list[Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
     channels = inputs[0].shape[1] // plan.groups
     table = inputs[0].new_zeros((plan.groups * plan.rows, channels), dtype=dtype)
     for x, view in zip(inputs, _maps(table, plan), strict=True):
-        view.copy_(x.unflatten(1, (plan.groups, channels)))
+        view.copy_(torch.unflatten(x, 1, (plan.groups, channels)))
     return table
 
 
@@ -234,17 +234,22 @@ def backward(results, grads, inputs, offsets, masks, weight, stride, padding, di
     to_weight, to_bias = results[3:]
     pixels = sum(offset.shape[2] * offset.shape[3] for offset in offsets)
     step = max(1, LONGEST // (pixels * inputs[0].shape[1] * weight.shape[2] * weight.shape[3]))
-    grad_weight = None
-    for start in range(0, inputs[0].shape[0], step):
-        cut = [[x[start : start + step] for x in tensors] for tensors in (grads, inputs, offsets, masks)]
-        kept = [[x[start : start + step] for x in tensors] for tensors in results[:3]]
-        part = _backward_images(kept, *cut, weight, stride, padding, dilation, dtype, bool(to_weight))
+    batch, grad_weight = inputs[0].shape[0], None
+    for start in range(0, batch, step):
+        images = (results[:3], grads, inputs, offsets, masks)
+        if step < batch:
+            images = _narrow(images, slice(start, start + step))
+        part = _backward_images(*images, weight, stride, padding, dilation, dtype, bool(to_weight))
         grad_weight = part if grad_weight is None else grad_weight + part
     if to_weight:
         shape = (weight.shape[0], *weight.shape[2:], weight.shape[1])
         to_weight[0].copy_(grad_weight.view(shape).permute(0, 3, 1, 2))
     if to_bias:
         to_bias[0].copy_(sum(grad.sum((0, 2, 3), dtype=dtype) for grad in grads))
+
+
+def _narrow(nested, images: slice):
+    return nested[images] if isinstance(nested, Tensor) else [_narrow(tensors, images) for tensors in nested]
 
 
 def _backward_images(
@@ -284,7 +289,7 @@ def _backward_images(
     if to_inputs:
         summed = _sum_into_table(grad_columns.view(-1, channels // plan.groups), corners, plan)
         for target, view in zip(to_inputs, _maps(summed, plan), strict=True):
-            target.unflatten(1, view.shape[1:3]).copy_(view)
+            torch.unflatten(target, 1, view.shape[1:3]).copy_(view)
     return grad_weight
 
 
