@@ -386,9 +386,8 @@ def _corners(
     overhang = np.maximum(-start, end - sizes).max(1, initial=0.0)
     clipped = (overhang > OVERHANG_PIXELS) & ~empty & ~outside
     if clipped.any():
-        notes.append(
-            f"{clipped.sum()} boxes clipped, overhanging their image by up to {overhang[clipped].max():.3g} px"
-        )
+        most = overhang[clipped].max()
+        notes.append(f"boxes that overhang their image, clipped: {clipped.sum()} (by up to {most:.3g} px)")
     corners = np.concatenate([start.clip(0, sizes), end.clip(0, sizes)], 1).astype(np.float32)
     dropped = (corners[:, 2:] <= corners[:, :2]).any(1)
     if dropped.any():

@@ -366,9 +366,9 @@ def test_boxes_are_dropped_and_clipped_and_counted(tmp_path):
 
     instances = read_instances(json_path(write(tmp_path, edited(change))))
     assert instances.notes == [
-        "2 polygons of fewer than three points dropped",
-        "1 boxes clipped, overhanging their image by up to 2 px",
-        "4 boxes of zero width or height dropped",
+        "boxes that overhang their image, clipped: 1 (by up to 2 px)",
+        "boxes of zero width or height, dropped: 4",
+        "polygons of fewer than three points, dropped: 2",
     ]
     record = next(r for r in read_split(tmp_path, "train").images if r.image_id == 25)
     assert record.boxes.tolist() == [[0, 0, 18, 18], [3, 3, 6, 6]]

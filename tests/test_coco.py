@@ -1,0 +1,449 @@
+"""Data directories: what the reader makes of good ones, and what it says about bad files and folders."""
+
+import io
+import json
+import os
+import shutil
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tiny_coco import annotation, documents, edited, json_path, write, write_json
+
+from ablations.coco import DataError, find_root, read_dataset, read_image, read_split
+from ablations.images import ImageError, applied_orientation, decode, read_header
+
+REAL = Path(os.environ.get("DYHEAD_COCO") or Path(__file__).parents[2] / "shared" / "coco")
+needs_coco = pytest.mark.skipif(
+    not (REAL / "annotations").is_dir(), reason=f"no slice of COCO in {REAL}; set DYHEAD_COCO to a directory with one"
+)
+
+
+def problem(root, *fragments, split="train"):
+    """The error that reading ends with; it names the instances file and holds the fragments."""
+    with pytest.raises(DataError) as caught:
+        read_dataset(root)
+    message = str(caught.value)
+    assert f"instances_{split}2017.json" in message
+    for fragment in fragments:
+        assert fragment in message
+    return caught.value
+
+
+def test_a_sound_directory(tmp_path):
+    data = read_dataset(write(tmp_path))
+    train = data.train
+    assert [record.image_id for record in train.images] == [12, 25, 31]
+    assert train.category_ids == data.val.category_ids == (3, 7, 90)
+    assert train.category_names == ("dog", "cat", "bird")
+    tall, empty, wide = train.images
+    assert (tall.width, tall.height, Path(tall.path).name) == (10, 24, "tall.png")
+    assert tall.boxes.dtype == np.float32 and tall.labels.dtype == np.int64
+    assert empty.boxes.shape == (0, 4) and empty.labels.shape == (0,) and empty.crowd_boxes.shape == (0, 4)
+    # xywh becomes corners, the crowd region stands apart, file order stays.
+    assert wide.boxes.tolist() == [[2.5, 3, 12.5, 8], [4, 4, 8.5, 15.25]]
+    assert wide.labels.tolist() == [2, 1]
+    assert wide.crowd_boxes.tolist() == [[0, 0, 20, 16]]
+    assert wide.area.tolist() == [10 * 5 * 0.75, 4.5 * 11.25 * 0.75]
+    assert wide.segmentations[0][0].tolist() == [2.5, 3, 12.5, 3, 12.5, 8]
+    assert data.notes == []
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_category_ids_make_the_round_trip(tmp_path):
+    train = read_split(write(tmp_path), "train")
+    given = {a["image_id"]: [] for a in documents()["train"]["annotations"]}
+    for entry in documents()["train"]["annotations"]:
+        if not entry["iscrowd"]:
+            given[entry["image_id"]].append(entry["category_id"])
+    for record in train.images:
+        assert [train.category_ids[label] for label in record.labels] == given.get(record.image_id, [])
+
+
+def test_ground_truth_is_the_file_with_ids_from_one(tmp_path):
+    def change(document):
+        document["annotations"][0]["id"] = 0
+        document["annotations"].append(annotation(57, 12, 7, [5, 5, 0, 2]))
+
+    contents = edited(change)
+    truth = read_split(write(tmp_path, contents), "train").ground_truth
+    assert [a["id"] for a in truth["annotations"]] == [1, 2, 3, 4, 5]
+    for ours, given in zip(truth["annotations"], contents["train"]["annotations"], strict=True):
+        assert {**ours, "id": given["id"]} == given
+    sizes = {(i["id"], i["width"], i["height"]) for i in contents["train"]["images"]}
+    assert {(i["id"], i["width"], i["height"]) for i in truth["images"]} == sizes
+    assert {(c["id"], c["name"]) for c in truth["categories"]} == {(3, "dog"), (7, "cat"), (90, "bird")}
+    json.dumps(truth, allow_nan=False)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools")
+def test_a_perfect_answer_has_full_precision(tmp_path):
+    split = read_split(write(tmp_path), "train")
+    truth = COCO()
+    truth.dataset = split.ground_truth
+    truth.createIndex()
+    answers = [
+        {"image_id": r.image_id, "category_id": split.category_ids[label], "bbox": [x, y, X - x, Y - y], "score": 0.9}
+        for r in split.images
+        for label, (x, y, X, Y) in zip(r.labels, r.boxes.tolist(), strict=True)
+    ]
+    evaluation = COCOeval(truth, truth.loadRes(answers), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert evaluation.stats[0] == pytest.approx(1.0)
+    # Run lengths and polygons are such as pycocotools takes.
+    assert [truth.annToMask(a).sum() > 0 for a in truth.dataset["annotations"]] == [True] * 4
+
+
+def test_both_forms_of_the_layout(tmp_path):
+    write(tmp_path / "coco")
+    assert find_root(tmp_path) == tmp_path / "coco"
+    assert read_dataset(tmp_path).fingerprint == read_dataset(tmp_path / "coco").fingerprint
+
+
+def test_fingerprint_follows_the_content_and_not_the_place(tmp_path):
+    first = read_dataset(write(tmp_path / "a"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert read_dataset(tmp_path / "b").fingerprint == first.fingerprint
+    path = json_path(tmp_path / "b")
+    path.write_text(path.read_text().replace("[1, 2, 3, 4]", "[1, 2, 3, 5]"))
+    changed = read_dataset(tmp_path / "b")
+    assert changed.fingerprint != first.fingerprint
+    assert changed.val.fingerprint == first.val.fingerprint
+    with open(tmp_path / "a" / "val2017" / "a.jpg", "ab") as file:
+        file.write(b"\0")
+    assert read_dataset(tmp_path / "a").val.fingerprint != first.val.fingerprint
+
+
+def test_missing_directories_and_files(tmp_path):
+    for root, fragment in ((tmp_path / "none", "no such directory"), (tmp_path, "no COCO layout here")):
+        with pytest.raises(DataError, match=fragment) as caught:
+            read_dataset(root)
+        assert str(root) in str(caught.value)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="is not a directory"):
+        read_dataset(tmp_path / "file")
+    with pytest.raises(DataError, match=r"'a\\x00b': no such directory"):
+        read_dataset("a\0b")
+    root = write(tmp_path / "data")
+    shutil.rmtree(root / "val2017")
+    with pytest.raises(DataError, match=r"data/val2017: no such directory, but instances_val2017\.json names 2 images"):
+        read_dataset(root)
+    json_path(root, "train").unlink()
+    with pytest.raises(DataError, match=r"2 problems[^$]*instances_train2017\.json: no such file[^$]*val2017: no such"):
+        read_dataset(root)
+    with pytest.raises(ValueError, match="the splits are train, val"):
+        read_split(root, "test")
+
+
+def test_categories_of_both_files_agree(tmp_path):
+    def change(document):
+        document["categories"][0]["name"] = "crow"
+        document["categories"].append({"id": 5, "name": "fish"})
+
+    error = problem(
+        write(tmp_path, edited(change, "val")),
+        "category id 5 is 'fish', but absent in instances_train2017.json",
+        "category id 90 is 'crow', but 'bird' in instances_train2017.json",
+        split="val",
+    )
+    assert error.path == json_path(tmp_path, "val") and len(error.problems) == 2
+
+
+@pytest.mark.parametrize("name", ["wide.jpg", "tall.png", "sub/empty.jpg"])
+def test_image_that_is_absent(tmp_path, name):
+    root = write(tmp_path)
+    (root / "train2017" / name).unlink()
+    assert len(problem(root, f"image '{name}'", "absent: there is no such file").problems) == 1
+
+
+@pytest.mark.parametrize("name", ["wide.jpg", "tall.png"])
+def test_image_cut_anywhere(tmp_path, name):
+    """Every shorter version of a file is refused by the cheap check."""
+    path = write(tmp_path) / "train2017" / name
+    whole = path.read_bytes()
+    assert read_header(path)
+    for length in reversed(range(len(whole))):
+        os.truncate(path, length)
+        with pytest.raises(ImageError):
+            read_header(path)
+    path.write_bytes(whole[: len(whole) // 2])
+    problem(tmp_path, f"image '{name}'")
+    path.write_bytes(whole[:-2])
+    problem(tmp_path, f"image '{name}'", "truncated: the end marker is missing")
+
+
+def test_data_after_the_image_is_no_mistake(tmp_path):
+    root = write(tmp_path)
+    for name in ("wide.jpg", "tall.png"):
+        with open(root / "train2017" / name, "ab") as file:
+            file.write(bytes(5000))
+    assert len(read_split(root, "train").images) == 3
+
+
+def test_a_thumbnail_does_not_pass_for_the_image(tmp_path):
+    """The end marker inside an EXIF thumbnail is not that of the image."""
+    thumbnail = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(thumbnail, "JPEG")
+    path = write(tmp_path) / "train2017" / "wide.jpg"
+    exif = b"Exif\0\0II*\0\x08\0\0\0\0\0" + thumbnail.getvalue()
+    data = path.read_bytes()
+    data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:]
+    path.write_bytes(data)
+    assert read_header(path)[:3] == (20, 16, 1)
+    path.write_bytes(data[:-2])
+    problem(tmp_path, "image 'wide.jpg'", "end marker is missing")
+    path.write_bytes(data[: 6 + len(exif)])
+    problem(tmp_path, "image 'wide.jpg'", "truncated")
+
+
+OTHER = {
+    "empty": (b"", "the file is empty"),
+    "text": (b"<html>404</html>", "neither a JPEG nor a PNG"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 16\n", "neither a JPEG nor a PNG"),
+    "gif": (b"GIF89a" + bytes(60), "neither a JPEG nor a PNG"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_file_that_is_no_image(tmp_path, case):
+    root = write(tmp_path)
+    (root / "train2017" / "wide.jpg").write_bytes(OTHER[case][0])
+    problem(root, "image 'wide.jpg' (id 31)", OTHER[case][1])
+
+
+def test_image_of_another_size_than_declared(tmp_path):
+    def change(document):
+        document["images"][0].update(width=24)
+        document["images"][1].update(height=25)
+        document["annotations"].pop(2)
+
+    error = problem(
+        write(tmp_path, edited(change)),
+        "image 'wide.jpg' (id 31): it has 20x16 pixels, but 24x16 are declared",
+        "image 'tall.png' (id 12): it has 10x24 pixels, but 10x25 are declared",
+    )
+    assert len(error.problems) == 2
+
+
+def png(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_image_bomb(tmp_path):
+    root = write(tmp_path)
+    (root / "train2017" / "tall.png").write_bytes(png(100_000, 100_000))
+    problem(root, "image 'tall.png'", "100000x100000 pixels; at most 89478485 are decoded")
+    (root / "train2017" / "tall.png").write_bytes(png(0, 5))
+    problem(root, "image 'tall.png'", "0x5 pixels")
+
+
+def test_links(tmp_path):
+    outside = tmp_path / "outside"
+    root = write(tmp_path / "data")
+    shutil.copytree(root / "train2017", outside)
+    image = root / "train2017" / "wide.jpg"
+    # Within the data directory a link is harmless.
+    image.rename(root / "wide.jpg")
+    image.symlink_to("../wide.jpg")
+    assert len(read_split(root, "train").images) == 3
+    # So is a folder that the user keeps elsewhere.
+    shutil.rmtree(root / "train2017")
+    (root / "train2017").symlink_to(outside)
+    assert len(read_split(root, "train").images) == 3
+    (root / "train2017").unlink()
+    shutil.copytree(outside, root / "train2017")
+    # A file name that leads out is not, whether its last part is the link or a folder on the way.
+    image.unlink()
+    image.symlink_to(outside / "wide.jpg")
+    problem(root, "image 'wide.jpg'", "a symbolic link that leaves the data directory")
+    image.unlink()
+    image.symlink_to("wide.jpg")
+    problem(root, "image 'wide.jpg'", "cannot be read")
+    image.unlink()
+    shutil.copy(outside / "wide.jpg", image)
+    shutil.rmtree(root / "train2017" / "sub")
+    (root / "train2017" / "sub").symlink_to(outside / "sub")
+    problem(root, "image 'sub/empty.jpg'", "behind a symbolic link that leaves the data directory")
+
+
+def test_things_that_are_no_files(tmp_path):
+    root = write(tmp_path)
+    for name in ("wide.jpg", "tall.png", "sub/empty.jpg"):
+        (root / "train2017" / name).unlink()
+    os.mkfifo(root / "train2017" / "wide.jpg")
+    (root / "train2017" / "tall.png").mkdir()
+    shutil.rmtree(root / "train2017" / "sub")
+    (root / "train2017" / "sub").touch()
+    error = problem(root, "image 'wide.jpg' (id 31): not a regular file", "image 'tall.png'", "image 'sub/empty.jpg'")
+    assert len(error.problems) == 3
+
+
+def test_name_too_long_for_the_file_system(tmp_path):
+    contents = edited(lambda document: document["images"][0].update(file_name="x" * 5000))
+    problem(write(tmp_path, contents), "image 'xxx", "cannot be read: File name too long")
+
+
+def saved(path: Path, image: Image.Image, **options) -> Path:
+    image.save(path, **options)
+    return path
+
+
+ORIENTED = [(name, orientation) for name in ("x.jpg", "x.png") for orientation in range(1, 9)]
+
+
+@pytest.mark.parametrize("name,orientation", ORIENTED)
+def test_exif_orientation(tmp_path, name, orientation):
+    """The declared size decides whether the image is meant as displayed or as stored."""
+    pixels = np.random.default_rng(orientation).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path / name, Image.fromarray(pixels), exif=exif)
+    header = read_header(path)
+    assert header[:3] == (9, 6, orientation)
+    with Image.open(path) as image:
+        stored = np.asarray(image)
+        upright = np.asarray(ImageOps.exif_transpose(image))
+    height, width = upright.shape[:2]
+    assert applied_orientation(header, width, height) == orientation
+    np.testing.assert_array_equal(decode(path, width, height, orientation), upright)
+    if orientation >= 5:
+        assert applied_orientation(header, 9, 6) == 1
+        np.testing.assert_array_equal(decode(path, 9, 6, 1), stored)
+    assert applied_orientation(header, 9, 7) is None
+
+
+def test_oriented_image_in_a_data_directory(tmp_path):
+    root = write(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = root / "train2017" / "wide.jpg"
+    with Image.open(path) as image:
+        image.load()
+        image.save(path, exif=exif)
+    stored = next(r for r in read_split(root, "train").images if r.image_id == 31)
+    assert (stored.orientation, read_image(stored).shape) == (1, (16, 20, 3))
+    contents = edited(
+        lambda document: (document["images"][0].update(width=16, height=20), document["annotations"].pop(2))
+    )
+    write_json(root, "train", contents["train"])
+    upright = next(r for r in read_split(root, "train").images if r.image_id == 31)
+    assert (upright.orientation, read_image(upright).shape) == (6, (20, 16, 3))
+    np.testing.assert_array_equal(read_image(upright), np.rot90(read_image(stored), -1))
+
+
+def test_colour_modes_become_rgb(tmp_path):
+    ramp = np.arange(0, 240, 2, dtype=np.uint8).reshape(10, 12)
+    grey = np.repeat(ramp[..., None], 3, 2)
+    rgb = np.random.default_rng(0).integers(0, 256, (10, 12, 3), dtype=np.uint8)
+    palette = Image.fromarray(ramp).convert("P")
+    palette.putpalette([255 - v for v in range(256) for _ in range(3)])
+    cmyk = np.dstack([np.zeros_like(ramp)] * 3 + [ramp])
+    deep = (ramp.astype(np.uint16) << 8) | 0x80
+    cases = {
+        "grey.png": (Image.fromarray(ramp), {}, grey),
+        "grey-alpha.png": (Image.fromarray(np.dstack([ramp, 255 - ramp])), {}, grey),
+        "alpha.png": (Image.fromarray(np.dstack([rgb, ramp])), {}, rgb),
+        "palette.png": (palette, {}, 255 - grey),
+        "palette-alpha.png": (palette, {"transparency": bytes(range(256))}, 255 - grey),
+        "bits.png": (Image.fromarray(ramp > 100), {}, np.where(grey > 100, 255, 0)),
+        # 16 bits: v * 255 / 65535, to the nearest.
+        "deep.png": (Image.fromarray(deep), {}, np.rint(deep / 257.0)[..., None].repeat(3, 2)),
+        "cmyk.jpg": (Image.fromarray(cmyk, "CMYK"), {"quality": 100, "subsampling": 0}, 255 - grey),
+        "grey.jpg": (Image.fromarray(ramp), {"quality": 100}, grey),
+        "progressive.jpg": (Image.fromarray(grey), {"quality": 100, "progressive": True}, grey),
+    }
+    for name, (image, options, expected) in cases.items():
+        path = saved(tmp_path / name, image, **options)
+        assert read_header(path)[:3] == (12, 10, 1), name
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            got = decode(path, 12, 10)
+        assert got.dtype == np.uint8 and got.shape == (10, 12, 3), name
+        # JPEG at full quality is off by a rounding or two; PNG is exact.
+        assert np.abs(got - expected.astype(float)).max() <= (2 if name.endswith("jpg") else 0), name
+
+
+def test_a_jpeg_named_png_is_read_for_what_it_is(tmp_path):
+    root = write(tmp_path)
+    folder = root / "train2017"
+    with Image.open(folder / "tall.png") as image:
+        image.load()
+        image.save(folder / "tall.png", format="JPEG")
+    assert read_image(read_split(root, "train").images[0]).shape == (24, 10, 3)
+
+
+def test_damage_that_only_decoding_finds(tmp_path):
+    root = write(tmp_path)
+    path = root / "train2017" / "tall.png"
+    data = bytearray(path.read_bytes())
+    spot = data.index(b"IDAT") + 40
+    data[spot : spot + 20] = bytes(20)
+    path.write_bytes(data)
+    record = read_split(root, "train").images[0]
+    with pytest.raises(DataError, match=r"tall\.png: it does not decode") as caught:
+        read_image(record)
+    assert caught.value.path == path
+    path.unlink()
+    with pytest.raises(DataError, match=r"tall\.png: it does not decode: FileNotFoundError"):
+        read_image(record)
+    Image.new("RGB", (11, 24)).save(path)
+    with pytest.raises(DataError, match=r"tall\.png: it has 11x24 pixels, expected 10x24"):
+        read_image(record)
+
+
+@pytest.mark.filterwarnings("ignore:.*(EXIF|Tag data).*:UserWarning:PIL")
+@pytest.mark.parametrize("name", ["wide.jpg", "tall.png"])
+def test_any_damage_to_an_image_reads_or_is_an_image_error(tmp_path, name):
+    path = write(tmp_path) / "train2017" / name
+    original = path.read_bytes()
+    generator = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(path) as image:
+        image.load()
+        image.save(path, exif=exif)
+    for source in (original, path.read_bytes()):
+        for _ in range(200):
+            data = bytearray(source)
+            # Headers first: most of the file is pixel data.
+            for spot in generator.integers(0, min(len(data), 700), generator.integers(1, 6)):
+                data[spot] = generator.choice([0, 1, 0xD8, 0xD9, 0xE1, 0xFF, generator.integers(256)])
+            path.write_bytes(data)
+            try:
+                header = read_header(path)
+                assert header.width * header.height > 0 and header.orientation in range(1, 9)
+            except ImageError:
+                header = None
+            try:
+                decode(path, *((20, 16) if name == "wide.jpg" else (10, 24)))
+            except ImageError:
+                continue
+
+
+@needs_coco
+def test_a_slice_of_the_real_coco_reads_as_it_is():
+    data = read_dataset(REAL)
+    for split, images, crowds, empty in ((data.train, 64, 7, 2), (data.val, 41, 5, 1)):
+        assert len(split.images) == images
+        assert sum(len(record.crowd_boxes) for record in split.images) == crowds
+        assert sum(len(record.boxes) + len(record.crowd_boxes) == 0 for record in split.images) == empty
+        assert len(split.category_ids) == 80 and split.category_ids[-1] == 90
+        content = json.loads(split.path.read_text())
+        truth = split.ground_truth
+        assert len(truth["annotations"]) == len(content["annotations"])
+        for ours, given in zip(truth["annotations"], content["annotations"], strict=True):
+            assert all(ours[key] == value for key, value in given.items() if key != "id")
+        for record in split.images:
+            assert read_image(record).shape == (record.height, record.width, 3)
