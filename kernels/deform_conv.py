@@ -212,7 +212,7 @@ def _check_level(x, offset, weight, mask, stride, padding, dilation) -> None:
     for name, tensor in (("input", x), ("offset", offset)) + ((("mask", mask),) if mask is not None else ()):
         _require(tensor.dim() == 4, f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
         _require(tensor.device == weight.device, f"{name} is on {tensor.device}, weight on {weight.device}")
-        if not torch.is_autocast_enabled(x.device.type):
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
             _require(tensor.dtype == weight.dtype, f"{name} is {tensor.dtype}, weight is {weight.dtype}")
     batch, channels, height, width = x.shape
     kernel = weight.shape[2:]
