@@ -184,8 +184,7 @@ OPS = (
 )
 
 
-# A deformable convolution counts as the dense convolution of its shape, the way PyTorch counts one. The dynamic ReLU is
-# elementwise, and elementwise work is not counted in anybody's GMACs.
+# A deformable convolution counts as the dense convolution of its shape, the way PyTorch counts one.
 @register_flop_formula(torch.ops.dyhead.deform_conv2d)
 def _count_deform_conv2d(inputs, offsets, masks, weight, *settings, out_shape, **named) -> int:
     return sum(2 * n * h * w * weight.numel() for n, _, h, w in offsets)
@@ -198,3 +197,9 @@ def _count_deform_conv2d_backward(
     # One product for the samples, which the gradients of input, offset and mask share, and one for the weight.
     products = any(needs[:3]) + bool(needs[3])
     return products * sum(2 * n * h * w * weight.numel() for n, _, h, w in offsets)
+
+
+@register_flop_formula([torch.ops.dyhead.dynamic_relu, torch.ops.dyhead.dynamic_relu_backward])
+def _count_dynamic_relu(*arguments, out_shape, **named) -> int:
+    # Elementwise, and PyTorch counts no elementwise work. Said here, so that it is known to be free and not forgotten.
+    return 0
