@@ -23,7 +23,9 @@ MAX_JSON_BYTES = 4 << 30
 MAX_INTEGER = 1 << 53
 MAX_COORDINATE = 1e9
 SHOWN_PROBLEMS = 50
-# A box is said to overhang from here on; below it is the rounding of x + width.
+# COCO's files give coordinates to two decimals.
+COORDINATE_STEP = 0.01
+# A box is said to overhang from here on; below it is the rounding of x + width in float64.
 OVERHANG_PIXELS = 1e-6
 
 _MISSING = object()
@@ -374,9 +376,11 @@ def _corners(
         entries, numbers: the annotations and their positions in the file, for the messages.
     """
     start, end = bbox[:, :2], bbox[:, :2] + bbox[:, 2:]
-    empty = (bbox[:, 2:] == 0).any(1)
-    # A box without area overlaps nothing; one that lies on the image's edge or within is harmless and only dropped.
-    outside = np.where(empty, ((start > sizes) | (end < 0)).any(1), ((start >= sizes) | (end <= 0)).any(1))
+    # A box without area overlaps nothing; one that lies within the image or, but for a rounding, on its edge is
+    # harmless and only dropped.
+    thin = (bbox[:, 2:] <= COORDINATE_STEP).any(1)
+    far = ((start > sizes + COORDINATE_STEP) | (end < -COORDINATE_STEP)).any(1)
+    outside = np.where(thin, far, ((start >= sizes) | (end <= 0)).any(1))
     for place in np.flatnonzero(outside):
         width, height = sizes[place].tolist()
         problems.append(
@@ -384,7 +388,7 @@ def _corners(
             f"outside its image of {width}x{height} pixels"
         )
     overhang = np.maximum(-start, end - sizes).max(1, initial=0.0)
-    clipped = (overhang > OVERHANG_PIXELS) & ~empty & ~outside
+    clipped = (overhang > OVERHANG_PIXELS) & ~thin & ~outside
     if clipped.any():
         most = overhang[clipped].max()
         notes.append(f"boxes that overhang their image, clipped: {clipped.sum()} (by up to {most:.3g} px)")

@@ -110,11 +110,12 @@ class Split:
             elif segmentation is not None:
                 annotation["segmentation"] = dict(segmentation)
         names = zip(self.category_ids, self.category_names, strict=True)
+        folder = os.path.join(self.path.parent.parent, f"{self.name}2017", "")
         return {
             "info": {},
             "licenses": [],
             "images": [
-                {"id": r.image_id, "file_name": Path(r.path).name, "width": r.width, "height": r.height}
+                {"id": r.image_id, "file_name": r.path.removeprefix(folder), "width": r.width, "height": r.height}
                 for r in self.images
             ],
             "annotations": annotations,
@@ -284,7 +285,7 @@ def _check_files(path: Path, root: Path, folder: Path, entries: list[ImageEntry]
     Raises:
         DataError: the folder is missing, or lists each image that is absent, damaged, of another size, or elsewhere.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(folder, [f"no such directory, but {path.name} names {len(entries)} images in it"])
     # The folder itself may be a link to where the user keeps the images; a file in it may not lead anywhere else.
     allowed = (os.path.realpath(root), os.path.realpath(folder))

@@ -111,6 +111,7 @@ BAD = {
     "box-below-image": (set_in("annotations", 1, "bbox", 1, 24), [ANNOTATION, "outside its image of 10x24"]),
     "box-left-of-image": (set_in("annotations", 1, "bbox", 0, -3), [ANNOTATION, "outside its image"]),
     "box-above-image": (set_in("annotations", 1, "bbox", 1, -4), [ANNOTATION, "outside its image"]),
+    "thin-box-outside": (set_in("annotations", 1, "bbox", [10.1, 2, 0.01, 4]), [ANNOTATION, "outside its image"]),
     "empty-box-far-away": (set_in("annotations", 1, "bbox", [30, 2, 0, 4]), [ANNOTATION, "outside its image"]),
     "polygon-text": (set_in("annotations", 1, "segmentation", ["1 2 3"]), [ANNOTATION, "polygon 0", "flat list"]),
     "polygon-odd": (set_in("annotations", 1, "segmentation", 0, [1, 2, 3]), [ANNOTATION, "has 3 numbers"]),
@@ -357,6 +358,8 @@ def test_boxes_are_dropped_and_clipped_and_counted(tmp_path):
             annotation(201, 31, 7, [5, 5, 0, 3]),
             annotation(202, 31, 7, [5, 5, 3, 0.0]),
             annotation(203, 31, 7, [20, 4, 0, 3]),
+            # A rounding of nothing, beside the edge.
+            annotation(207, 31, 7, [20.005, 4, 0.01, 3]),
             # Overhangs on every side, by at most 2 pixels.
             annotation(204, 25, 7, [-1, -2, 20, 21.5]),
             # Positive in float64, nothing in float32.
@@ -367,7 +370,7 @@ def test_boxes_are_dropped_and_clipped_and_counted(tmp_path):
     instances = read_instances(json_path(write(tmp_path, edited(change))))
     assert instances.notes == [
         "boxes that overhang their image, clipped: 1 (by up to 2 px)",
-        "boxes of zero width or height, dropped: 4",
+        "boxes of zero width or height, dropped: 5",
         "polygons of fewer than three points, dropped: 2",
     ]
     record = next(r for r in read_split(tmp_path, "train").images if r.image_id == 25)

@@ -76,8 +76,9 @@ def test_ground_truth_is_the_file_with_ids_from_one(tmp_path):
     assert [a["id"] for a in truth["annotations"]] == [1, 2, 3, 4, 5]
     for ours, given in zip(truth["annotations"], contents["train"]["annotations"], strict=True):
         assert {**ours, "id": given["id"]} == given
-    sizes = {(i["id"], i["width"], i["height"]) for i in contents["train"]["images"]}
-    assert {(i["id"], i["width"], i["height"]) for i in truth["images"]} == sizes
+    keys = ("id", "file_name", "width", "height")
+    given = {tuple(image[key] for key in keys) for image in contents["train"]["images"]}
+    assert {tuple(image[key] for key in keys) for image in truth["images"]} == given
     assert {(c["id"], c["name"]) for c in truth["categories"]} == {(3, "dog"), (7, "cat"), (90, "bird")}
     json.dumps(truth, allow_nan=False)
 

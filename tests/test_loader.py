@@ -212,7 +212,10 @@ def test_seeds_and_steps_differ(mixed):
         ]
 
     first, second = drawn(0), drawn(1)
-    assert first == drawn(0) and first != second
+    assert first == drawn(0)
+    # The order and the scales each follow the seed.
+    assert [[entry[0] for entry in batch] for batch in first] != [[entry[0] for entry in batch] for batch in second]
+    assert [[min(entry[2:]) for entry in b] for b in first] != [[min(entry[2:]) for entry in b] for b in second]
     assert all(a != b for a, b in pairwise(first))
     # Four sides of 40 draws: none is left out, and a batch is not of one scale.
     assert len({min(entry[2:]) for batch in first for entry in batch}) == 4
