@@ -43,7 +43,7 @@ class Op:
         name: Of the public function.
         function: The operator, called with the tensors of `make_inputs` by name.
         reference: The definition in differentiable plain PyTorch, called alike.
-        make_inputs: (shape, dtype, device, seed) -> the tensors by name, all differentiable.
+        make_inputs: (shape, dtype, device, seed) -> the tensors by name, all differentiable; one is `input`.
         shared: Names of the tensors that all images of a batch share; the others have the batch in front.
         forward_flops: Floating-point operations of one forward call on such tensors.
         backward_ratio: Operations of the backward, as a multiple of the forward's.
@@ -84,8 +84,17 @@ class Op:
         return {name: _relative_error(found[name], expected[name]) for name in found}
 
     def limits(self, inputs: dict[str, Tensor], floor: float) -> dict[str, float]:
-        """What `errors` may be: `tolerance` times the reference's own in this precision, and `floor` on top."""
-        return {name: self.tolerance * e + floor for name, e in self.errors(self.reference, inputs).items()}
+        """What `errors` may be: `tolerance` times the reference's own in this precision, and `floor` on top.
+
+        For 16-bit tensors the reference computes in float32 and its results are rounded: in 16 bits it could not even
+        tell the coordinates of two pixels of a large map apart.
+        """
+
+        def rounded(**tensors: Tensor) -> Tensor:
+            wide = {name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in tensors.items()}
+            return self.reference(**wide).to(tensors["input"].dtype)
+
+        return {name: self.tolerance * error + floor for name, error in self.errors(rounded, inputs).items()}
 
     def _expected(self, inputs: dict[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:
         # Image by image: the reference keeps many intermediate maps, in float64.

@@ -5,8 +5,46 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tabulate import tabulate
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_configure(config):
+    # Without the flag a benchmark runs once, untimed: enough to see that it still works.
+    if not config.getoption("benchmark_only", True):
+        config.option.benchmark_disable = True
+
+
+def _measured(config) -> list | None:
+    """What `--benchmark-only` measured; None without the flag."""
+    if config.getoption("benchmark_only", False) and not config.option.collectonly:
+        return config._benchmarksession.benchmarks
+    return None
+
+
+def pytest_sessionfinish(session):
+    if _measured(session.config) == [] and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    measured = _measured(config)
+    if measured is None:
+        return
+    rows = [{"benchmark": benchmark.name} | benchmark.extra_info for benchmark in measured]
+    terminalreporter.write_line(tabulate(rows, headers="keys", floatfmt=".4g"))
+    reasons = {str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", ())}
+    for reason in sorted(reason for reason in reasons if "missing provider" in reason):
+        terminalreporter.write_line(reason.removeprefix("Skipped: "), yellow=True)
+    if not measured:
+        terminalreporter.write_line("ERROR: --benchmark-only, but nothing was measured", red=True)
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    from kernels.roofline import default_device, machine_line
+
+    machine_info["summary"] = machine_line(default_device())
 
 
 def pytest_collection_modifyitems(items):
