@@ -205,6 +205,19 @@ def test_a_thumbnail_does_not_pass_for_the_image(tmp_path):
     problem(tmp_path, "image 'wide.jpg'", "truncated")
 
 
+def test_segments_that_come_before_the_frame(tmp_path):
+    """Huffman tables may stand before the frame header; their marker lies among those of frames."""
+    path = write(tmp_path) / "train2017" / "wide.jpg"
+    data = path.read_bytes()
+    frame, table = data.index(b"\xff\xc0"), data.index(b"\xff\xc4")
+    (length,) = struct.unpack(">H", data[table + 2 : table + 4])
+    moved = data[table : table + 2 + length]
+    assert frame < table
+    path.write_bytes(data[:frame] + moved + data[frame:table] + data[table + len(moved) :])
+    assert read_header(path)[:3] == (20, 16, 1)
+    assert decode(path, 20, 16).shape == (16, 20, 3)
+
+
 OTHER = {
     "empty": (b"", "the file is empty"),
     "text": (b"<html>404</html>", "neither a JPEG nor a PNG"),
@@ -351,7 +364,7 @@ def test_colour_modes_become_rgb(tmp_path):
     palette = Image.fromarray(ramp).convert("P")
     palette.putpalette([255 - v for v in range(256) for _ in range(3)])
     cmyk = np.dstack([np.zeros_like(ramp)] * 3 + [ramp])
-    deep = (ramp.astype(np.uint16) << 8) | 0x80
+    deep = (ramp.astype(np.uint16) << 8) | 0xFF - ramp
     cases = {
         "grey.png": (Image.fromarray(ramp), {}, grey),
         "grey-alpha.png": (Image.fromarray(np.dstack([ramp, 255 - ramp])), {}, grey),
