@@ -37,14 +37,15 @@ def _loops(mask: np.ndarray) -> list[tuple[np.ndarray, bool]]:
     return loops
 
 
-def _area(points: np.ndarray) -> float:
-    x, y = points[:, 0], points[:, 1]
-    return abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
+def polygon_area(points: np.ndarray) -> float:
+    """Area of a simple polygon (n, 2), by the shoelace formula."""
+    x, y = points.T
+    return abs(float(np.dot(x[:-1], y[1:]) - np.dot(x[1:], y[:-1]) + x[-1] * y[0] - x[0] * y[-1])) / 2
 
 
 def _rounded(corners: np.ndarray) -> np.ndarray:
     """Every corner replaced by the two points half a pixel before and after it, so that stairs become slanted lines."""
-    ahead = np.roll(corners, -1, axis=0)
+    ahead = np.concatenate([corners[1:], corners[:1]])
     half = np.sign(ahead - corners) / 2
     return np.stack([corners + half, ahead - half], axis=1).reshape(-1, 2)
 
@@ -72,7 +73,7 @@ def _simplified(points: np.ndarray, tolerance: float) -> np.ndarray:
 
 def _contains(polygon: np.ndarray, point: np.ndarray) -> bool:
     """Even-odd rule: is the point inside the polygon of axis-parallel edges."""
-    ahead = np.roll(polygon, -1, axis=0)
+    ahead = np.concatenate([polygon[1:], polygon[:1]])
     vertical = polygon[:, 0] == ahead[:, 0]
     low, high = np.minimum(polygon[:, 1], ahead[:, 1]), np.maximum(polygon[:, 1], ahead[:, 1])
     return bool(np.sum(vertical & (low <= point[1]) & (point[1] < high) & (polygon[:, 0] > point[0])) % 2)
@@ -102,14 +103,14 @@ def mask_to_polygons(mask: np.ndarray, tolerance: float, speck: float) -> list[n
         One float64 array (n >= 3, 2) of (x, y) per region, in pixel edges: the pixel in column 0 spans 0 to 1.
     """
     loops = _loops(mask)
-    regions = sorted((corners for corners, hole in loops if not hole), key=_area, reverse=True)
-    regions = [corners for i, corners in enumerate(regions) if i == 0 or _area(corners) >= speck]
+    regions = sorted((corners for corners, hole in loops if not hole), key=polygon_area, reverse=True)
+    regions = [corners for i, corners in enumerate(regions) if i == 0 or polygon_area(corners) >= speck]
     polygons = []
     for corners in regions:
         slim = _simplified(_rounded(corners), tolerance)
         polygons.append(slim if len(slim) >= 3 else corners)
     for corners, hole in loops:
-        if not hole or _area(corners) < speck:
+        if not hole or polygon_area(corners) < speck:
             continue
         inside = [i for i, region in enumerate(regions) if _contains(region, corners[0])]
         slim = _simplified(_rounded(corners), tolerance)
