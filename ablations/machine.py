@@ -59,7 +59,7 @@ def machine_line(machines: Iterable[Mapping]) -> str:
         name = (machine.get("commit") or "unknown")[:12]
         return f"{name} with uncommitted changes" if machine.get("dirty") else name
 
-    return " | ".join(
+    line = " | ".join(
         (
             f"device: {each(device)}",
             f"driver: {each(lambda machine: machine.get('driver') or 'none')}",
@@ -70,6 +70,7 @@ def machine_line(machines: Iterable[Mapping]) -> str:
             f"command: {each(lambda machine: machine.get('command') or 'unknown')}",
         )
     )
+    return " ".join(line.split())
 
 
 def own_command() -> str:
