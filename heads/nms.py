@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # Boxes per overlap matrix. Small where the matrix itself is the cost, large where the transfer is.
-_BLOCK_CPU = 256
+_BLOCK_CPU = 128
 _BLOCK_GPU = 2048
 
 

@@ -60,8 +60,8 @@ def test_an_overlap_equal_to_the_threshold_is_kept(golden, threshold):
     "scene",
     [
         pytest.param({"count": 1}, id="one"),
-        pytest.param({"count": 256}, id="one block"),
-        pytest.param({"count": 257}, id="one more than a block"),
+        pytest.param({"count": 128}, id="one block"),
+        pytest.param({"count": 129}, id="one more than a block"),
         pytest.param({"count": 700, "duplicates": True}, id="duplicates"),
         pytest.param({"count": 700, "ties": True}, id="ties"),
         pytest.param({"count": 700, "duplicates": True, "ties": True, "classes": 3}, id="all of it"),

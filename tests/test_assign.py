@@ -1,0 +1,86 @@
+"""Assignment against the published algorithm written as plain loops."""
+
+import pytest
+import torch
+
+from heads.anchors import anchor_grid, cell_anchors
+from heads.assign import assign_atss
+from heads.boxes import pairwise_iou
+
+STRIDES = (8, 16, 32, 64, 128)
+
+
+def plain_atss(anchors, counts, boxes, valid, topk=9):
+    """The published algorithm for one image, box by box over all anchors, in float64."""
+    anchors, boxes = anchors.double(), boxes.double()
+    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+    ious = pairwise_iou(anchors, boxes)
+    best, matched = torch.full((len(anchors),), -1.0, dtype=torch.float64), torch.full((len(anchors),), -1)
+    for k, box in enumerate(boxes):
+        distance = ((centres - (box[:2] + box[2:]) / 2) ** 2).sum(1)
+        candidates, start = [], 0
+        for count in counts:
+            at = torch.arange(start, start + count)[valid[start : start + count]]
+            candidates.append(at[distance[at].argsort(stable=True)[:topk]])
+            start += count
+        candidates = torch.cat(candidates)
+        threshold = ious[candidates, k].mean() + ious[candidates, k].std()
+        for a in candidates.tolist():
+            inside = min(*(centres[a] - box[:2]).tolist(), *(box[2:] - centres[a]).tolist()) > 0.01
+            if ious[a, k] >= threshold and inside and ious[a, k] > best[a]:
+                best[a], matched[a] = ious[a, k], k
+    return matched
+
+
+def random_boxes(count: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
+    centre = torch.rand(count, 2, generator=generator) * torch.tensor([width, height])
+    side = torch.exp(torch.rand(count, 2, generator=generator) * 4 + 1.5)
+    return torch.cat([centre - side / 2, centre + side / 2], 1)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("sizes", "topk"),
+    [
+        (((16, 16), (8, 8), (4, 4), (2, 2), (1, 1)), 9),
+        # Strips, where the candidates of a level lie in one row or column.
+        (((1, 40), (1, 20), (1, 10), (1, 5), (1, 3)), 9),
+        (((23, 2), (12, 1), (6, 1), (3, 1), (2, 1)), 9),
+        (((19, 25), (10, 13)), 4),
+        (((13, 17), (7, 9), (4, 5)), 30),
+    ],
+)
+def test_assignment_equals_the_plain_algorithm(sizes, topk, offset):
+    generator = torch.Generator().manual_seed(0)
+    strides = STRIDES[: len(sizes)]
+    grid = anchor_grid(sizes, strides, [cell_anchors([8 * s]) for s in strides], offset)
+    height, width = 8 * sizes[0][0], 8 * sizes[0][1]
+    counts = [0, 1, 40, 15]
+    # Some boxes overhang the image, so that anchors centred on its border can be positive too.
+    boxes = [random_boxes(n, height, width, generator) for n in counts]
+    valid_sizes = torch.tensor([[[-(-h * k // 4), -(-w * k // 4)] for h, w in sizes] for k in (4, 4, 3, 2)])
+    matched = assign_atss(grid, boxes, topk, valid_sizes)
+    for image in range(len(counts)):
+        valid = torch.cat(
+            [
+                ((torch.arange(h) < vh)[:, None] & (torch.arange(w) < vw)).flatten()
+                for (h, w), (vh, vw) in zip(sizes, valid_sizes[image].tolist(), strict=True)
+            ]
+        )
+        want = plain_atss(grid.anchors, grid.counts, boxes[image], valid, topk)
+        first = sum(counts[:image])
+        assert torch.equal(matched[image], torch.where(want >= 0, want + first, -1))
+    assert (matched >= 0).any()
+    # All levels whole is the same as saying nothing about it.
+    whole = torch.tensor([sizes] * len(boxes))
+    assert torch.equal(assign_atss(grid, boxes, topk, whole), assign_atss(grid, boxes, topk))
+
+
+def test_equally_near_anchors_are_taken_in_order():
+    """A box centred on a corner of four cells: their centres are equally near, and so are their overlaps."""
+    grid = anchor_grid([(4, 4)], [8], [cell_anchors([16])], 0.5)
+    box = torch.tensor([[8.0, 8.0, 24.0, 24.0]])
+    for topk, chosen in ((2, [5, 6]), (4, [5, 6, 9, 10])):
+        assert (assign_atss(grid, [box], topk) >= 0).nonzero()[:, 1].tolist() == chosen
+    twice = assign_atss(grid, [box.repeat(2, 1)], topk=4)
+    assert set(twice[twice >= 0].tolist()) == {0}
