@@ -46,7 +46,8 @@ class Branch(nn.Module):
             sampled = [F.conv2d(x, self.weight, self.bias, self.stride, padding=1) for x in maps]
         else:
             sampled = deform_conv2d_levels(maps, offsets, self.weight, self.bias, self.stride, padding=1, masks=masks)
-        return [self.norm(x) for x in sampled]
+        # nn.GroupNorm refuses a group of a single value, which a 1×1 map at 16 channels has.
+        return [torch.group_norm(x, GROUPS, self.norm.weight, self.norm.bias, self.norm.eps) for x in sampled]
 
 
 class SpatialAttention(nn.Module):
