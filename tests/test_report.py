@@ -177,6 +177,8 @@ def test_effects_of_each_treatment_of_offsets_share_the_cells_without_s():
             other["cell"]["coarse_offsets"] = "prefix"
             other["metrics"]["AP"] += 1
             rows.append(other)
+        else:
+            row["cell"]["coarse_offsets"] = "crop"
     table = effects_table(rows)
     assert table["formulation"].to_list() == ["released", "released, prefix"]
     assert table["S"].to_list() == pytest.approx([3.25, 4.25]) and table["L"].to_list() == pytest.approx([1.25, 1.25])
@@ -227,7 +229,7 @@ def test_ap_against_depth_shows_every_subset_and_the_baseline():
 
 
 def test_ap_against_latency_joins_the_points_that_none_beats():
-    points = {"none": (5.0, 20.0), "L": (6.0, 19.0), "S": (7.0, 25.0), "C": (7.0, 24.0), "LSC": (9.0, 25.0)}
+    points = {"none": (5.0, 20.0), "L": (6.0, 19.0), "S": (7.0, 25.0), "C": (7.0, 24.0), "LSC": (7.5, 25.0)}
     rows = [make_row("baseline", latency_ms_p50=8.0)]
     rows[0]["metrics"]["AP"] = 26.0
     for name, (latency, ap) in points.items():

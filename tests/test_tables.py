@@ -159,6 +159,8 @@ def test_another_schedule_or_data_set_is_another_table():
     assert [len(section.rows) for section in make_sections([*make_rows(), longer])] == [17, 1]
     other = make_row("LSC", 1, cell={"data_fingerprint": "beef"}, key="other", started="2027")
     assert [len(section.rows) for section in make_sections([*make_rows(), other])] == [17, 1]
+    other["cell"]["detector"] = "fcos"
+    assert [len(section.rows) for section in make_sections([*make_rows(), other])] == [17, 1]
 
 
 def test_detectors_with_schedules_of_their_own_share_a_table():
@@ -188,6 +190,8 @@ def test_formulations_are_told_apart():
     frame = make_frame(rows)
     names = ["released", "released, around_roi", "released, prefix", "released, resize", "paper"]
     assert list(frame["formulation"]) == names
+    without_offsets = [make_row("L", 1, cell={"formulation": name}) for name in ("paper", "released")]
+    assert list(make_frame(without_offsets)["formulation"]) == ["released", "paper"]
     assert as_text(make_frame([make_row("baseline")]))["formulation"][0] == ""
 
 
@@ -260,7 +264,7 @@ def check_latex(text):
     assert open_environments == []
     bare = re.sub(r"\\[\\{}%&#_$]", "", body)
     assert bare.count("{") == bare.count("}") and bare.count("$") % 2 == 0
-    assert not re.search(r"[%#±×]", bare) and body.isascii()
+    assert not re.search(r"[%#±×~^]", bare) and body.isascii()
     assert "_" not in re.sub(r"\$[^$]*\$", "", bare)
     align = re.search(r"\\begin\{tabular\}\{([lr]+)\}", body)[1]
     rows = [row for row in re.sub(r"\\[%&#_{}$]", "", body).split("\n") if row.endswith("\\\\")]
