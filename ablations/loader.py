@@ -43,11 +43,15 @@ def flip_boxes(boxes: np.ndarray, width: int) -> np.ndarray:
 
 
 class _Pixels:
-    """Images of a split at given sizes as (3, H, W) uint8 tensors, kept in memory if all that can be asked for fits."""
+    """Images of a split at given sizes, kept in memory if all that can be asked for fits.
+
+    Everything here and in `_make` is numpy and Pillow: a torch operation would start as many OpenMP threads as torch
+    has, in each loader thread anew and in the way of the training step.
+    """
 
     def __init__(self, records: Sequence[ImageRecord], short_sides: Sequence[int], max_size: int, budget: int):
         self.records = records
-        self.kept: dict[tuple[int, int, int], Tensor] = {}
+        self.kept: dict[tuple[int, int, int], np.ndarray] = {}
         shapes = np.array([(record.width, record.height) for record in records], dtype=np.float64)
         total = 0.0
         for short_side in sorted(set(short_sides)):
@@ -57,8 +61,8 @@ class _Pixels:
                 break
         self.keeps = total <= budget
 
-    def get(self, index: int, width: int, height: int) -> Tensor:
-        """The image at this size; not to be written to."""
+    def get(self, index: int, width: int, height: int, flip: bool = False) -> Tensor:
+        """The image at this size, (3, height, width) uint8, the caller's own."""
         key = (index, width, height)
         found = self.kept.get(key)
         if found is None:
@@ -66,10 +70,12 @@ class _Pixels:
             if pixels.shape[:2] != (height, width):
                 # Pillow puts pixel centres at half-integers and widens its filter when it shrinks.
                 pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
-            found = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+            found = np.array(pixels.transpose(2, 0, 1), order="C")
             if self.keeps:
                 self.kept[key] = found
-        return found
+            elif not flip:
+                return torch.from_numpy(found)
+        return torch.from_numpy((found[..., ::-1] if flip else found).copy())
 
 
 class _Ahead:
@@ -192,12 +198,10 @@ class Loader:
         for index, side, flip in zip(self.indices(step), sides.tolist(), flips.tolist(), strict=True):
             record = self.records[index]
             width, height = resized(record.width, record.height, self.short_sides[side], self.max_size)
-            image = self._pixels.get(index, width, height)
             boxes = scale_boxes(record.boxes, width / record.width, height / record.height)
             if flip:
                 boxes = flip_boxes(boxes, width)
-            # A copy either way: what is kept must not be changed by whoever trains on it.
-            images.append(image.flip(-1) if flip else image.clone())
+            images.append(self._pixels.get(index, width, height, flip))
             targets.append(
                 {
                     "boxes": torch.from_numpy(boxes),
@@ -281,8 +285,7 @@ class EvalLoader:
         for index in range(start, min(start + self.batch_size, len(self.records))):
             record = self.records[index]
             width, height = resized(record.width, record.height, self.short_side, self.max_size)
-            image = self._pixels.get(index, width, height)
-            images.append(image.clone() if self._pixels.keeps else image)
+            images.append(self._pixels.get(index, width, height))
             ratio = (height / record.height, width / record.width)
             shown.append(Shown(record.image_id, record.width, record.height, ratio))
         return images, shown
