@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import triton
 import triton.language as tl
 
+import kernels.compile
 from kernels.compile import TARGETS, all_specs, compile_spec
 from kernels.compile_spec import CompileSpec
 
@@ -65,6 +67,13 @@ def test_a_spill_is_a_problem(target, size):
     row = compile_spec(replace(SPILLING, constexprs={"SIZE": size}), target)
     assert row.spill_bytes > 0
     assert "spills" in row.problem
+
+
+def test_a_problem_is_named_and_fails_the_command(monkeypatch, capsys):
+    specs = [replace(SPILLING, constexprs={"SIZE": 128}), SPILLING]
+    monkeypatch.setattr(kernels.compile, "TRITON_MODULES", [SimpleNamespace(compile_specs=lambda: specs)])
+    assert kernels.compile.main(["--target", "sm_90", "--processes", "1"]) == 1
+    assert "2 compiled, 1 with a problem\ntoo many values fp32 sm_90: spills" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -123,10 +123,11 @@ def test_equal_lines_share_the_gradient_of_their_coefficients():
     assert found.flatten().tolist() == [10, 2, 10, 2]
 
 
-def test_nan_reaches_the_output():
-    coefficients = torch.zeros(1, 4, 2)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_nan_reaches_the_output(device):
+    coefficients = torch.zeros(1, 4, 2, device=device)
     coefficients[0, 3, 1] = torch.nan
-    assert dynamic_relu(torch.ones(1, 2, 1, 1), coefficients).isnan().flatten().tolist() == [False, True]
+    assert dynamic_relu(torch.ones(1, 2, 1, 1, device=device), coefficients).isnan().flatten().tolist() == [False, True]
 
 
 def test_gradcheck():
