@@ -322,6 +322,12 @@ def draw_scene(difficulty: Difficulty, seed: int, split: int, index: int) -> tup
     Returns:
         The pixels, uint8 (H, W, 3) RGB, and the COCO annotations without `id` and `image_id`.
     """
+    canvas = composed(difficulty, seed, split, index)
+    return canvas.finished(), canvas.annotations()
+
+
+def composed(difficulty: Difficulty, seed: int, split: int, index: int) -> Canvas:
+    """The image before its light and noise, with the record of what is in sight in it."""
     rng = np.random.default_rng([seed, split, index])
     canvas = Canvas(rng, difficulty)
     for _ in range(rng.integers(difficulty.clutter[0], difficulty.clutter[1] + 1)):
@@ -340,4 +346,4 @@ def draw_scene(difficulty: Difficulty, seed: int, split: int, index: int) -> tup
             canvas.place(SHAPES[shape % difficulty.classes], float(size))
     for _ in range(rng.integers(difficulty.occluders[0], difficulty.occluders[1] + 1)):
         canvas.clutter(front=True)
-    return canvas.finished(), canvas.annotations()
+    return canvas

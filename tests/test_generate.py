@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from pycocotools.coco import COCO
 from ablations import generate as generator
 from ablations.contours import mask_to_polygons, mask_to_runs
 from ablations.generate import DIFFICULTIES, VERSION, generate, main
-from ablations.scenes import draw_scene
+from ablations.scenes import composed, draw_scene
 from ablations.shapes import SHAPES
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +96,7 @@ def test_category_ids_have_gaps_and_names_are_single():
 @pytest.mark.parametrize("name", ["tiny", "small"])
 def test_polygons_boxes_and_areas_agree(sets, name):
     """pycocotools rasterises the polygons at eight times the size, where whole pixels matter little."""
-    zoom, errors = 8, []
+    zoom, errors, shorts = 8, [], []
     for annotation, image in annotated(sets[name]):
         x, y, w, h = annotation["bbox"]
         assert x >= 0 and y >= 0 and w > 0 and h > 0
@@ -108,14 +110,17 @@ def test_polygons_boxes_and_areas_agree(sets, name):
         runs = coco_mask.merge(coco_mask.frPyObjects(polygons, zoom * image["height"], zoom * image["width"]))
         points = np.concatenate([np.reshape(points, (-1, 2)) for points in annotation["segmentation"]])
         np.testing.assert_allclose([*points.min(0), *np.ptp(points, axis=0)], [x, y, w, h], atol=0.006)
-        # The last 0.35 pixels of a tip with an angle of 20 degrees are slimmer than an eighth of a pixel.
-        np.testing.assert_allclose(coco_mask.toBbox(runs) / zoom, [x, y, w, h], atol=0.5)
+        short = np.abs(coco_mask.toBbox(runs) / zoom - [x, y, w, h]).max()
+        shorts.append(short)
+        # A tip slimmer than an eighth of a pixel is lost: 0.35 pixels at an angle of 20 degrees, more at a cut corner.
+        assert short < 2
         error = coco_mask.area(runs) / zoom**2 - annotation["area"]
-        # Contours are kept to 0.35 pixels, most of them much better.
+        # Contours are kept to 0.35 pixels, on both sides of the line and most of them much better.
         assert abs(error) < 0.35 * (w + h) and abs(error) < 0.1 * annotation["area"]
         errors.append(error / annotation["area"])
-    assert abs(np.mean(errors)) < 0.005
-    assert np.quantile(np.abs(errors), 0.95) < 0.03
+    assert abs(np.mean(errors)) < 0.003
+    assert np.quantile(np.abs(errors), 0.9) < 0.025
+    assert np.quantile(shorts, 0.9) < 0.4
 
 
 def test_masks_lie_on_the_pixels_that_show_the_object(sets):
@@ -147,6 +152,21 @@ def test_sizes_cover_the_classes_of_coco(sets):
     longest = np.array([max(a["bbox"][2:]) for a, _ in annotated(sets["tiny"])])
     assert (longest >= 16).mean() > 0.8
     assert longest.max() > 64 and longest.min() < 20
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_every_object_stays_in_sight(name):
+    difficulty = DIFFICULTIES[name]
+    hidden = 0
+    for index in range(30):
+        canvas = composed(difficulty, 0, 0, index)
+        for label, thing in enumerate(canvas.things, start=1):
+            assert thing.seen == np.count_nonzero(canvas.labels == label)
+            assert thing.seen >= difficulty.visible * thing.whole
+            # Pillow draws a polygon with its border, half a sub-pixel more on each side; a filled ring has 37 % more.
+            assert thing.whole < 1000 or thing.seen < 1.2 * thing.whole
+            hidden += thing.seen < 0.95 * thing.whole
+    assert hidden >= 5
 
 
 def test_crowd_regions_are_runs_over_several_instances(sets):
@@ -235,11 +255,10 @@ def test_killed_generation_leaves_no_set_and_the_next_call_heals(tmp_path):
         victim.send_signal(signal.SIGKILL)
         victim.communicate()
     assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == []
+    # As if the killed call had asked for three images, so that the healing one need not draw 5,000.
     leftover = next(tmp_path.glob(".*.partial-*"))
-    # The next call for this set, made short: as many images as asked for are drawn by a stub.
-    name = leftover.name.removeprefix(".").split(".partial-")[0]
-    fewer = tmp_path / f".{name.replace('5000+1', '3+1')}.partial-killed"
-    leftover.rename(fewer)
+    fewer = leftover.rename(tmp_path / leftover.name.replace("5000+1", "3+1"))
+    assert fewer != leftover
     place = generate(tmp_path, "tiny", train=3, val=1)
     assert not fewer.exists()
     assert len(list((place / "train2017").iterdir())) == 3
@@ -264,6 +283,24 @@ def test_two_processes_at_once_make_one_set(tmp_path):
     assert len(list((Path(answers[0]) / "train2017").iterdir())) == 30
 
 
+def test_who_had_to_wait_takes_what_is_there(tmp_path, monkeypatch):
+    real = generator._locked
+
+    @contextmanager
+    def late(path):
+        with monkeypatch.context() as first:
+            first.setattr(generator, "_locked", real)
+            place = generate(tmp_path, "tiny", train=2, val=1)
+        before.update({p: p.stat().st_mtime_ns for p in place.rglob("*")})
+        with real(path):
+            yield
+
+    before = {}
+    monkeypatch.setattr(generator, "_locked", late)
+    place = generate(tmp_path, "tiny", train=2, val=1)
+    assert before and {p: p.stat().st_mtime_ns for p in place.rglob("*")} == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -279,8 +316,7 @@ def test_bad_arguments_are_named(tmp_path, arguments, message):
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
-    short = DIFFICULTIES["tiny"].__class__(**{**vars(DIFFICULTIES["tiny"]), "train": 2, "val": 9})
-    monkeypatch.setitem(DIFFICULTIES, "tiny", short)
+    monkeypatch.setitem(DIFFICULTIES, "tiny", replace(DIFFICULTIES["tiny"], train=2, val=9))
     sheet = tmp_path / "sheet.png"
     assert main([str(tmp_path), "--seed", "5", "--preview", str(sheet)]) == 0
     place = Path(capsys.readouterr().out.strip())
