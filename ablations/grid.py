@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 
-from heads.detector import DETECTORS
+from heads.build import DETECTORS
 from heads.dyhead import ATTENTIONS, FORMULATIONS, canonical
 
 GRIDS = ("default", "combinations", "depth", "detectors", "full")

@@ -23,7 +23,7 @@ from ablations.report import write_report
 from ablations.store import read_row, read_rows
 from ablations.tables import write_tables
 from ablations.work import Job
-from heads.detector import DETECTORS
+from heads.build import DETECTORS
 from kernels.backend import BACKENDS
 
 RUNS = Path("runs")

@@ -1,6 +1,6 @@
 """DyHead, the detectors it plugs into, and the weights released for them."""
 
-from heads.detector import build_detector
+from heads.build import build_detector
 from heads.dyhead import DyHead
 from heads.released import load_released
 

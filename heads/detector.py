@@ -1,12 +1,7 @@
-"""A detector is backbone → FPN → trunk → prediction head; `build_detector` puts one together by name."""
+"""A one-stage detector is backbone → FPN → trunk → prediction head."""
 
 import torch
 from torch import Tensor, nn
-
-from heads.atss import ATSSHead, ATSSTowers
-from heads.dyhead import DyHead
-from heads.fpn import FPN
-from heads.resnet import BACKBONES
 
 # ImageNet's channel statistics, RGB in [0, 1].
 MEAN = (0.485, 0.456, 0.406)
@@ -68,49 +63,3 @@ class Detector(nn.Module):
             batch = batch.contiguous(memory_format=torch.channels_last)
         maps = self.trunk(self.fpn(self.backbone(batch)))
         return self.head(*maps) if isinstance(maps, tuple) else self.head(maps, maps)
-
-
-def atss(num_classes: int, channels: int, trunk: nn.Module | None) -> tuple[nn.Module, nn.Module]:
-    """ATSS's trunk (its own towers unless one is given) and prediction head."""
-    towers = ATSSTowers(channels) if trunk is None else trunk
-    # With DyHead the towers are gone and the authors predict with 1×1 convolutions.
-    head = ATSSHead(
-        in_channels=channels, num_classes=num_classes, strides=FPN.strides, kernel_size=3 if trunk is None else 1
-    )
-    return towers, head
-
-
-DETECTORS = {"atss": atss}
-
-
-def build_detector(
-    name: str,
-    num_classes: int = 80,
-    backbone: str = "resnet50",
-    attentions: str | None = "LSC",
-    depth: int = 6,
-    formulation: str = "released",
-    coarse_offsets: str = "crop",
-    channels: int = 256,
-) -> Detector:
-    """Build a detector with its own towers or with DyHead in their place.
-
-    Args:
-        name: One of `DETECTORS`.
-        num_classes: Number of object classes, without a background class.
-        backbone: One of `BACKBONES`.
-        attentions: Subset of the letters L, S, C for DyHead, or None for the detector's own towers, its baseline.
-        depth: DyHead blocks.
-        formulation, coarse_offsets: See `DyHead`.
-        channels: Channels of the pyramid, a multiple of 16.
-
-    Raises:
-        ValueError: A name is unknown; the known ones are listed.
-    """
-    if name not in DETECTORS:
-        raise ValueError(f"unknown detector {name!r}; the detectors are {', '.join(DETECTORS)}")
-    if backbone not in BACKBONES:
-        raise ValueError(f"unknown backbone {backbone!r}; the backbones are {', '.join(BACKBONES)}")
-    body = BACKBONES[backbone]()
-    trunk = None if attentions is None else DyHead(channels, depth, attentions, formulation, coarse_offsets)
-    return Detector(body, FPN(body.channels, channels), *DETECTORS[name](num_classes, channels, trunk))

@@ -1,0 +1,55 @@
+"""`build_detector` puts a detector together by name, with its own towers or with DyHead in their place."""
+
+from torch import nn
+
+from heads.atss import ATSSHead, ATSSTowers
+from heads.detector import Detector
+from heads.dyhead import DyHead
+from heads.fpn import FPN
+from heads.resnet import BACKBONES, ResNet
+
+
+def atss(body: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
+    """ATSS; see `heads/atss.py`. With DyHead the towers are gone and the authors predict with 1×1 convolutions."""
+    head = ATSSHead(in_channels=channels, num_classes=num_classes, strides=FPN.strides, kernel_size=1 if dyhead else 3)
+    return Detector(body, FPN(body.channels, channels), dyhead or ATSSTowers(channels), head)
+
+
+# Name -> (backbone, number of classes, channels of the pyramid, DyHead or None for the detector's own towers) -> model.
+DETECTORS = {"atss": atss}
+
+
+def build_detector(
+    name: str,
+    num_classes: int = 80,
+    backbone: str = "resnet50",
+    attentions: str | None = "LSC",
+    depth: int = 6,
+    formulation: str = "released",
+    coarse_offsets: str = "crop",
+    channels: int = 256,
+) -> nn.Module:
+    """Build a detector.
+
+    Args:
+        name: One of `DETECTORS`.
+        num_classes: Number of object classes, without a background class.
+        backbone: One of `BACKBONES`.
+        attentions: Subset of the letters L, S, C for DyHead, or None for the detector's own towers, its baseline.
+        depth: DyHead blocks.
+        formulation, coarse_offsets: See `DyHead`.
+        channels: Channels of the pyramid, a multiple of 16.
+
+    Returns:
+        A module called as torchvision's detectors are: `model(images, targets)` -> losses in training, `model(images)`
+        -> detections in evaluation.
+
+    Raises:
+        ValueError: A name is unknown; the known ones are listed.
+    """
+    if name not in DETECTORS:
+        raise ValueError(f"unknown detector {name!r}; the detectors are {', '.join(DETECTORS)}")
+    if backbone not in BACKBONES:
+        raise ValueError(f"unknown backbone {backbone!r}; the backbones are {', '.join(BACKBONES)}")
+    dyhead = None if attentions is None else DyHead(channels, depth, attentions, formulation, coarse_offsets)
+    return DETECTORS[name](BACKBONES[backbone](), num_classes, channels, dyhead)
