@@ -106,9 +106,9 @@ def _implementation(backend: str):
     if backend == "torch":
         return deform_conv_cpu
     # Triton is looked for only where it is used: it is not installed on every system.
-    from kernels import deform_conv_triton
+    from kernels import deform_conv_launch
 
-    return deform_conv_triton
+    return deform_conv_launch
 
 
 class _DeformConv2d(torch.autograd.Function):
