@@ -9,9 +9,10 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -188,9 +189,10 @@ def _write(place: Path, difficulty: str, preset: Difficulty, seed: int, processe
     # A daemonic process, such as a worker of a pool, may not have children.
     if processes > 1 and not multiprocessing.current_process().daemon:
         # Not forked: the caller may have threads, and a fork of a process with threads can hang.
-        with closing(multiprocessing.get_context("spawn").Pool(processes)) as pool:
+        context = multiprocessing.get_context("spawn")
+        # Ctrl-C reaches every process of the group; the parent alone answers it, and ends the others.
+        with context.Pool(processes, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
             records = pool.map(draw, jobs, chunksize=16)
-        pool.join()
     else:
         records = [draw(job) for job in jobs]
     categories = [{"id": s.category_id, "name": s.name, "supercategory": "shape"} for s in SHAPES[: preset.classes]]
