@@ -13,6 +13,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from ablations import machine, measure
 from ablations.machine import machine_info, machine_line, own_command, public_command
 from ablations.measure import count_gmacs, count_parameters, measure_latency
+from heads import build_detector
 
 
 class Toy(nn.Module):
@@ -230,3 +231,20 @@ def test_the_commit_is_ours_or_none(tmp_path, monkeypatch):
     (tmp_path / "site").mkdir()
     monkeypatch.setattr(machine, "ROOT", tmp_path / "site")
     assert machine._commit.__wrapped__() == (None, None)
+
+
+def test_one_dyhead_block_costs_what_a_count_by_hand_and_the_papers_table_say():
+    image = torch.empty(3, 800, 1344, device="meta")
+    gmacs = {}
+    for depth in (1, 2):
+        with torch.device("meta"):
+            gmacs[depth] = count_gmacs(build_detector("atss", depth=depth).eval(), [image])
+    pixels = [100 * 168, 50 * 84, 25 * 42, 13 * 21, 7 * 11]
+    # Every level convolves itself, all but the first their finer neighbour, all but the last their coarser one.
+    convolved = sum(pixels) + sum(pixels[1:]) + sum(pixels[1:])
+    # The convolution of offsets and mask; a weight for each of 13 pooled maps; two linear layers for each level.
+    small = 27 * 9 * 256 * sum(pixels) + 13 * 256 + 5 * (256 * 64 + 64 * 1024)
+    block = gmacs[2] - gmacs[1]
+    assert block == pytest.approx((9 * 256 * 256 * convolved + small) / 1e9, rel=1e-9)
+    # Table 2 of the paper: 4 blocks cost 42.48 "GFLOPs" more than 2.
+    assert block == pytest.approx((-20.97 + 63.45) / 2, rel=0.01)
