@@ -320,7 +320,7 @@ def _speed_note(rows: list[dict]) -> str:
 
 def _plain(value) -> str:
     if isinstance(value, list | tuple):
-        return "×".join(map(str, value))
+        return "/".join(map(str, value))
     return "none" if value is None else str(value)
 
 
