@@ -86,7 +86,7 @@ def _backward_kernel(
     grad_x_stride_c,
     chunks,
     tiles_c,
-    steps,
+    STEPS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -98,8 +98,8 @@ def _backward_kernel(
     sum_b1 = tl.zeros((BLOCK_P, BLOCK_C), dtype=DTYPE)
     sum_a2 = tl.zeros((BLOCK_P, BLOCK_C), dtype=DTYPE)
     sum_b2 = tl.zeros((BLOCK_P, BLOCK_C), dtype=DTYPE)
-    # A chunk is `steps` tiles, `chunks` apart: programs that run together then read neighbouring pixels.
-    for _ in range(steps):
+    # A chunk is STEPS tiles, `chunks` apart: programs that run together then read neighbouring pixels.
+    for _ in range(STEPS):
         m_pc = (o_p < pixels)[:, None] & m_c[None, :]
         o_grad_y = i_n * grad_y_stride_n + o_p[:, None] * grad_y_stride_p + o_c[None, :] * grad_y_stride_c
         o_x = i_n * x_stride_n + o_p[:, None] * x_stride_p + o_c[None, :] * x_stride_c
@@ -190,8 +190,10 @@ def backward(grad_input: Tensor, grad_output: Tensor, input: Tensor, coefficient
     _, grad_x_strides = _flat_strides(grad_input)
     block = _block(_BACKWARD_TILE, pixels, channels, grad_x_strides[1] == 1)
     tiles_p, tiles_c = triton.cdiv(pixels, block["BLOCK_P"]), triton.cdiv(channels, block["BLOCK_C"])
-    # From the shape alone, never from the device: the order of summation is then the same everywhere.
+    # From the shape alone, never from the device: the order of summation is then the same everywhere. A power of two,
+    # so that few variants are compiled; known when compiled, because Triton 3.6 cannot interpret another under NumPy 2.4.
     steps = min(tiles_p, max(1, n * tiles_p * tiles_c // _BACKWARD_PROGRAMS))
+    steps = 2 ** (steps.bit_length() - 1)
     chunks = triton.cdiv(tiles_p, steps)
     partial = torch.empty((n, chunks, 4, channels), dtype=dtype, device=input.device)
     with torch.cuda.device_of(input):
@@ -208,7 +210,7 @@ def backward(grad_input: Tensor, grad_output: Tensor, input: Tensor, coefficient
             *grad_x_strides,
             chunks,
             tiles_c,
-            steps,
+            STEPS=steps,
             DTYPE=_TRITON_DTYPE[dtype],
             num_warps=_NUM_WARPS,
             **block,
@@ -232,7 +234,7 @@ def _compile_specs(dtype: str, layout: str) -> list[CompileSpec]:
     inner, outer = ("c", "p") if layout == "channels_last" else ("p", "c")
     constexprs = {"DTYPE": tl.float64 if dtype == "fp64" else tl.float32}
 
-    def spec(name, kernel, elements, tensors, partial, counters):
+    def spec(name, kernel, elements, tensors, partial, counters, **more):
         strides = {f"{t}_stride_{d}": "i32" for t in tensors for d in "npc" if d != inner}
         block = _block(elements, pixels, channels, inner == "p")
         return CompileSpec(
@@ -243,7 +245,7 @@ def _compile_specs(dtype: str, layout: str) -> list[CompileSpec]:
             | partial
             | dict.fromkeys(("pixels", "channels", *counters), "i32")
             | strides,
-            constexprs=constexprs | block | {f"{t}_stride_{inner}": 1 for t in tensors},
+            constexprs=constexprs | block | more | {f"{t}_stride_{inner}": 1 for t in tensors},
             num_warps=_NUM_WARPS,
             num_stages=3,
             dtype=dtype,
@@ -258,6 +260,7 @@ def _compile_specs(dtype: str, layout: str) -> list[CompileSpec]:
             _BACKWARD_TILE,
             ("grad_y", "x", "grad_x"),
             {"partial": f"*{accumulator}"},
-            ("chunks", "tiles_c", "steps"),
+            ("chunks", "tiles_c"),
+            STEPS=16,
         ),
     ]
