@@ -122,7 +122,6 @@ class _DeformConv2d(torch.autograd.Function):
             return tuple(op.redispatch(keyset, inputs, offsets, masks, weight, bias, *settings))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         weight, *tensors = ctx.saved_tensors
         inputs, offsets, masks = _part(tensors, ctx.levels)
@@ -141,6 +140,18 @@ class _DeformConv2d(torch.autograd.Function):
         return None, None, None, parts[3][0], parts[4][0], *parts[0], *parts[1], *parts[2]
 
 
+class _NotAgain(torch.autograd.Function):
+    """The backward as a step of a graph, which says what it cannot do instead of counting as a constant."""
+
+    @staticmethod
+    def forward(ctx, run, *tensors):
+        return tuple(run())
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError("deform_conv2d has no second derivative")
+
+
 def _part(tensors: Sequence[Tensor], levels: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     return list(tensors[:levels]), list(tensors[levels : 2 * levels]), list(tensors[2 * levels :])
 
@@ -154,6 +165,20 @@ def _differentiate(keyset, inputs, offsets, masks, weight, bias, *settings):
     with torch._C._AutoDispatchBelowAutograd():
         op = torch.ops.dyhead.deform_conv2d.default
         return op.redispatch(below, inputs, offsets, masks, weight, bias, *settings)
+
+
+def _differentiate_backward(keyset, grads, inputs, offsets, masks, weight, *settings):
+    below = keyset & torch._C._after_autograd_keyset
+
+    def run():
+        with torch._C._AutoDispatchBelowAutograd():
+            op = torch.ops.dyhead.deform_conv2d_backward.default
+            return op.redispatch(below, grads, inputs, offsets, masks, weight, *settings)
+
+    tensors = (*grads, *inputs, *offsets, *masks, weight)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return list(_NotAgain.apply(run, *tensors))
+    return run()
 
 
 def _autocast(device: str):
@@ -188,6 +213,7 @@ def _fake_backward(grads, inputs, offsets, masks, weight, stride, padding, dilat
 _library.impl("deform_conv2d", _forward, "CompositeExplicitAutograd")
 _library.impl("deform_conv2d_backward", _backward, "CompositeExplicitAutograd")
 _library.impl("deform_conv2d", _differentiate, "Autograd", with_keyset=True)
+_library.impl("deform_conv2d_backward", _differentiate_backward, "Autograd", with_keyset=True)
 for _device in ("cpu", "cuda"):
     for _name, _kernel in zip(("deform_conv2d", "deform_conv2d_backward"), _autocast(_device), strict=True):
         _library.impl(_name, _kernel, f"Autocast{_device.upper()}")
@@ -196,7 +222,7 @@ torch.library.register_fake("dyhead::deform_conv2d_backward", _fake_backward, li
 
 
 def _pair(value: int | Sequence[int], name: str, least: int) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
+    pair = list(value) if isinstance(value, Sequence) else [value, value]
     if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
         raise ValueError(f"{name} must be an int of at least {least} or a pair of them, got {value!r}")
     return pair
@@ -207,13 +233,17 @@ def _require(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _check_kind(name: str, tensor: Tensor, weight: Tensor) -> None:
+    _require(tensor.device == weight.device, f"{name} is on {tensor.device}, weight on {weight.device}")
+    if not torch.is_autocast_enabled(weight.device.type):
+        _require(tensor.dtype == weight.dtype, f"{name} is {tensor.dtype}, weight is {weight.dtype}")
+
+
 def _check_level(x, offset, weight, mask, stride, padding, dilation) -> None:
     """Raise a ValueError that says which shape is wrong and what it must be."""
     for name, tensor in (("input", x), ("offset", offset)) + ((("mask", mask),) if mask is not None else ()):
         _require(tensor.dim() == 4, f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
-        _require(tensor.device == weight.device, f"{name} is on {tensor.device}, weight on {weight.device}")
-        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
-            _require(tensor.dtype == weight.dtype, f"{name} is {tensor.dtype}, weight is {weight.dtype}")
+        _check_kind(name, tensor, weight)
     batch, channels, height, width = x.shape
     kernel = weight.shape[2:]
     taps = kernel[0] * kernel[1]
@@ -279,7 +309,7 @@ def deform_conv2d_levels(
     if bias is not None:
         shape = (weight.shape[0],)
         _require(tuple(bias.shape) == shape, f"bias must have shape {shape}, got {tuple(bias.shape)}")
-        _require(bias.device == weight.device, f"bias is on {bias.device}, weight on {weight.device}")
+        _check_kind("bias", bias, weight)
     backend = resolve_backend(weight.device)
     op = torch.ops.dyhead.deform_conv2d
     return op(inputs, offsets, masks, weight, bias, stride, padding, dilation, backend)
