@@ -26,11 +26,11 @@ from tabulate import tabulate
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import dynamic_relu_triton
+from kernels import deform_conv_launch, dynamic_relu_triton
 from kernels.backend import INTERPRET
 from kernels.compile_spec import CompileSpec
 
-TRITON_MODULES = (dynamic_relu_triton,)
+TRITON_MODULES = (deform_conv_launch, dynamic_relu_triton)
 
 
 @dataclass(frozen=True)

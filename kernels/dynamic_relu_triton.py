@@ -191,7 +191,7 @@ def backward(grad_input: Tensor, grad_output: Tensor, input: Tensor, coefficient
     block = _block(_BACKWARD_TILE, pixels, channels, grad_x_strides[1] == 1)
     tiles_p, tiles_c = triton.cdiv(pixels, block["BLOCK_P"]), triton.cdiv(channels, block["BLOCK_C"])
     # From the shape alone, never from the device: the order of summation is then the same everywhere. A power of two,
-    # so that few variants are compiled; known when compiled, because Triton 3.6 cannot interpret another under NumPy 2.4.
+    # so that few variants are compiled; a constant there, because Triton 3.6 interprets no other range under NumPy 2.4.
     steps = min(tiles_p, max(1, n * tiles_p * tiles_c // _BACKWARD_PROGRAMS))
     steps = 2 ** (steps.bit_length() - 1)
     chunks = triton.cdiv(tiles_p, steps)
