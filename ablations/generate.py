@@ -23,7 +23,7 @@ from ablations.scenes import Difficulty, draw_scene
 from ablations.shapes import SHAPES
 
 # Any change of what is drawn or written raises it: the directory and the JSON carry it, and so does a data fingerprint.
-VERSION = 1
+VERSION = 2
 
 DIFFICULTIES = {
     "tiny": Difficulty(
@@ -31,13 +31,13 @@ DIFFICULTIES = {
         val=150,
         sizes=((128, 128), (128, 112), (112, 128)),
         classes=5,
-        objects=(1, 5),
-        scale=(14, 68),
-        close_ups=0.15,
+        objects=(2, 5),
+        scale=(18, 88),
+        close_ups=0.1,
         close_up=(0.55, 0.75),
         crowds=0.0,
         deform=0.5,
-        clutter=(1, 4),
+        clutter=(0, 3),
         occluders=(0, 1),
         hollow=0.0,
         colour_bias=0.8,

@@ -106,9 +106,8 @@ def outcome(cell: Cell, job: Job, room: Room, notice) -> dict:
     """The measured part of a row."""
     device = torch.device(job.device)
     data = dataset(job.data)
-    model = build(cell, len(data.train.category_ids), job.weights).to(device)
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
+    model = build(cell, len(data.train.category_ids), job.weights)
+    model = model.to(device, memory_format=torch.channels_last)
 
     def report(step: int, loss: float) -> None:
         if step % STEPS_PER_NOTICE == 0:

@@ -133,7 +133,9 @@ class ATSSTowers(nn.Module):
             layers = []
             for _ in range(depth):
                 conv = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
-                nn.init.normal_(conv.weight, std=0.01)
+                # 0.01 at the published 256 channels. Behind a GroupNorm the scale sets the effective learning rate, so
+                # narrower towers start with the same variance of a sum over their inputs.
+                nn.init.normal_(conv.weight, std=0.01 * math.sqrt(256 / channels))
                 if bias:
                     nn.init.zeros_(conv.bias)
                 layers += [conv, nn.GroupNorm(groups, channels), nn.ReLU(inplace=True)]

@@ -10,8 +10,8 @@ from heads.resnet import BACKBONES, ResNet
 
 
 def atss(body: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
-    """ATSS; see `heads/atss.py`. With DyHead the towers are gone and the authors predict with 1×1 convolutions."""
-    head = ATSSHead(in_channels=channels, num_classes=num_classes, strides=FPN.strides, kernel_size=1 if dyhead else 3)
+    """ATSS; see `heads/atss.py`. Both trunks are followed by the 1×1 predictors of the authors' DyHead code."""
+    head = ATSSHead(in_channels=channels, num_classes=num_classes, strides=FPN.strides, kernel_size=1)
     return Detector(body, FPN(body.channels, channels), dyhead or ATSSTowers(channels), head)
 
 
