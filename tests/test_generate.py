@@ -151,7 +151,8 @@ def test_sizes_cover_the_classes_of_coco(sets):
         assert large == 0 if name == "tiny" else large > 0.02
     longest = np.array([max(a["bbox"][2:]) for a, _ in annotated(sets["tiny"])])
     assert (longest >= 16).mean() > 0.8
-    assert longest.max() > 64 and longest.min() < 20
+    low, high = DIFFICULTIES["tiny"].scale
+    assert longest.min() < 1.3 * low and longest.max() > 0.8 * high
 
 
 @pytest.mark.parametrize("name", ["tiny", "small"])
