@@ -1,4 +1,4 @@
-"""ATSS (Zhang, Chi, Yao, Lei, Li, CVPR 2020): its convolution towers and its prediction head.
+"""ATSS (Zhang, Chi, Yao, Lei, Li, CVPR 2020): its prediction head; `heads/towers.py` has its towers.
 
 Ingredients, as published:
 - one square anchor per cell, eight strides wide; 9 candidates per level, IoU threshold mean + standard deviation;
@@ -36,14 +36,14 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heads.anchors import Grid, Sizes, anchor_grid, cell_anchors, outside_padding
 from heads.assign import assign_atss
 from heads.boxes import DeltaCoder
-from heads.dense import best_per_level, detections, flatten_levels
+from heads.dense import best_per_level, detections, predict_rows
 from heads.losses import centerness_loss, giou_loss, sigmoid_focal_loss
+from heads.towers import Scale
 
 
 @dataclass(frozen=True)
@@ -103,50 +103,6 @@ class ATSSTargets(NamedTuple):
     boxes: Tensor
     centerness: Tensor
     valid: Tensor | None
-
-
-class Scale(nn.Module):
-    """One learned factor."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-
-
-class ATSSTowers(nn.Module):
-    """The trunk of plain ATSS: four 3×3 convolutions, GroupNorm and ReLU for each of two tasks, shared by all levels.
-
-    4,722,688 parameters at 256 channels, as in mmdetection; 4,724,736 with `bias`, as in the official code.
-
-    Args:
-        channels: of the pyramid.
-        depth: convolutions per tower.
-        groups: of the GroupNorms; None keeps the 8 channels per group that 32 groups are at 256 channels.
-        bias: whether the convolutions before the GroupNorms have one.
-    """
-
-    def __init__(self, channels: int, depth: int = 4, groups: int | None = None, bias: bool = False):
-        super().__init__()
-        groups = math.gcd(channels, min(32, max(1, channels // 8))) if groups is None else groups
-
-        def tower() -> nn.Sequential:
-            layers = []
-            for _ in range(depth):
-                conv = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
-                # 0.01 at the published 256 channels. Behind a GroupNorm the scale sets the effective learning rate, so
-                # narrower towers start with the same variance of a sum over their inputs.
-                nn.init.normal_(conv.weight, std=0.01 * math.sqrt(256 / channels))
-                if bias:
-                    nn.init.zeros_(conv.bias)
-                layers += [conv, nn.GroupNorm(groups, channels), nn.ReLU(inplace=True)]
-            return nn.Sequential(*layers)
-
-        self.classification = tower()
-        self.regression = tower()
-
-    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Maps (N, C, H_l, W_l) to maps of the same shapes for classification, and for boxes and centerness."""
-        return [self.classification(f) for f in features], [self.regression(f) for f in features]
 
 
 class ATSSHead(nn.Module):
@@ -228,20 +184,12 @@ class ATSSHead(nn.Module):
         sizes = tuple((f.shape[2], f.shape[3]) for f in reg_features)
         # One convolution does the work of those that read the same map.
         if cls_features is reg_features:
-            rows = self._predict(reg_features, self.cls_logits, self.bbox_pred, self.centerness)
-            logits, deltas, centerness = rows.split([self.num_classes, 4, 1], -1)
+            logits, deltas, centerness = predict_rows(reg_features, self.cls_logits, self.bbox_pred, self.centerness)
         else:
-            logits = self._predict(cls_features, self.cls_logits)
-            deltas, centerness = self._predict(reg_features, self.bbox_pred, self.centerness).split([4, 1], -1)
+            (logits,) = predict_rows(cls_features, self.cls_logits)
+            deltas, centerness = predict_rows(reg_features, self.bbox_pred, self.centerness)
         scale = torch.cat([s.scale.expand(h * w) for s, (h, w) in zip(self.scales, sizes, strict=True)])
         return ATSSOutputs(logits, deltas * scale[:, None], centerness[..., 0], sizes)
-
-    def _predict(self, features: list[Tensor], *predictors: nn.Conv2d) -> Tensor:
-        first = predictors[0]
-        weight, bias = first.weight, first.bias
-        if len(predictors) > 1:
-            weight, bias = torch.cat([p.weight for p in predictors]), torch.cat([p.bias for p in predictors])
-        return flatten_levels([F.conv2d(f, weight, bias, padding=first.padding) for f in features], len(bias))
 
     def grid(self, outputs: ATSSOutputs) -> Grid:
         """The anchors of `outputs`, in the order of its rows."""

@@ -2,17 +2,18 @@
 
 from torch import nn
 
-from heads.atss import ATSSHead, ATSSTowers
+from heads.atss import ATSSHead
 from heads.detector import Detector
 from heads.dyhead import DyHead
 from heads.fpn import FPN
 from heads.resnet import BACKBONES, ResNet
+from heads.towers import ConvTowers
 
 
 def atss(body: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
     """ATSS; see `heads/atss.py`. Both trunks are followed by the 1×1 predictors of the authors' DyHead code."""
     head = ATSSHead(in_channels=channels, num_classes=num_classes, strides=FPN.strides, kernel_size=1)
-    return Detector(body, FPN(body.channels, channels), dyhead or ATSSTowers(channels), head)
+    return Detector(body, FPN(body.channels, channels), dyhead or ConvTowers(channels), head)
 
 
 # Name -> (backbone, number of classes, channels of the pyramid, DyHead or None for the detector's own towers) -> model.

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from heads.boxes import clip_boxes
 from heads.nms import batched_nms
@@ -21,6 +22,29 @@ def flatten_levels(maps: Sequence[Tensor], values: int) -> Tensor:
     if channels == values:
         return flat.transpose(1, 2).contiguous()
     return flat.view(batch, channels // values, values, cells).permute(0, 3, 1, 2).reshape(batch, -1, values)
+
+
+def predict_rows(features: Sequence[Tensor], *predictors: nn.Conv2d, anchors: int = 1) -> tuple[Tensor, ...]:
+    """Apply predictors that read the same maps as one convolution, and give the rows of each.
+
+    Args:
+        features: L maps (N, channels, H_l, W_l).
+        predictors: convolutions with bias, of one kernel size and padding.
+        anchors: per cell; a predictor's channels are read anchor by anchor.
+
+    Returns:
+        One (N, A, channels / anchors) a predictor, as `flatten_levels` gives them.
+    """
+    first = predictors[0]
+    weight, bias = first.weight, first.bias
+    if len(predictors) > 1:
+        weight, bias = torch.cat([p.weight for p in predictors]), torch.cat([p.bias for p in predictors])
+    maps = [F.conv2d(f, weight, bias, padding=first.padding) for f in features]
+    channels = [len(p.bias) for p in predictors]
+    if anchors == 1:
+        return flatten_levels(maps, len(bias)).split(channels, -1)
+    by_predictor = zip(*(m.split(channels, 1) for m in maps), strict=True)
+    return tuple(flatten_levels(part, c // anchors) for part, c in zip(by_predictor, channels, strict=True))
 
 
 def best_per_level(

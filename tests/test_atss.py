@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from heads.atss import ATSSHead, ATSSOutputs, ATSSTowers
+from heads.atss import ATSSHead, ATSSOutputs
 from heads.boxes import clip_boxes
 from heads.dense import flatten_levels
 
@@ -333,18 +333,6 @@ def test_each_task_reads_its_own_maps():
     torch.testing.assert_close(mixed.deltas, same.deltas)
     torch.testing.assert_close(mixed.logits, head(other, other).logits)
     assert not torch.allclose(mixed.logits, same.logits)
-
-
-def test_towers_have_the_published_number_of_parameters():
-    count = [sum(p.numel() for p in ATSSTowers(256, bias=bias).parameters()) for bias in (False, True)]
-    assert count == [4_722_688, 4_724_736]
-    assert [m.num_groups for m in ATSSTowers(256).modules() if isinstance(m, torch.nn.GroupNorm)] == [32] * 8
-
-
-def test_towers_keep_the_shapes():
-    features = [torch.randn(2, 24, 5, 7), torch.randn(2, 24, 3, 4)]
-    for maps in ATSSTowers(24)(features):
-        assert [m.shape for m in maps] == [f.shape for f in features]
 
 
 def test_unknown_convention_lists_the_known_ones():

@@ -1,0 +1,52 @@
+"""The convolution towers that are the trunk of a one-stage detector without DyHead, and the scale its heads learn."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class Scale(nn.Module):
+    """One learned factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+class ConvTowers(nn.Module):
+    """3×3 convolutions with ReLU for each of two tasks, shared by all levels; `DyHead` takes their place.
+
+    ATSS and FCOS have four with GroupNorm (4,722,688 parameters at 256 channels in mmdetection, 4,724,736 with `bias`
+    in the official codes), RepPoints three with GroupNorm, RetinaNet four without.
+
+    Args:
+        channels: of the pyramid.
+        depth: convolutions per tower.
+        norm: GroupNorm after every convolution.
+        groups: of the GroupNorms; None keeps the 8 channels per group that 32 groups are at 256 channels.
+        bias: whether convolutions before a GroupNorm have one; those without a GroupNorm always do.
+    """
+
+    def __init__(self, channels: int, depth: int = 4, norm: bool = True, groups: int | None = None, bias: bool = False):
+        super().__init__()
+        groups = math.gcd(channels, min(32, max(1, channels // 8))) if groups is None else groups
+
+        def tower() -> nn.Sequential:
+            layers = []
+            for _ in range(depth):
+                conv = nn.Conv2d(channels, channels, 3, padding=1, bias=bias or not norm)
+                # 0.01 at the published 256 channels. Behind a GroupNorm the scale sets the effective learning rate, so
+                # narrower towers start with the same variance of a sum over their inputs.
+                nn.init.normal_(conv.weight, std=0.01 * math.sqrt(256 / channels))
+                if conv.bias is not None:
+                    nn.init.zeros_(conv.bias)
+                layers += [conv, *([nn.GroupNorm(groups, channels)] if norm else []), nn.ReLU(inplace=True)]
+            return nn.Sequential(*layers)
+
+        self.classification = tower()
+        self.regression = tower()
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Maps (N, C, H_l, W_l) to maps of the same shapes for classification, and for boxes and the rest."""
+        return [self.classification(f) for f in features], [self.regression(f) for f in features]
