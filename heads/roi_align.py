@@ -1,9 +1,9 @@
 """RoIAlign (He et al., 2017): a fixed number of bins from the part of a feature map that a box covers.
 
-A bin's value is the mean of bilinear samples on a regular grid inside it. Bilinear weights, the test for samples outside
-the map, and the mean are all products of a factor in y and a factor in x, so the whole operator is two matrix products
-a box: `rows (P, H) @ map (H, W) @ columns (W, Q)`, the same for every channel. The backward is the transposed products,
-so it has no atomic additions and gives the same bits on every run, on a GPU as well.
+A bin's value is the mean of bilinear samples on a regular grid inside it. Bilinear weights, the test for samples
+outside the map, and the mean are all products of a factor in y and a factor in x, so the whole operator is two matrix
+products a box: `rows (P, H) @ map (H, W) @ columns (W, Q)`, the same for every channel. The backward is the transposed
+products, so it has no atomic additions and gives the same bits on every run, on a GPU as well.
 """
 
 import torch
@@ -38,8 +38,6 @@ def roi_align(
     """
     if features.dtype in (torch.float16, torch.bfloat16):
         features = features.float()
-    if sum(len(b) for b in boxes) == 0:
-        return features.new_zeros(0, features.shape[1], *output_size) + 0 * features.sum()
     corners = torch.cat(boxes).detach().to(features.dtype) * spatial_scale
     start, size = corners[:, :2], corners[:, 2:] - corners[:, :2]
     if aligned:
@@ -60,13 +58,14 @@ def _axis_weights(start: Tensor, size: Tensor, bins: int, length: int, sampling_
     """
     step = size / bins
     samples = step.ceil().clamp(min=0) if sampling_ratio == 0 else torch.full_like(step, sampling_ratio)
-    # A box without size has no samples; its bins are 0.
+    # A box without size has no samples; its bins are 0. One that is not finite must not decide how many there are.
+    samples = samples.nan_to_num(0, 0, 0)
     spacing = (step / samples.clamp(min=1))[:, None]
     first = start[:, None] + torch.arange(bins, device=start.device) * step[:, None] + 0.5 * spacing
     cells = torch.arange(length, device=start.device, dtype=start.dtype)
     weights = start.new_zeros(len(start), bins, length)
     # Sample by sample, and not all at once: a thin box may have fifty of them in a bin.
-    for number in range(int(samples.max())):
+    for number in range(int(samples.max()) if len(samples) else 0):
         position = first + number * spacing
         counts = (position >= -1) & (position <= length) & (number < samples[:, None])
         distance = (position.clamp(0, length - 1)[..., None] - cells).abs_()
