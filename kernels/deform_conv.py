@@ -235,7 +235,7 @@ def _require(holds: bool, message: str) -> None:
 
 def _check_kind(name: str, tensor: Tensor, weight: Tensor) -> None:
     _require(tensor.device == weight.device, f"{name} is on {tensor.device}, weight on {weight.device}")
-    if not torch.is_autocast_enabled(weight.device.type):
+    if weight.is_meta or not torch.is_autocast_enabled(weight.device.type):
         _require(tensor.dtype == weight.dtype, f"{name} is {tensor.dtype}, weight is {weight.dtype}")
 
 
