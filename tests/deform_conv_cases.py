@@ -66,10 +66,10 @@ CASES = [
          size=(8, 10), kernel=(2, 3), stride=(2, 1), padding=(0, 2), dilation=(1, 3)),
     Case("one-tap", "a 1x1 kernel without padding: a single step", kernel=(1, 1), padding=(0, 0)),
     Case("wide-padding", "whole lines of the output see nothing but padding", padding=(4, 3), size=(3, 4)),
-    Case("offset-groups", "channels of one block must not mix offset groups", offset_groups=3),
-    Case("weight-groups", "channels of one block must not mix weight groups", groups=3, outputs=6),
+    Case("offset-groups", "channels of one block must not mix offset groups", kernel=(2, 2), offset_groups=3),
+    Case("weight-groups", "channels of one block must not mix weight groups", kernel=(2, 2), groups=3, outputs=6),
     Case("both-groups", "three weight groups over two offset groups: neither divides the other",
-         batch=1, size=(3, 4), groups=3, offset_groups=2, outputs=6),
+         batch=1, size=(3, 4), kernel=(2, 3), groups=3, offset_groups=2, outputs=6),
     Case("unmodulated", "no mask and no bias (version 1 of the operator)", masked=False, biased=False),
     Case("far", "most samples lie outside, by far more than the map", spread=50.0),
     Case("many-channels", "several blocks of channels, the last one not full", batch=1, channels=70, size=(3, 4)),
@@ -89,7 +89,8 @@ def gradients(function: Callable[..., Tensor], inputs: dict[str, Tensor | None],
 def check(function: Callable[..., Tensor], case: Case, dtype: torch.dtype) -> None:
     """Compare with the reference in float64 on the same numbers.
 
-    The error may be twice what the reference loses in the same precision, and a few roundings of the largest number.
+    The error may be twice what the reference loses in the same precision, and a few roundings of the largest number:
+    more of them in float64, where the reference has nothing to lose and the order of its sums is another.
     """
     inputs = case.inputs(dtype)
     exact = {name: None if x is None else x.double() for name, x in inputs.items()}
@@ -99,7 +100,8 @@ def check(function: Callable[..., Tensor], case: Case, dtype: torch.dtype) -> No
     for name, value in expected.items():
         assert found[name].dtype == dtype and found[name].shape == value.shape, name
         error, lost = ((x[name].double() - value).abs().max().item() for x in (found, plain))
-        limit = 2 * lost + 4 * torch.finfo(dtype).eps * value.abs().max().item()
+        roundings = 64 if dtype == torch.float64 else 4
+        limit = 2 * lost + roundings * torch.finfo(dtype).eps * value.abs().max().item()
         # Not `error > limit`, which NaN passes.
         assert error <= limit, f"{case.id} {name}: error {error:.3g}, allowed {limit:.3g}"
 

@@ -1,0 +1,132 @@
+"""The Triton kernels of deform_conv2d, interpreted: golden vectors, odd shapes, gradients, layouts, determinism."""
+
+import pytest
+import torch
+from deform_conv_cases import CASES, Case, check, check_golden, gradients
+from torch.library import opcheck
+
+from kernels import deform_conv2d, deform_conv2d_levels, deform_conv_launch, use_backend
+from kernels.deform_conv import reference
+
+# The interpreter's time is that of the number of programs; these are the files that need few.
+FILES = ["k1_p0", "s1_groups2_dil2", "s1_zero", "s2_dg1", "s2_far_dg2", "tiny_1x1", "tiny_2x2"]
+PLAIN = CASES[0]
+
+
+@pytest.fixture(autouse=True)
+def triton_backend(poison):
+    assert torch.empty(1).isnan()
+    with use_backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_mmcv_gives_the_same_numbers(golden, file):
+    check_golden(deform_conv2d, golden(f"mdc_{file}"), torch.float32)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_odd_shapes_follow_float64(case):
+    check(deform_conv2d, case, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", [PLAIN, CASES[9]], ids=lambda case: case.id)
+def test_lower_precisions(case, dtype):
+    check(deform_conv2d, case, dtype)
+
+
+def test_gradcheck():
+    case = Case("", "", batch=1, channels=2, outputs=2, size=(2, 2), kernel=(1, 2), padding=(0, 0), groups=2)
+    inputs = case.inputs(torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda *leaves: deform_conv2d(**dict(zip(inputs, leaves, strict=True)), **case.geometry), list(inputs.values())
+    )
+
+
+def test_many_splits_of_the_weight_gradient(monkeypatch):
+    launches = []
+    run = deform_conv_launch.Launch.run
+    monkeypatch.setattr(deform_conv_launch.Launch, "run", lambda self: (launches.append(self), run(self)))
+    case = Case("", "", batch=3, channels=1, outputs=2, size=(17, 3), kernel=(1, 1), padding=(0, 0))
+    monkeypatch.setattr(deform_conv_launch, "_WEIGHT_PROGRAMS", 4)
+    check(deform_conv2d, case, torch.float64)
+    # Six tiles in three splits of two, each split starting in the middle of an image's tiles or at its end.
+    assert [launch.grid for launch in launches if "partial" in launch.arguments] == [(1, 1, 3)]
+
+
+def test_64_bit_places_within_an_image(monkeypatch):
+    monkeypatch.setattr(deform_conv_launch, "_extent", lambda tensor: 2**31)
+    check(deform_conv2d, CASES[9], torch.float64)
+
+
+def test_layouts():
+    inputs = PLAIN.inputs(torch.float64)
+    expected = gradients(reference, inputs, PLAIN.geometry)
+    last = {k: x.detach().contiguous(memory_format=torch.channels_last) for k, x in inputs.items() if x.dim() == 4}
+    found = gradients(deform_conv2d, inputs | last, PLAIN.geometry)
+    assert found["output"].is_contiguous(memory_format=torch.channels_last)
+    assert found["offset"].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, expected)
+    wide = {
+        k: inputs[k].detach().repeat(1, 2, 1, 2)[:, 1::2, :, 7:].copy_(inputs[k]) for k in ("input", "offset", "mask")
+    }
+    torch.testing.assert_close(gradients(deform_conv2d, inputs | wide, PLAIN.geometry), expected)
+
+
+def test_far_and_infinite_offsets():
+    inputs = PLAIN.inputs(torch.float32)
+    with torch.no_grad():
+        inputs["offset"][0, :, 0, 0] = torch.tensor([1e30, -1e30, torch.inf, -torch.inf, 3e9, -3e9]).repeat(3)
+    found = gradients(deform_conv2d, inputs, PLAIN.geometry)
+    with use_backend("torch"):
+        expected = gradients(deform_conv2d, inputs, PLAIN.geometry)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found["output"][0, :, 0, 0], inputs["bias"].detach())
+
+
+def test_only_the_gradients_asked_for():
+    inputs = PLAIN.inputs(torch.float64)
+    expected = gradients(reference, inputs, PLAIN.geometry)
+    cotangent = torch.randn(expected["output"].shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    for name in ("input", "offset", "weight"):
+        leaves = {k: x.detach() for k, x in inputs.items()}
+        leaves[name].requires_grad_()
+        deform_conv2d(**leaves, **PLAIN.geometry).backward(cotangent)
+        torch.testing.assert_close(leaves[name].grad, expected[name])
+
+
+def test_deterministic_algorithms_need_no_atomics(monkeypatch):
+    launches = []
+    run = deform_conv_launch.Launch.run
+    monkeypatch.setattr(deform_conv_launch.Launch, "run", lambda self: (launches.append(self.constants), run(self)))
+    torch.use_deterministic_algorithms(True)
+    try:
+        check(deform_conv2d, CASES[9], torch.float64)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [constants["TO_X"] for constants in launches if "TO_X" in constants] == [False]
+
+
+def test_levels_and_empty_batches():
+    cases = [Case("", "", batch=1, channels=2, outputs=3, size=size) for size in ((3, 4), (1, 1))]
+    inputs = [case.inputs(torch.float64, seed) for seed, case in enumerate(cases)]
+    x, offset, mask = ([each[name] for each in inputs] for name in ("input", "offset", "mask"))
+    weight, bias = inputs[0]["weight"], inputs[0]["bias"]
+    found = deform_conv2d_levels(x, offset, weight, bias, padding=1, masks=mask)
+    with use_backend("torch"):
+        expected = deform_conv2d_levels(x, offset, weight, bias, padding=1, masks=mask)
+    leaves = [*x, *offset, *mask, weight, bias]
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad([y.sin().sum() for y in ys], leaves) for ys in (found, expected)]
+    torch.testing.assert_close(*grads)
+    empty = Case("", "", batch=0).inputs(torch.float64)
+    deform_conv2d(**empty, padding=1).sum().backward()
+    assert not empty["weight"].grad.any()
+
+
+def test_opcheck():
+    inputs = Case("", "", batch=1, channels=2, outputs=2, size=(2, 3)).inputs(torch.float32)
+    lists = [[inputs[name]] for name in ("input", "offset", "mask")]
+    settings = (inputs["weight"], inputs["bias"], [1, 1], [1, 1], [1, 1], "triton")
+    opcheck(torch.ops.dyhead.deform_conv2d.default, (*lists, *settings))
