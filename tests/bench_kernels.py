@@ -10,11 +10,12 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import pytest
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -90,9 +91,13 @@ def torchvision_deform_conv2d() -> Callable[..., Tensor]:
     return lambda input, offset, weight, mask: deform_conv2d(input, offset, weight, padding=(1, 1), mask=mask)
 
 
-@cache
-def compiled(op: Op) -> Callable[..., Tensor]:
-    return torch.compile(op.reference)
+@lru_cache(maxsize=1)
+def compiled(op: Op, shape: Shape, precision: str) -> Callable[..., Tensor]:
+    # Anew for every shape: after some recompilations of one function, PyTorch would run it eagerly and not say so.
+    torch.compiler.reset()
+    # With donated buffers a backward could not be timed on its own, again and again for one forward.
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(op.reference, dynamic=False)
 
 
 def function_of(case: Case) -> Callable[..., Tensor]:
@@ -101,7 +106,7 @@ def function_of(case: Case) -> Callable[..., Tensor]:
     if case.provider == "plain":
         return case.op.reference
     if case.provider == "compiled":
-        return compiled(case.op)
+        return compiled(case.op, case.shape, case.precision)
     if case.provider == "torchvision":
         return torchvision_deform_conv2d()
     return lambda input, offset, weight, mask: F.conv2d(input, weight, padding=1)
