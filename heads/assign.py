@@ -2,6 +2,7 @@
 
 from functools import lru_cache
 from itertools import product
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,83 @@ from heads.boxes import iou
 # An anchor counts as inside a box from this many pixels off its sides.
 _INSIDE = 0.01
 _LOW_BITS = 0xFFFFFFFF
+
+# Values of an assignment that are not the index of a box.
+BACKGROUND, IGNORED = -1, -2
+
+# The most pairs of a box and an anchor that are held at once: half a gigabyte of intermediate results in float32.
+_PAIRS = 2**24
+
+
+def stack_boxes(boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The boxes of N images as (N, n, 4) float32, filled up with zeros, and (N, 1) int64, where each image's begin."""
+    stacked = torch.nn.utils.rnn.pad_sequence(boxes, batch_first=True).float()
+    counts = torch.tensor([[0], *([len(b)] for b in boxes[:-1])], device=stacked.device)
+    return stacked, counts.cumsum(0)
+
+
+def box_chunks(images: int, boxes: int, anchors: int) -> list[slice]:
+    """Slices of the boxes of an image that, paired with all anchors in all images, fit in memory."""
+    step = max(1, _PAIRS // max(1, images * anchors))
+    return [slice(start, min(start + step, boxes)) for start in range(0, boxes, step)]
+
+
+def assign_max_iou(
+    anchors: Tensor,
+    boxes: list[Tensor],
+    positive: float,
+    negative: float,
+    least: float = 0.0,
+    low_quality: Literal["moves", "keeps"] | None = "moves",
+    valid: Tensor | None = None,
+) -> Tensor:
+    """The assignment of R-CNN (Girshick et al., 2014) and its successors, by thresholds on the IoU.
+
+    An anchor is positive if its highest IoU with a box is at least `positive`, background if that is below `negative`,
+    and ignored in between. It answers for the box of that highest IoU, the first of several. Everything is computed in
+    float32.
+
+    With `low_quality` every box also gets the anchors of its own highest IoU, all that tie for it, if that IoU is
+    at least `least` and not 0.
+
+    Args:
+        anchors: (A, 4) x1, y1, x2, y2 in pixels, or (N, A, 4), other ones for each image.
+        boxes: for each of the N images (n_i, 4) x1, y1, x2, y2 in pixels; n_i may be 0.
+        positive, negative: thresholds; positive >= negative > 0.
+        least: IoU from which `low_quality` applies.
+        low_quality: `"moves"`: such an anchor answers for the box that it is best for, the last of several
+            (mmdetection). `"keeps"`: it answers for the box that is best for it (detectron2).
+        valid: (N, A) bool, the anchors that take part; the others are background. None lets all take part.
+
+    Returns:
+        (N, A) int64: the index of the assigned box in `torch.cat(boxes)`, `BACKGROUND` or `IGNORED`.
+    """
+    stacked, first = stack_boxes(boxes)
+    images, count = stacked.shape[:2]
+    device, num_anchors = stacked.device, anchors.shape[-2]
+    best = torch.full((images, num_anchors), -1.0, device=device)
+    index = torch.zeros((images, num_anchors), dtype=torch.long, device=device)
+    wanted = index - 1
+    for part in box_chunks(images, count, num_anchors):
+        overlap = iou(anchors[..., None, :, :].float(), stacked[:, part, None])
+        if valid is not None:
+            overlap.masked_fill_(~valid[:, None], -1)
+        # Of equal values `max` takes the first, on every device.
+        value, local = overlap.max(1)
+        index = torch.where(value > best, local + part.start, index)
+        best = torch.maximum(best, value)
+        if low_quality:
+            top = overlap.amax(2, keepdim=True)
+            tied = (overlap == top) & (top > 0) & (top >= least)
+            number = torch.arange(part.start, part.stop, device=device)[:, None]
+            wanted = torch.maximum(wanted, torch.where(tied, number, -1).amax(1))
+    found = best >= positive
+    if low_quality:
+        found |= wanted >= 0
+        if low_quality == "moves":
+            index = torch.where(wanted >= 0, wanted, index)
+    other = torch.where(best < negative, BACKGROUND, IGNORED)
+    return torch.where(found, index + first, other)
 
 
 def assign_atss(grid: Grid, boxes: list[Tensor], topk: int = 9, valid_sizes: Tensor | None = None) -> Tensor:

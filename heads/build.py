@@ -7,6 +7,7 @@ from heads.detector import Detector
 from heads.dyhead import DyHead
 from heads.fpn import FPN
 from heads.resnet import BACKBONES, ResNet
+from heads.retinanet import retinanet
 from heads.towers import ConvTowers
 
 
@@ -17,7 +18,7 @@ def atss(body: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -
 
 
 # Name -> (backbone, number of classes, channels of the pyramid, DyHead or None for the detector's own towers) -> model.
-DETECTORS = {"atss": atss}
+DETECTORS = {"atss": atss, "retinanet": retinanet}
 
 
 def build_detector(

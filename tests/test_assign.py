@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from heads import assign
 from heads.anchors import anchor_grid, cell_anchors
-from heads.assign import assign_atss
+from heads.assign import assign_atss, assign_max_iou
 from heads.boxes import pairwise_iou
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -84,3 +85,54 @@ def test_equally_near_anchors_are_taken_in_order():
         assert (assign_atss(grid, [box], topk) >= 0).nonzero()[:, 1].tolist() == chosen
     twice = assign_atss(grid, [box.repeat(2, 1)], topk=4)
     assert set(twice[twice >= 0].tolist()) == {0}
+
+
+def plain_max_iou(anchors, boxes, positive, negative, least, low_quality, valid):
+    """The thresholds for one image, anchor by anchor, then box by box."""
+    ious = pairwise_iou(anchors, boxes)
+    ious[~valid] = -1
+    matched = []
+    for row in ious.tolist():
+        best = max(row, default=-1)
+        matched.append(row.index(best) if best >= positive else -1 if best < negative else -2)
+    own = [row.index(max(row)) if row else -1 for row in ious.tolist()]
+    for k in range(len(boxes) if low_quality else 0):
+        top = ious[:, k].max().item()
+        for a in range(len(anchors)):
+            if 0 < top == ious[a, k].item() and top >= least:
+                matched[a] = k if low_quality == "moves" else own[a]
+    return torch.tensor(matched)
+
+
+@pytest.mark.parametrize("pairs", [2**24, 5000], ids=["at once", "in parts"])
+@pytest.mark.parametrize("low_quality", ["moves", "keeps", None])
+@pytest.mark.parametrize("by_image", [False, True], ids=["shared", "by image"])
+def test_max_iou_equals_plain_loops(by_image, low_quality, pairs, monkeypatch):
+    monkeypatch.setattr(assign, "_PAIRS", pairs)
+    generator = torch.Generator().manual_seed(0)
+    grid = anchor_grid([(8, 9), (4, 5)], [8, 16], [cell_anchors([4 * s, 6 * s], (0.5, 1.0)) for s in (8, 16)], 0.0)
+    counts = [3, 0, 11, 1]
+    boxes = [random_boxes(n, 64, 72, generator) for n in counts]
+    # Twice the same box: a tie at every anchor. And one that no anchor touches.
+    boxes[2][4] = boxes[2][1]
+    boxes[2][7] += 1000
+    anchors = grid.anchors
+    if by_image:
+        anchors = anchors + 3 * torch.randn(4, 1, 4, generator=generator)
+    valid = torch.rand(4, len(grid.anchors), generator=generator) < 0.9
+    arguments = {"positive": 0.5, "negative": 0.4, "least": 0.3, "low_quality": low_quality}
+    matched = assign_max_iou(anchors, boxes, **arguments, valid=valid)
+    kinds = set()
+    for image, n in enumerate(counts):
+        own = anchors[image] if by_image else anchors
+        want = plain_max_iou(own, boxes[image], **arguments, valid=valid[image])
+        kinds |= set(want.clamp(max=0).tolist())
+        assert torch.equal(matched[image], torch.where(want >= 0, want + sum(counts[:image]), want))
+        assert (matched[image][~valid[image]] == -1).all() and n == len(boxes[image])
+    assert kinds == {-2, -1, 0}
+
+
+def test_a_box_that_no_anchor_overlaps_gets_none():
+    grid = anchor_grid([(2, 2)], [8], [cell_anchors([8])], 0.5)
+    boxes = [torch.tensor([[100.0, 100.0, 120.0, 120.0], [4.0, 4.0, 4.0, 9.0]])]
+    assert (assign_max_iou(grid.anchors, boxes, 0.5, 0.4) == -1).all()
