@@ -91,10 +91,10 @@ def _anchor_grid(sizes: Sizes, strides: tuple, cells: tuple, offset: float, devi
 
 def point_grid(
     sizes: Sequence[Sequence[int]], strides: Sequence[int], offset: float, device: torch.device | str = "cpu"
-) -> Tensor:
-    """The points (A, 2) x, y of all levels, `(index + offset) * stride`: 0.5 for FCOS, 0 for RepPoints. Cached."""
+) -> Grid:
+    """One point per cell at `(index + offset) * stride`, as anchors without size: 0.5 for FCOS, 0 for RepPoints."""
     empty_cell = ((0.0, 0.0, 0.0, 0.0),)
-    return anchor_grid(sizes, strides, [empty_cell] * len(strides), offset, device).centres
+    return anchor_grid(sizes, strides, [empty_cell] * len(strides), offset, device)
 
 
 def outside_padding(

@@ -133,21 +133,21 @@ def assign_atss(grid: Grid, boxes: list[Tensor], topk: int = 9, valid_sizes: Ten
 
     # Per anchor the largest key wins: highest IoU, then lowest box index. No two keys are equal, so no order matters.
     rank = torch.arange(num_boxes - 1, -1, -1, device=device)[:, None]
-    key = torch.where(positive, _sortable(overlap, rank), -1)
+    key = torch.where(positive, sortable(overlap, rank), -1)
     best = torch.full((len(boxes) * num_anchors,), -1, device=device)
     best.scatter_reduce_(0, (image[:, None] * num_anchors + anchor).flatten(), key.flatten(), "amax")
     matched = torch.where(best < 0, -1, num_boxes - 1 - (best & _LOW_BITS))
     return matched.view(len(boxes), num_anchors)
 
 
-def _sortable(value: Tensor, tie_breaker: Tensor) -> Tensor:
+def sortable(value: Tensor, tie_breaker: Tensor) -> Tensor:
     """Integers that order like float32 `value` (not negative), then like `tie_breaker` (int64, below 2³²)."""
     return (value.contiguous().view(torch.int32).long() << 32) | tie_breaker
 
 
 def _smallest(value: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` smallest of (..., n) `value` >= 0 in rising order and their `index`, ties by index on any device."""
-    key = _sortable(value, index).topk(min(count, value.shape[-1]), largest=False, sorted=True).values
+    key = sortable(value, index).topk(min(count, value.shape[-1]), largest=False, sorted=True).values
     return (key >> 32).int().view(torch.float32), key & _LOW_BITS
 
 

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from heads.anchors import Grid, Sizes, anchor_grid, cell_anchors, outside_padding
 from heads.assign import assign_atss
-from heads.boxes import DeltaCoder
+from heads.boxes import DeltaCoder, centerness_of, encode_distances
 from heads.dense import best_per_level, detections, predict_rows
 from heads.losses import centerness_loss, giou_loss, sigmoid_focal_loss
 from heads.towers import Scale
@@ -209,11 +209,8 @@ class ATSSHead(nn.Module):
         positive = (flat >= 0).nonzero()[:, 0]
         cell = positive % matched.shape[1]
         target = torch.cat(boxes)[flat[positive]]
-        # How central the anchor's centre is: the root of short over long distance to the sides, across times down.
-        centre = grid.centres[cell]
-        before, after = centre - target[:, :2], target[:, 2:] - centre
-        ratios = torch.minimum(before, after) / torch.maximum(before, after)
-        return ATSSTargets(matched, labels, positive, grid.anchors[cell], target, ratios.prod(1).sqrt(), valid)
+        central = centerness_of(encode_distances(target, grid.centres[cell]))
+        return ATSSTargets(matched, labels, positive, grid.anchors[cell], target, central, valid)
 
     def loss(self, outputs: ATSSOutputs, targets: list[dict], image_sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
         """The three losses of a batch, to be summed.

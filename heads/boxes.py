@@ -138,3 +138,12 @@ def encode_distances(boxes: Tensor, points: Tensor) -> Tensor:
 def decode_distances(distances: Tensor, points: Tensor) -> Tensor:
     """Boxes `(..., 4)` from `points` (..., 2) and the distances of `encode_distances`. Not clipped."""
     return torch.cat([points - distances[..., :2], points + distances[..., 2:]], -1)
+
+
+def centerness_of(distances: Tensor) -> Tensor:
+    """How central a point is in the box whose sides are at `distances` (..., 4) > 0 from it, in (0, 1] (FCOS).
+
+    The root of the product, over both axes, of the shorter distance by the longer one.
+    """
+    before, after = distances[..., :2], distances[..., 2:]
+    return (torch.minimum(before, after) / torch.maximum(before, after)).prod(-1).sqrt()

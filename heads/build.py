@@ -5,6 +5,7 @@ from torch import nn
 from heads.atss import ATSSHead
 from heads.detector import Detector
 from heads.dyhead import DyHead
+from heads.fcos import fcos
 from heads.fpn import FPN
 from heads.resnet import BACKBONES, ResNet
 from heads.retinanet import retinanet
@@ -18,7 +19,7 @@ def atss(body: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -
 
 
 # Name -> (backbone, number of classes, channels of the pyramid, DyHead or None for the detector's own towers) -> model.
-DETECTORS = {"atss": atss, "retinanet": retinanet}
+DETECTORS = {"atss": atss, "fcos": fcos, "retinanet": retinanet}
 
 
 def build_detector(

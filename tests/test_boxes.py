@@ -141,7 +141,7 @@ def test_grid_lists_levels_then_rows_then_columns_then_anchors(offset):
     np.testing.assert_allclose(grid.anchors.numpy(), want, rtol=0, atol=2e-6)
     np.testing.assert_allclose(grid.centres.numpy(), (grid.anchors[:, :2] + grid.anchors[:, 2:]) / 2, atol=1e-6)
     assert grid.counts == (12, 4)
-    points = point_grid(sizes, strides, offset)
+    points = point_grid(sizes, strides, offset).centres
     np.testing.assert_array_equal(points[:4].numpy() / 8 - offset, [[0, 0], [1, 0], [2, 0], [0, 1]])
     assert points.shape == (8, 2) and points[-1].tolist() == [(1 + offset) * 16, offset * 16]
 

@@ -18,7 +18,7 @@ SCENES = [
     [(24, 24, 104, 108, 1)],
 ]
 # Steps of training.
-STEPS = {"atss": 80, "retinanet": 80}
+STEPS = dict.fromkeys(DETECTORS, 80)
 
 
 def dataset() -> tuple[list[torch.Tensor], list[dict], dict]:
