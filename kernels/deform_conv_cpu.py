@@ -67,8 +67,6 @@ def _level_points(size, batch, groups, kernel, stride, padding, dilation, device
     return torch.stack((y, x)).view(2, -1), image.reshape(-1), group.reshape(-1)
 
 
-# Tensors made in inference mode could not be used by a later training step.
-@torch.inference_mode(False)
 def _build_plan(sizes, batch, groups, kernel, stride, padding, dilation, dtype, device) -> Plan:
     pitches = [width + 3 for _, width in sizes]
     areas = [(height + 3) * pitch for (height, _), pitch in zip(sizes, pitches, strict=True)]

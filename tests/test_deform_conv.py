@@ -113,11 +113,11 @@ def test_far_and_unreal_offsets():
     clean = deform_conv2d(**inputs)
     with torch.no_grad():
         inputs["offset"][0, :, 0, 0] = torch.tensor([1e30, -1e30, torch.inf, -torch.inf, 3e9, -3e9]).repeat(3)
-        inputs["offset"][0, 0, 2, 2] = torch.nan
+        inputs["offset"][0, 0, 2, 2] = inputs["offset"][0, 1, 3, 3] = torch.nan
     found = gradients(deform_conv2d, {name: inputs[name] for name in NAMES}, PLAIN.geometry)
     # Nothing is sampled far outside; what is not a number stays so, and touches nothing else.
     torch.testing.assert_close(found["output"][0, :, 0, 0], inputs["bias"])
-    assert found["output"][0, :, 2, 2].isnan().all()
+    assert found["output"][0, :, 2, 2].isnan().all() and found["output"][0, :, 3, 3].isnan().all()
     assert torch.equal(found["output"][1], clean[1])
     assert not found["offset"][0, :, 0, 0].any() and not found["mask"][0, :, 0, 0].any()
     assert found["input"][1].isfinite().all()
@@ -137,6 +137,11 @@ def test_levels_in_one_call_equal_single_calls():
     found = [*together, *torch.autograd.grad(together, leaves, cotangents)]
     expected = [*singly, *torch.autograd.grad(singly, leaves, cotangents)]
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_map_of_more_rows_than_a_short_key_counts():
+    case = Case("large", "", batch=1, channels=1, outputs=1, size=(190, 190), kernel=(1, 1), padding=(0, 0))
+    check(deform_conv2d, case, torch.float32)
 
 
 def test_only_the_gradients_asked_for():
