@@ -31,7 +31,11 @@ class _Raw(nn.Module):
         self.model = model
 
     def forward(self, images: Sequence[Tensor]):
-        return self.model.raw(self.model.batch(images))
+        outputs = self.model.raw(self.model.batch(images))
+        # A second stage costs the same for any full list of proposals.
+        if hasattr(self.model.head, "full_image"):
+            self.model.head.full_image(outputs)
+        return outputs
 
 
 class _Uncounted(TorchDispatchMode):
@@ -48,7 +52,7 @@ class _Uncounted(TorchDispatchMode):
 
 
 def count_gmacs(model: nn.Module, images: Sequence[Tensor]) -> float:
-    """10^9 multiply-adds an image of backbone, pyramid, trunk and prediction head.
+    """10^9 multiply-adds an image of backbone, pyramid, trunk and prediction head; of a second stage for all proposals.
 
     Convolutions and matrix products count; elementwise work, target assignment and NMS do not, as in the paper's
     Table 2 (whose "GFLOPs" are multiply-adds). Nothing is computed: weights and images are replaced by tensors without

@@ -5,7 +5,7 @@ from torch import nn
 from heads.atss import ATSSHead
 from heads.detector import Detector
 from heads.dyhead import DyHead
-from heads.fcos import fcos
+from heads.faster_rcnn import PLACEMENTS, faster_rcnn
 from heads.fpn import FPN
 from heads.resnet import BACKBONES, ResNet
 from heads.retinanet import retinanet
@@ -19,7 +19,9 @@ def atss(body: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -
 
 
 # Name -> (backbone, number of classes, channels of the pyramid, DyHead or None for the detector's own towers) -> model.
-DETECTORS = {"atss": atss, "fcos": fcos, "retinanet": retinanet}
+DETECTORS = {"atss": atss, "retinanet": retinanet, "faster_rcnn": faster_rcnn}
+# Those of them with a second stage, which may be told to split the DyHead's last block around RoIAlign.
+TWO_STAGE = ("faster_rcnn",)
 
 
 def build_detector(
@@ -31,6 +33,7 @@ def build_detector(
     formulation: str = "released",
     coarse_offsets: str = "crop",
     channels: int = 256,
+    placement: str = "trunk",
 ) -> nn.Module:
     """Build a detector.
 
@@ -42,17 +45,24 @@ def build_detector(
         depth: DyHead blocks.
         formulation, coarse_offsets: See `DyHead`.
         channels: Channels of the pyramid, a multiple of 16.
+        placement: Where the DyHead sits: `"trunk"`, or, in a two-stage detector, `"around_roi"`; see
+            `heads/faster_rcnn.py`.
 
     Returns:
         A module called as torchvision's detectors are: `model(images, targets)` -> losses in training, `model(images)`
         -> detections in evaluation.
 
     Raises:
-        ValueError: A name is unknown; the known ones are listed.
+        ValueError: A name is unknown, and the known ones are listed; or the placement does not fit.
     """
     if name not in DETECTORS:
         raise ValueError(f"unknown detector {name!r}; the detectors are {', '.join(DETECTORS)}")
     if backbone not in BACKBONES:
         raise ValueError(f"unknown backbone {backbone!r}; the backbones are {', '.join(BACKBONES)}")
     dyhead = None if attentions is None else DyHead(channels, depth, attentions, formulation, coarse_offsets)
-    return DETECTORS[name](BACKBONES[backbone](), num_classes, channels, dyhead)
+    parts = (BACKBONES[backbone](), num_classes, channels, dyhead)
+    if name in TWO_STAGE:
+        return DETECTORS[name](*parts, placement)
+    if placement != PLACEMENTS[0]:
+        raise ValueError(f"placement {placement!r} is for detectors with a second stage: {', '.join(TWO_STAGE)}")
+    return DETECTORS[name](*parts)

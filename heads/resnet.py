@@ -84,6 +84,9 @@ class ResNet(nn.Module):
         layers: Blocks in each of the four stages.
         width: Channels of the stem and of the first stage's inner convolutions.
         norm: `FrozenBatchNorm2d` or `nn.BatchNorm2d`.
+
+    Attributes:
+        finest: 3, or 2 for detectors whose pyramid begins with C2; set it before the pyramid reads `channels`.
     """
 
     def __init__(self, block: type[nn.Module], layers: tuple[int, ...], width: int, norm: type[nn.Module]):
@@ -98,18 +101,24 @@ class ResNet(nn.Module):
                 stack.append(block(inputs, inner, 2 if stage and not index else 1, norm))
                 inputs = inner * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*stack))
-        self.channels = tuple(width * 2**stage * block.expansion for stage in range(1, 4))
+        self.stage_channels = tuple(width * 2**stage * block.expansion for stage in range(4))
+        self.finest = 3
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of the maps that `forward` returns."""
+        return self.stage_channels[self.finest - 2 :]
+
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(N, 3, H, W) -> C3, C4, C5 of strides 8, 16, 32 with `self.channels` channels."""
+        """(N, 3, H, W) -> C3, C4, C5 of strides 8, 16, 32, and C2 of stride 4 before them where `finest` is 2."""
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = self.layer1(F.max_pool2d(x, 3, 2, 1))
-        c3 = self.layer2(x)
+        c2 = self.layer1(F.max_pool2d(x, 3, 2, 1))
+        c3 = self.layer2(c2)
         c4 = self.layer3(c3)
-        return [c3, c4, self.layer4(c4)]
+        return [c2, c3, c4, self.layer4(c4)][self.finest - 2 :]
 
     def freeze(self, stages: int) -> None:
         """Stop training the stem and the first `stages` stages, as detectors on ImageNet weights do (usually 1)."""

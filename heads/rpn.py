@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heads.anchors import Grid, Sizes, anchor_grid, cell_anchors, outside_padding
+from heads.assign import IGNORED, assign_max_iou
 from heads.boxes import DeltaCoder
 from heads.dense import flatten_levels
 from heads.losses import smooth_l1_loss
-from heads.match import IGNORED, match_boxes, sample
 from heads.nms import batched_nms
+from heads.sample import sample
 
 
 class RPNOutputs(NamedTuple):
@@ -97,15 +98,11 @@ class RPNHead(nn.Module):
         return anchor_grid(outputs.sizes, self.strides, self.cells, self.anchor_offset, outputs.deltas.device)
 
     def match(self, grid: Grid, targets: list[dict], image_sizes: list[tuple[int, int]]) -> Tensor:
-        """(N, A) int64: for each anchor the index of a box of its image, or `BACKGROUND`, or `IGNORED`."""
+        """(N, A) int64: for each anchor the index of a box in the whole batch, or `BACKGROUND`, or `IGNORED`."""
         _, valid = outside_padding(grid, image_sizes, self.pad_divisor)
-        if valid is None:
-            return torch.stack([match_boxes(grid.anchors, t["boxes"], 0.7, 0.3, 0.3, True) for t in targets])
-        matched = torch.full(valid.shape, IGNORED, device=valid.device)
-        for row, inside, t in zip(matched, valid, targets, strict=True):
-            # Anchors in the padding must not count as anybody's best.
-            row[inside] = match_boxes(grid.anchors[inside], t["boxes"], 0.7, 0.3, 0.3, True)
-        return matched
+        boxes = [t["boxes"] for t in targets]
+        matched = assign_max_iou(grid.anchors, boxes, 0.7, 0.3, 0.3, "moves", valid)
+        return matched if valid is None else matched.masked_fill_(~valid, IGNORED)
 
     def loss(
         self,
@@ -130,8 +127,7 @@ class RPNHead(nn.Module):
         counts = torch.stack([positive.sum(1), (chosen & ~positive).sum(1)])
         normaliser = counts.clamp(min=1).sum()
         image, anchor = positive.nonzero(as_tuple=True)
-        first = torch.tensor([0, *(len(t["boxes"]) for t in targets[:-1])], device=matched.device).cumsum(0)
-        boxes = torch.cat([t["boxes"] for t in targets])[first[image] + matched[image, anchor]]
+        boxes = torch.cat([t["boxes"] for t in targets])[matched[image, anchor]]
         return {
             "loss_rpn_cls": F.binary_cross_entropy_with_logits(
                 outputs.logits, positive.to(outputs.logits.dtype), chosen.to(outputs.logits.dtype), reduction="sum"

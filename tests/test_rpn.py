@@ -1,18 +1,16 @@
 """The region proposal network against mmdetection's vectors, its sample, and its edges."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
+from golden_scene import CASES, IMAGES, assigned, float32_loss, targets_of
 
+from heads.assign import BACKGROUND, IGNORED
 from heads.dense import flatten_levels
-from heads.match import BACKGROUND, IGNORED, match_boxes, sample
 from heads.rpn import RPNHead, RPNOutputs
+from heads.sample import sample
 
 SIZES = ((32, 40), (16, 20), (8, 10), (4, 5), (2, 3))
-IMAGES = [(128, 160), (88, 120)]
-CASES = ("full", "one_empty", "all_empty", "no_ties")
 PROPOSALS = {
     "train": (2000, 1000, 0.0),
     "test": (1000, 1000, 0.0),
@@ -29,15 +27,8 @@ def outputs_of(vectors: dict, dtype: torch.dtype = torch.float32, grad: bool = F
     return RPNOutputs(logits[..., 0].requires_grad_(grad), deltas.requires_grad_(grad), SIZES)
 
 
-def targets_of(vectors: dict, case: str, dtype: torch.dtype = torch.float32) -> list[dict]:
-    return [
-        {"boxes": torch.from_numpy(vectors[f"{case}.gt_bboxes.{image}"]).to(dtype).reshape(-1, 4)} for image in range(2)
-    ]
-
-
 def lost(vectors: dict, key: str) -> float:
-    """Ten times what mmdetection itself lost in float32."""
-    return 10 * json.loads(str(vectors["meta"]))["fp32_vs_f64"][key]
+    return float32_loss(vectors, key)[key]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -48,11 +39,10 @@ def test_anchors_and_matches_are_mmdetections(golden, case):
         want = np.concatenate([vectors[f"full.anchors.{level}"] for level in range(5)])
         np.testing.assert_array_equal(grid.anchors.numpy(), want)
     want = vectors[f"{case}.assigned_gt_inds"]
-    matched = head.match(grid, targets_of(vectors, case), IMAGES).numpy()
-    np.testing.assert_array_equal(matched == IGNORED, want < 0)
-    np.testing.assert_array_equal(np.where(matched == IGNORED, want, matched + 1), want)
-    # Not a row of padding takes part.
-    np.testing.assert_array_equal(want == -2, ~vectors[f"{case}.valid_flags"])
+    targets = targets_of(vectors, case)
+    matched = head.match(grid, targets, IMAGES)
+    np.testing.assert_array_equal(np.where(vectors[f"{case}.valid_flags"], assigned(matched, targets), -2), want)
+    assert (matched.numpy()[~vectors[f"{case}.valid_flags"]] == IGNORED).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -80,7 +70,7 @@ def test_deltas_of_the_positives_are_mmdetections(golden):
     matched = head.match(grid, targets, IMAGES)
     for image in range(2):
         at = np.flatnonzero(vectors["full.bbox_weights"][image])
-        deltas = head.coder.encode(targets[image]["boxes"][matched[image, at]], grid.anchors[at])
+        deltas = head.coder.encode(torch.cat([t["boxes"] for t in targets])[matched[image, at]], grid.anchors[at])
         assert np.abs(deltas.numpy() - vectors["full.bbox_targets"][image, at]).max() <= lost(vectors, "bbox_targets")
 
 
@@ -119,20 +109,6 @@ def test_a_sample_is_drawn_evenly():
     share = sample(matched, 20, 0.5).float().mean(0)
     # Half of each group; 2,000 draws have a standard deviation of 0.011.
     assert (share - 0.5).abs().max() < 0.06
-
-
-def test_matching_by_hand():
-    candidates = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 6.0], [20, 0, 30, 10], [50, 50, 60, 60], [20, 0, 30, 9.5]])
-    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 5], [90, 90, 95, 95]])
-    # Overlaps of the first box 1, 0.6; of the second 0.5, 0.526.
-    assert match_boxes(candidates, boxes, 0.7, 0.3, 0.3, False).tolist() == [0, IGNORED, IGNORED, BACKGROUND, IGNORED]
-    assert match_boxes(candidates, boxes, 0.7, 0.3, 0.3, True).tolist() == [0, IGNORED, IGNORED, BACKGROUND, 1]
-    assert match_boxes(candidates, boxes, 0.5, 0.5, 0.5, False).tolist() == [0, 0, 1, BACKGROUND, 1]
-    assert match_boxes(candidates, boxes[2:], 0.7, 0.3, 0.3, True).tolist() == [BACKGROUND] * 5
-    assert match_boxes(candidates, boxes[:0], 0.7, 0.3, 0.3, True).tolist() == [BACKGROUND] * 5
-    assert match_boxes(candidates[:0], boxes, 0.7, 0.3, 0.3, True).shape == (0,)
-    # Twice the same box: the last one takes what both want most.
-    assert match_boxes(candidates, boxes[[0, 0]], 0.7, 0.3, 0.3, True)[0] == 1
 
 
 def test_the_convolution_reads_every_level_in_order():
