@@ -33,8 +33,8 @@ class Case:
     biased: bool = True
     spread: float = 1.5  # standard deviation of the offsets, in pixels
 
-    def inputs(self, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor | None]:
-        """Random tensors by argument name, made in float64 and rounded."""
+    def inputs(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> dict[str, Tensor | None]:
+        """Random tensors by argument name, made in float64 on the CPU and rounded."""
         generator = torch.Generator().manual_seed(seed)
 
         def random(*shape):
@@ -50,7 +50,7 @@ class Case:
             "bias": random(self.outputs) if self.biased else None,
             "mask": random(self.batch, points, *out).sigmoid() if self.masked else None,
         }
-        return {name: None if x is None else x.to(dtype).requires_grad_() for name, x in tensors.items()}
+        return {name: None if x is None else x.to(device, dtype).requires_grad_() for name, x in tensors.items()}
 
     @property
     def geometry(self) -> dict[str, tuple[int, int]]:
@@ -82,26 +82,29 @@ def gradients(function: Callable[..., Tensor], inputs: dict[str, Tensor | None],
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items() if x is not None}
     output = function(**(dict.fromkeys(NAMES) | leaves), **geometry)
     cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    found = torch.autograd.grad(output, list(leaves.values()), cotangent.to(output.dtype))
+    found = torch.autograd.grad(output, list(leaves.values()), cotangent.to(output))
     return {"output": output.detach()} | dict(zip(leaves, found, strict=True))
 
 
-def check(function: Callable[..., Tensor], case: Case, dtype: torch.dtype) -> None:
+def check(
+    function: Callable[..., Tensor], case: Case, dtype: torch.dtype, device: str = "cpu", rounding: float | None = None
+) -> None:
     """Compare with the reference in float64 on the same numbers.
 
     The error may be twice what the reference loses in the same precision, and a few roundings of the largest number:
-    more of them in float64, where the reference has nothing to lose and the order of its sums is another.
+    more of them in float64, where the reference has nothing to lose and the order of its sums is another. `rounding`
+    is that of the products, where it is not that of the type.
     """
-    inputs = case.inputs(dtype)
+    inputs = case.inputs(dtype, device=device)
     exact = {name: None if x is None else x.double() for name, x in inputs.items()}
     expected = gradients(reference, exact, case.geometry)
     plain = gradients(reference, inputs, case.geometry)
     found = gradients(function, inputs, case.geometry)
+    few = 64 if dtype == torch.float64 else 4
     for name, value in expected.items():
         assert found[name].dtype == dtype and found[name].shape == value.shape, name
         error, lost = ((x[name].double() - value).abs().max().item() for x in (found, plain))
-        roundings = 64 if dtype == torch.float64 else 4
-        limit = 2 * lost + roundings * torch.finfo(dtype).eps * value.abs().max().item()
+        limit = 2 * lost + few * (rounding or torch.finfo(dtype).eps) * value.abs().max().item()
         # Not `error > limit`, which NaN passes.
         assert error <= limit, f"{case.id} {name}: error {error:.3g}, allowed {limit:.3g}"
 
