@@ -33,7 +33,7 @@ class _Raw(nn.Module):
     def forward(self, images: Sequence[Tensor]):
         outputs = self.model.raw(self.model.batch(images))
         # A second stage costs the same for any full list of proposals.
-        if hasattr(self.model.head, "full_image"):
+        if hasattr(getattr(self.model, "head", None), "full_image"):
             self.model.head.full_image(outputs)
         return outputs
 
