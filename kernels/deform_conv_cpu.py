@@ -88,7 +88,7 @@ def _build_plan(sizes, batch, groups, kernel, stride, padding, dilation, dtype, 
     return Plan(sizes, batch, groups, fan, rows, last, start, high, pitch, origin, owner, first)
 
 
-_keep_plan = lru_cache(maxsize=64)(_build_plan)
+_keep_plan = lru_cache(maxsize=32)(_build_plan)
 
 
 def _plan(inputs, offsets, weight, stride, padding, dilation, dtype) -> Plan:
