@@ -53,7 +53,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     what.add_argument("--seeds", type=positive, default=1, metavar="N", help="repeat with seeds 0 … N-1 (default: 1)")
     what.add_argument("--weights", metavar="FILE", help="initial backbone weights, torchvision's names (paper preset)")
     how = parser.add_argument_group("how to run it")
-    how.add_argument("--out", type=Path, metavar="DIR", help="rows, tables, report (default: runs/<data>-<preset>)")
+    how.add_argument("--out", type=Path, metavar="DIR", help="rows, tables, report (default: runs/<preset>)")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     how.add_argument("--backend", choices=BACKENDS, default="auto", help="of the operators (default: auto)")
     how.add_argument("--workers", type=positive, metavar="N", help="processes (default: one per core; 1 on a GPU)")
@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
 
-    out = options.out or RUNS / f"{base.data}-{options.preset}"
+    out = options.out or RUNS / (options.preset if options.data == "generated" else f"{base.data}-{options.preset}")
     rows = {cell: read_row(out, cell.key) for cell in cells}
     todo = [
         c for c, row in rows.items() if row is None or options.fresh or (options.retry_failed and row["status"] != "ok")

@@ -72,7 +72,7 @@ def test_the_default_grid_has_17_cells_and_every_subset_at_both_depths(data):
     [
         (["--grid", "nonsense"], "default"),
         (["--grid", "--preset", "huge"], "tiny"),
-        (["--grid", "--detector", "atss,yolo"], "unknown detector 'yolo'; the detectors are atss"),
+        (["--grid", "--detector", "atss,yolo"], "unknown detector 'yolo'; the detectors are atss, "),
         (["--grid", "--seeds", "0"], "from 1 on"),
         (["--grid", "--device", "tpu"], "cuda:N"),
         (["--grid", "--backend", "triton", "--device", "cpu"], "TRITON_INTERPRET=1"),
