@@ -8,6 +8,7 @@ from heads.dyhead import DyHead
 from heads.faster_rcnn import PLACEMENTS, faster_rcnn
 from heads.fcos import fcos
 from heads.fpn import FPN
+from heads.reppoints import reppoints
 from heads.resnet import BACKBONES, ResNet
 from heads.retinanet import retinanet
 from heads.towers import ConvTowers
@@ -20,7 +21,7 @@ def atss(body: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -
 
 
 # Name -> (backbone, number of classes, channels of the pyramid, DyHead or None for the detector's own towers) -> model.
-DETECTORS = {"atss": atss, "fcos": fcos, "retinanet": retinanet, "faster_rcnn": faster_rcnn}
+DETECTORS = {"atss": atss, "fcos": fcos, "reppoints": reppoints, "retinanet": retinanet, "faster_rcnn": faster_rcnn}
 # Those of them with a second stage, which may be told to split the DyHead's last block around RoIAlign.
 TWO_STAGE = ("faster_rcnn",)
 
