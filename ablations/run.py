@@ -24,6 +24,7 @@ from ablations.store import read_row, read_rows
 from ablations.tables import write_tables
 from ablations.work import Job
 from heads.build import DETECTORS
+from heads.resnet import BACKBONES, load_imagenet
 from kernels.backend import BACKENDS
 
 RUNS = Path("runs")
@@ -51,7 +52,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     what.add_argument("--only", default="", metavar="TERMS", help='keep matching cells, for instance "LSC,depth=1"')
     what.add_argument("--detector", default="atss", metavar="NAME[,NAME]", help=f"of {', '.join(DETECTORS)}")
     what.add_argument("--seeds", type=positive, default=1, metavar="N", help="repeat with seeds 0 … N-1 (default: 1)")
-    what.add_argument("--weights", metavar="FILE", help="initial backbone weights, torchvision's names (paper preset)")
+    what.add_argument(
+        "--weights",
+        metavar="FILE|NAME|none",
+        help="initial backbone weights with torchvision's names (default: the preset's; paper: resnet50)",
+    )
     how = parser.add_argument_group("how to run it")
     how.add_argument("--out", type=Path, metavar="DIR", help="rows, tables, report (default: runs/<preset>)")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
@@ -101,7 +106,7 @@ def open_data(options: argparse.Namespace, preset: Preset) -> Dataset:
 def base_cell(options: argparse.Namespace, preset: Preset, data: Dataset) -> Cell:
     """The fields that no grid varies; the attention fields are those of the baseline."""
     device_kind = "cpu" if options.device == "cpu" else "hip" if torch.version.hip else "cuda"
-    weights = options.weights or preset.weights
+    weights = options.weights
     if Path(weights).is_file():
         weights = f"{Path(weights).name}:{hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:12]}"
     return Cell(
@@ -146,6 +151,10 @@ def main(arguments: list[str] | None = None) -> int:
     preset = PRESETS[options.preset]
     command = "python -m ablations.run " + shlex.join(sys.argv[1:] if arguments is None else arguments)
     try:
+        options.weights = options.weights or preset.weights
+        if options.weights != "none" and not options.dry_run:
+            # Downloads them where they are published and absent, and finds out now whether they fit.
+            load_imagenet(BACKBONES[preset.backbone](), options.weights)
         data = open_data(options, preset)
         base = base_cell(options, preset, data)
         cells = only(build_grid(options.grid, preset, base, options.detector, options.seeds), options.only)
@@ -171,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     interrupted = False
     if todo:
         print(banner(options, workers, threads))
-        weights = options.weights or (None if preset.weights == "none" else preset.weights)
+        weights = None if options.weights == "none" else options.weights
         job = Job(data.root, out, options.device, threads, weights, command, options.retry_failed)
         progress = Progress(len(todo))
         try:

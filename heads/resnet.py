@@ -154,7 +154,11 @@ def load_imagenet(backbone: ResNet, source: str | Path) -> None:
         FileNotFoundError: `source` is neither a file nor a name with published weights.
     """
     if str(source) in IMAGENET:
-        state = torch.hub.load_state_dict_from_url(IMAGENET[str(source)], map_location="cpu", check_hash=True)
+        url = IMAGENET[str(source)]
+        try:
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+        except OSError as error:
+            raise OSError(f"cannot download {url} ({error}); fetch it elsewhere and give the file") from error
     elif not Path(source).is_file():
         raise FileNotFoundError(f"no weights at {source}; give a file or one of {', '.join(IMAGENET)}")
     elif Path(source).suffix == ".safetensors":

@@ -48,7 +48,7 @@ def weights(out: Path, key: str) -> dict[str, torch.Tensor]:
 
 
 def test_the_default_grid_has_17_cells_and_every_subset_at_both_depths(data):
-    options = run.parse(["--grid", "--data", str(data)])
+    options = run.parse(["--grid", "--data", str(data), "--weights", "none"])
     base = run.base_cell(options, PRESETS["tiny"], run.open_data(options, PRESETS["tiny"]))
     cells = build_grid("default", PRESETS["tiny"], base, ["atss"], 1)
     assert len(cells) == len({cell.key for cell in cells}) == 17
@@ -108,6 +108,16 @@ def test_bad_data_ends_with_2_before_anything_is_written(data, tmp_path, capsys)
     assert "instances_train2017.json" in capsys.readouterr().err
     assert run.main(["--grid", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
     assert "nowhere: no such directory" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_are_checked_before_anything_is_written(brief, data, tmp_path, capsys):
+    arguments = ["--grid", "--data", str(data), "--out", str(tmp_path / "out"), "--weights"]
+    assert run.main([*arguments, str(tmp_path / "absent.pth")]) == 2
+    assert "no weights at" in capsys.readouterr().err
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    assert run.main([*arguments, str(tmp_path / "other.pth")]) == 2
+    assert "missing: ['bn1.bias'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
