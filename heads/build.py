@@ -3,6 +3,7 @@
 from torch import nn
 
 from heads.atss import ATSSHead
+from heads.borderdet import borderdet
 from heads.detector import Detector
 from heads.dyhead import DyHead
 from heads.faster_rcnn import PLACEMENTS, faster_rcnn
@@ -21,7 +22,14 @@ def atss(body: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -
 
 
 # Name -> (backbone, number of classes, channels of the pyramid, DyHead or None for the detector's own towers) -> model.
-DETECTORS = {"atss": atss, "fcos": fcos, "reppoints": reppoints, "retinanet": retinanet, "faster_rcnn": faster_rcnn}
+DETECTORS = {
+    "atss": atss,
+    "borderdet": borderdet,
+    "fcos": fcos,
+    "reppoints": reppoints,
+    "retinanet": retinanet,
+    "faster_rcnn": faster_rcnn,
+}
 # Those of them with a second stage, which may be told to split the DyHead's last block around RoIAlign.
 TWO_STAGE = ("faster_rcnn",)
 

@@ -1,0 +1,121 @@
+"""BorderAlign against mmcv's vectors, against plain loops, and by its gradient."""
+
+import numpy as np
+import pytest
+import torch
+
+from heads import border_align as module
+from heads.border_align import border_align
+
+
+def plain(features, boxes, pool_size):
+    """Sample by sample, differentiable by itself."""
+    images, channels, height, width = features.shape
+    groups = features.view(images, 4, channels // 4, height, width)
+
+    def sample(group, x, y):
+        if x < -1 or x > width or y < -1 or y > height:
+            return torch.zeros_like(group[:, 0, 0])
+        x, y = min(max(x, 0.0), width - 1), min(max(y, 0.0), height - 1)
+        x0, y0 = int(x), int(y)
+        x1, y1, fx, fy = min(x0 + 1, width - 1), min(y0 + 1, height - 1), x - x0, y - y0
+        top = group[:, y0, x0] * (1 - fx) + group[:, y0, x1] * fx
+        return top * (1 - fy) + (group[:, y1, x0] * (1 - fx) + group[:, y1, x1] * fx) * fy
+
+    def borders(image, x1, y1, x2, y2):
+        steps = [i / pool_size for i in range(pool_size + 1)]
+        lines = (
+            [(x1 + t * (x2 - x1), y1) for t in steps],
+            [(x1, y1 + t * (y2 - y1)) for t in steps],
+            [(x2 - t * (x2 - x1), y2) for t in steps],
+            [(x2, y2 - t * (y2 - y1)) for t in steps],
+        )
+        values = [torch.stack([sample(groups[image, b], *p) for p in line]) for b, line in enumerate(lines)]
+        return torch.stack([v.max(0).values for v in values], -1)
+
+    rows = [torch.stack([borders(image, *box) for box in boxes[image].tolist()], 1) for image in range(images)]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", ["small", "det"])
+def test_values_and_gradients_are_mmcvs(golden, name, dtype):
+    vectors = golden("pieces_border_align")
+    x = torch.from_numpy(vectors[f"{name}.x"]).to(dtype).requires_grad_()
+    boxes, cot = (torch.from_numpy(vectors[f"{name}.{key}"]).to(dtype) for key in ("boxes", "cot"))
+    y = border_align(x, boxes, int(vectors[f"{name}.pool_size"]))
+    (grad,) = torch.autograd.grad(y, x, cot)
+    # Around 9, float32 rounds a position by 5e-7 cells each of four times, and neighbouring cells differ by up to 7.
+    allowed = 1e-12 if dtype == torch.float64 else 1.4e-5
+    for got, want in ((y, vectors[f"{name}.y"]), (grad, vectors[f"{name}.grad_x"])):
+        assert tuple(got.shape) == want.shape
+        assert np.abs(got.detach().double().numpy() - want).max() <= allowed
+
+
+def random_case(height: int, width: int, count: int = 7):
+    generator = torch.Generator().manual_seed(height * 100 + width)
+    features = torch.randn(2, 12, height, width, generator=generator, dtype=torch.float64)
+    corners = torch.rand(2, count, 4, generator=generator, dtype=torch.float64) * torch.tensor([width, height] * 2)
+    # The order of corners is free, and some leave the map, by less and by more than a cell.
+    boxes = corners * 1.6 - 0.4 * torch.tensor([width, height] * 2)
+    return features, boxes
+
+
+@pytest.mark.parametrize(("height", "width"), [(5, 7), (1, 6), (4, 1), (1, 1)])
+def test_values_and_gradients_equal_plain_loops(height, width):
+    features, boxes = random_case(height, width)
+    features.requires_grad_()
+    got, want = border_align(features, boxes, 5), plain(features, boxes, 5)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    cot = torch.randn(got.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    (grad,), (wanted,) = torch.autograd.grad(got, features, cot), torch.autograd.grad(want, features, cot)
+    torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_by_differences():
+    features, boxes = random_case(4, 5, count=3)
+    assert torch.autograd.gradcheck(lambda f: border_align(f, boxes, 3), features.requires_grad_())
+
+
+def test_parts_give_the_whole(monkeypatch):
+    features, boxes = random_case(5, 7)
+    whole = border_align(features, boxes)
+    monkeypatch.setattr(module, "_SAMPLES", 2 * 12 * 11 * 3)
+    assert torch.equal(border_align(features, boxes), whole)
+
+
+def test_of_equal_samples_the_first_has_the_gradient():
+    features = torch.ones(1, 4, 3, 3, requires_grad=True)
+    border_align(features, torch.tensor([[[0.0, 0.0, 2.0, 2.0]]])).sum().backward()
+    # The top and left borders begin at the upper left, the bottom and right ones at the lower right.
+    assert features.grad[0, :2, 0, 0].tolist() == [1.0, 1.0]
+    assert features.grad[0, 2:, 2, 2].tolist() == [1.0, 1.0]
+    assert features.grad.sum() == 4
+
+
+def test_no_boxes_half_precision_and_wrong_shapes():
+    features = torch.randn(2, 8, 3, 3)
+    assert border_align(features, torch.zeros(2, 0, 4)).shape == (2, 2, 0, 4)
+    boxes = torch.tensor([[[0.3, 0.2, 1.7, 2.0]]]).expand(2, 1, 4)
+    half = border_align(features.bfloat16(), boxes)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half, border_align(features.bfloat16().float(), boxes).bfloat16())
+    for arguments, message in (
+        ((features[:, :6], boxes), "4 \\* C"),
+        ((features, boxes[:1]), "n, 4"),
+        ((features, boxes, 256), "255"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            border_align(*arguments)
+
+
+@pytest.mark.gpu
+def test_gpu_agrees_with_cpu():
+    features, boxes = random_case(9, 11, 40)
+    features.requires_grad_()
+    on_gpu = features.detach().cuda().requires_grad_()
+    want, got = border_align(features, boxes), border_align(on_gpu, boxes.cuda())
+    torch.testing.assert_close(got.cpu(), want)
+    want.sum().backward()
+    got.sum().backward()
+    torch.testing.assert_close(on_gpu.grad.cpu(), features.grad)
