@@ -18,12 +18,13 @@ _SAMPLES = 2**26
 _DIRECTIONS = ((1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0))
 
 
-def _walk(boxes: Tensor, pool_size: int) -> tuple[Tensor, Tensor]:
-    """First position (N, 4, n, 2) on the borders of boxes (N, n, 4), and the step to the next, x and y in cells."""
+def _positions(boxes: Tensor, pool_size: int) -> Tensor:
+    """Where the borders of boxes (N, n, 4) are sampled: (N * 4, n, pool_size + 1, 2), x and y in cells."""
     first, last = boxes[..., :2], boxes[..., 2:]
-    start = torch.stack([first, first, last, last], 1)
+    start = torch.stack([first, first, last, last], 1).flatten(0, 1)
     step = ((last - first) / pool_size)[:, None] * boxes.new_tensor(_DIRECTIONS)[:, None]
-    return start, step
+    order = torch.arange(pool_size + 1, dtype=boxes.dtype, device=boxes.device)[:, None]
+    return start[:, :, None] + order * step.flatten(0, 1)[:, :, None]
 
 
 def _inside(position: Tensor, size: tuple[int, int]) -> Tensor:
@@ -39,14 +40,12 @@ class _BorderAlign(torch.autograd.Function):
         count = boxes.shape[1]
         # Each border of each image reads its own C channels.
         maps = features.reshape(images * 4, channels // 4, height, width)
-        start, step = (t.flatten(0, 1) for t in _walk(boxes, pool_size))
-        order = torch.arange(pool_size + 1, dtype=boxes.dtype, device=boxes.device)[:, None]
+        positions = _positions(boxes, pool_size)
         # From cells to the -1…1 between the middles of the first and the last cell, which may be the same.
         scale = 2 / boxes.new_tensor([max(width - 1, 1), max(height - 1, 1)])
         most = max(1, _SAMPLES // (images * channels * (pool_size + 1)))
         values, chosen = [], []
-        for part in range(0, max(count, 1), most):
-            position = start[:, part : part + most, None] + order * step[:, part : part + most, None]
+        for position in positions.split(most, 1):
             samples = F.grid_sample(maps, position * scale - 1, padding_mode="border", align_corners=True)
             samples *= _inside(position, (height, width))[:, None]
             # Of equal values `max` takes the first, on every device.
@@ -62,23 +61,24 @@ class _BorderAlign(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         boxes, chosen = ctx.saved_tensors
         images, channels, height, width = ctx.shape
-        start, step = (t.flatten(0, 1)[:, None] for t in _walk(boxes, ctx.pool_size))
-        grad = grad.permute(0, 3, 1, 2).reshape(chosen.shape)
-        # (N * 4, C, n, 2): every channel has a position of its own.
-        position = start + chosen[..., None] * step
-        grad = grad * _inside(position, (height, width))
+        count, samples = boxes.shape[1], ctx.pool_size + 1
+        # Cells and weights of all samples are few: they have no channels.
+        position = _positions(boxes, ctx.pool_size).view(images * 4, count * samples, 2)
+        inside = _inside(position, (height, width))
         last = position.new_tensor([width - 1, height - 1])
         position = position.clamp(min=0).minimum(last)
         low = position.floor()
-        share = position - low
-        high = (low + 1).minimum(last).long()
-        low = low.long()
-        base = torch.arange(images * channels, device=grad.device).view(images * 4, -1, 1) * (height * width)
-        result = grad.new_zeros(images * channels * height * width)
-        for y, of_y in ((low[..., 1], 1 - share[..., 1]), (high[..., 1], share[..., 1])):
-            row, weight = base + y * width, grad * of_y
-            for x, of_x in ((low[..., 0], 1 - share[..., 0]), (high[..., 0], share[..., 0])):
-                result.scatter_add_(0, (row + x).flatten(), (weight * of_x).flatten())
+        x, y = (position - low).unbind(-1)
+        high = (low + 1).minimum(last)
+        # (N * 4, C * n): which of the samples won.
+        won = (chosen + torch.arange(0, count * samples, samples, device=grad.device)).flatten(1)
+        grad = grad.permute(0, 3, 1, 2).reshape(won.shape)
+        result = grad.new_zeros(images * channels, height * width)
+        for row, of_row in ((low, 1 - y), (high, y)):
+            for column, of_column in ((low, 1 - x), (high, x)):
+                cell = (row[..., 1] * width + column[..., 0]).long().gather(1, won)
+                value = (of_row * of_column * inside).gather(1, won) * grad
+                result.scatter_add_(1, cell.view(len(result), count), value.view(len(result), count))
         return result.view(ctx.shape), None, None
 
 
