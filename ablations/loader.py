@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ablations.coco import ImageRecord, Split, read_image
+from ablations.coco import DataError, ImageRecord, Split, read_image
+from ablations.segments import bitmap
 
 CACHE_BYTES = 512 << 20
 
@@ -122,6 +123,7 @@ class Loader:
         flip: Probability of a horizontal flip.
         threads: How many threads make the coming batches; 0 makes each when it is asked for.
         cache_bytes: Images are kept decoded and resized when all of them, at all sizes, need no more memory than this.
+        masks: Whether the targets have masks; every object then needs a segmentation (`check_segmentations`).
 
     Raises:
         ValueError: an argument is out of range.
@@ -138,9 +140,11 @@ class Loader:
         flip: float = 0.5,
         threads: int = 0,
         cache_bytes: int = CACHE_BYTES,
+        masks: bool = False,
     ):
         _check_sizes(batch_size, short_sides, max_size)
         self.records = split.images
+        self.masks = masks
         self.batch_size, self.seed, self.flip = batch_size, seed, flip
         self.short_sides, self.max_size = tuple(short_sides), max_size
         portrait = np.array([record.height > record.width for record in self.records])
@@ -154,7 +158,8 @@ class Loader:
 
         Returns:
             Images, (3, H, W) uint8 RGB of differing sizes, and for each a target: `boxes` (n, 4) float32 xyxy in pixels
-            of that image, `labels` (n,) int64, 0-based, and `image_id`; n is 0 for an image without objects.
+            of that image, `labels` (n,) int64, 0-based, and `image_id`; n is 0 for an image without objects. With
+            `masks` also `masks`, (n, H, W) uint8 of 0 and 1.
 
         Raises:
             DataError: an image does not decode; the message names the file.
@@ -209,7 +214,31 @@ class Loader:
                     "image_id": record.image_id,
                 }
             )
+            if self.masks:
+                targets[-1]["masks"] = _masks(record, width, height, flip)
         return images, targets
+
+
+def _masks(record: ImageRecord, width: int, height: int, flip: bool) -> Tensor:
+    """The masks of an image's objects at this size, (n, height, width) uint8."""
+    masks = np.zeros((len(record.boxes), height, width), np.uint8)
+    for mask, segmentation in zip(masks, record.segmentations, strict=True):
+        mask[:] = bitmap(segmentation, record.width, record.height, width, height)
+    return torch.from_numpy(masks[..., ::-1].copy() if flip else masks)
+
+
+def check_segmentations(split: Split) -> None:
+    """Make sure that masks can be learned from, or evaluated with, a split.
+
+    Raises:
+        DataError: lists the images with an object that has no segmentation.
+    """
+    lacking = [record.image_id for record in split.images if not all(record.segmentations)]
+    if lacking:
+        shown = ", ".join(map(str, lacking[:5])) + (", ..." if len(lacking) > 5 else "")
+        raise DataError(
+            split.path, [f"{len(lacking)} images have objects without a segmentation, which masks need: {shown}"]
+        )
 
 
 @dataclass(frozen=True, slots=True)

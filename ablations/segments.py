@@ -1,6 +1,8 @@
 """COCO's `segmentation` values: polygons kept as compact arrays, run lengths checked before C code reads them."""
 
 import numpy as np
+from PIL import Image
+from pycocotools import mask as rle
 
 _NUMBERS = frozenset({int, float})
 
@@ -77,3 +79,22 @@ def run_lengths(text: str) -> np.ndarray | None:
     numbers[1::2] = np.cumsum(numbers[1::2])
     numbers[2::2] = np.cumsum(numbers[2::2])
     return numbers
+
+
+def bitmap(segmentation: list | dict, width: int, height: int, to_width: int, to_height: int) -> np.ndarray:
+    """A segmentation of a (height, width) image that passed the check, drawn at another size: uint8 of 0 and 1.
+
+    Polygons are scaled and then drawn, so they lose nothing; run lengths are drawn and then interpolated.
+    """
+    if isinstance(segmentation, dict):
+        runs = segmentation
+        if isinstance(runs["counts"], list):
+            runs = rle.frPyObjects(runs, height, width)
+        drawn = np.asarray(rle.decode([runs])[..., 0])
+        if (to_width, to_height) == (width, height):
+            return drawn
+        grey = Image.fromarray(255 * drawn).resize((to_width, to_height), Image.Resampling.BILINEAR)
+        return (np.asarray(grey) >= 128).astype(np.uint8)
+    ratio = np.array([to_width / width, to_height / height])
+    polygons = [(polygon.reshape(-1, 2) * ratio).ravel() for polygon in segmentation]
+    return rle.decode([rle.merge(rle.frPyObjects(polygons, to_height, to_width))])[..., 0]

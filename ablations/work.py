@@ -16,15 +16,16 @@ from pathlib import Path
 import torch
 
 from ablations.coco import DataError, Dataset, read_dataset
-from ablations.evaluate import evaluate
+from ablations.evaluate import evaluate, run_lengths
 from ablations.grid import Cell
-from ablations.loader import EvalLoader, Loader
+from ablations.loader import EvalLoader, Loader, check_segmentations
 from ablations.machine import machine_info
 from ablations.measure import count_gmacs, count_parameters, measure_latency
 from ablations.room import Room
 from ablations.store import claim, read_row, write_row
 from ablations.train import Diverged, train
 from heads import build_detector
+from heads.masks import paste
 from heads.resnet import load_imagenet
 from kernels import use_backend
 
@@ -115,7 +116,13 @@ def outcome(cell: Cell, job: Job, room: Room, notice) -> dict:
 
     # Decoding runs beside the GPU; on a CPU it would only take the trainer's core.
     threads = 0 if device.type == "cpu" else min(8, job.threads)
-    batches = Loader(data.train, cell.batch_size, cell.seed, cell.image_size, cell.max_size, threads=threads)
+    masks = getattr(model.head, "needs_masks", False)
+    if masks:
+        check_segmentations(data.train)
+        check_segmentations(data.val)
+    batches = Loader(
+        data.train, cell.batch_size, cell.seed, cell.image_size, cell.max_size, threads=threads, masks=masks
+    )
     try:
         training = train(cell, model, batches.batch, device, job.out / "cells" / cell.key, room.busy, report)
     finally:
@@ -129,7 +136,9 @@ def outcome(cell: Cell, job: Job, room: Room, notice) -> dict:
     finally:
         shown.close()
     with room.busy():
-        metrics = evaluate(predictions, data.val.ground_truth, data.val.category_ids)
+        truth = data.val.ground_truth
+        metrics = evaluate(predictions, truth, data.val.category_ids)
+        segm = {"segm_metrics": evaluate(predictions, truth, data.val.category_ids, "segm")} if masks else {}
 
     notice("measure")
     images = next(iter(EvalLoader(data.val, cell.batch_size, cell.image_size[-1], cell.max_size)))[0]
@@ -137,6 +146,7 @@ def outcome(cell: Cell, job: Job, room: Room, notice) -> dict:
         speed = measure_latency(model, images, device)
     return {
         "metrics": metrics,
+        **segm,
         "training": training,
         "params_M": count_parameters(model) / 1e6,
         "GMACs": count_gmacs(model, images[:1]),
@@ -150,7 +160,11 @@ def detect(model: torch.nn.Module, batches: EvalLoader, device: torch.device, pr
     for images, shown in batches:
         with room.busy(), torch.inference_mode(), autocast(device, precision):
             for found, image in zip(model([image.to(device) for image in images]), shown, strict=True):
-                predictions.append((image.image_id, {**found, "boxes": image.to_original(found["boxes"].float())}))
+                boxes = image.to_original(found["boxes"].float())
+                if "masks" in found:
+                    size = (image.height, image.width)
+                    found["masks"] = run_lengths(paste(found.pop("mask_probabilities"), boxes, size))
+                predictions.append((image.image_id, {**found, "boxes": boxes}))
     return predictions
 
 
@@ -177,6 +191,7 @@ def build(cell: Cell, num_classes: int, weights: str | None) -> torch.nn.Module:
         formulation=cell.formulation or "released",
         coarse_offsets=cell.coarse_offsets or "crop",
         channels=cell.channels,
+        placement=cell.placement,
     )
     if weights is not None:
         load_imagenet(model.backbone, weights)

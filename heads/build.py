@@ -9,6 +9,7 @@ from heads.dyhead import DyHead
 from heads.faster_rcnn import PLACEMENTS, faster_rcnn
 from heads.fcos import fcos
 from heads.fpn import FPN
+from heads.mask_rcnn import mask_rcnn
 from heads.reppoints import reppoints
 from heads.resnet import BACKBONES, ResNet
 from heads.retinanet import retinanet
@@ -29,9 +30,10 @@ DETECTORS = {
     "reppoints": reppoints,
     "retinanet": retinanet,
     "faster_rcnn": faster_rcnn,
+    "mask_rcnn": mask_rcnn,
 }
 # Those of them with a second stage, which may be told to split the DyHead's last block around RoIAlign.
-TWO_STAGE = ("faster_rcnn",)
+TWO_STAGE = ("faster_rcnn", "mask_rcnn")
 
 
 def build_detector(

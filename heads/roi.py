@@ -40,6 +40,19 @@ class Regions(NamedTuple):
     matched: Tensor
     given: Tensor
 
+    def positives(self, counts: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """The positive boxes (p_i, 4) of each image, and which of its own boxes (p_i,) each answers for.
+
+        Args:
+            counts: how many boxes each image has in the ground truth.
+        """
+        sizes = torch.tensor([len(b) for b in self.boxes], device=self.positive.device)
+        image = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)[self.positive]
+        first = torch.tensor([0, *counts[:-1]], device=sizes.device).cumsum(0)
+        held = torch.bincount(image, minlength=len(sizes)).tolist()
+        boxes = torch.cat(self.boxes)[self.positive]
+        return list(boxes.split(held)), list((self.matched - first[image]).split(held))
+
 
 def sample_regions(
     proposals: Sequence[Tensor],

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_coco import CATEGORIES, annotation, write, write_json
+from tiny_coco import CATEGORIES, annotation, edited, write, write_json
 
 from ablations.coco import DataError, read_split
-from ablations.loader import EvalLoader, Loader, flip_boxes, resized, scale_boxes
+from ablations.loader import EvalLoader, Loader, check_segmentations, flip_boxes, resized, scale_boxes
 
 
 def directory(root: Path, sizes: list[tuple[int, int]]):
@@ -347,3 +347,40 @@ def test_a_range_of_sides(mixed):
     loader = Loader(mixed, 8, 0, range(16, 21), 64)
     sides = {min(image.shape[1:]) for step in range(10) for image in loader.batch(step)[0]}
     assert sides == {16, 17, 18, 19, 20}
+
+
+def test_masks_are_scaled_and_flipped_with_their_image(tmp_path):
+    """A rectangle as polygon and as run lengths; masks and boxes must stay on top of each other."""
+    runs = {"size": [16, 20], "counts": [4 * 16 + 2, *([8, 8] * 5 + [8]), 320 - 4 * 16 - 2 - 88]}
+
+    def change(document):
+        first = next(a for a in document["annotations"] if a["id"] == 101)
+        first |= {"bbox": [4, 2, 6, 8], "segmentation": [[4, 2, 10, 2, 10, 10, 4, 10]]}
+        second = next(a for a in document["annotations"] if a["id"] == 56)
+        second |= {"bbox": [4, 2, 6, 8], "segmentation": runs}
+
+    split = read_split(write(tmp_path / "data", edited(change)), "train")
+    for short_side in (16, 32):
+        for flip in (0.0, 1.0):
+            images, targets = Loader(split, 2, 0, (short_side,), 100, flip=flip, masks=True).batch(0)
+            for image, target in zip(images, targets, strict=True):
+                assert target["masks"].shape == (len(target["boxes"]), *image.shape[1:])
+                if target["image_id"] != 31:
+                    continue
+                assert target["masks"].dtype == torch.uint8
+                for mask, box in zip(target["masks"], target["boxes"].int().tolist(), strict=True):
+                    x1, y1, x2, y2 = box
+                    want = torch.zeros_like(mask)
+                    want[y1:y2, x1:x2] = 1
+                    assert torch.equal(mask, want), (short_side, flip)
+    assert "masks" not in Loader(split, 2, 0, (16,), 100).batch(0)[1][0]
+
+
+def test_an_object_without_a_segmentation_is_named_where_masks_are_needed(tmp_path):
+    def change(document):
+        del document["annotations"][0]["segmentation"]
+
+    split = read_split(write(tmp_path / "data", edited(change)), "train")
+    with pytest.raises(DataError, match="1 images have objects without a segmentation, which masks need: 31"):
+        check_segmentations(split)
+    check_segmentations(read_split(write(tmp_path / "sound"), "train"))

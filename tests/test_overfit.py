@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ablations.evaluate import evaluate
+from ablations.evaluate import evaluate, run_lengths
 from heads import build_detector
 from heads.build import DETECTORS
 
@@ -28,15 +28,18 @@ def dataset() -> tuple[list[torch.Tensor], list[dict], dict]:
     images, targets, annotations = [], [], []
     for number, scene in enumerate(SCENES):
         image = torch.randint(90, 150, (3, SIDE, SIDE), generator=generator)
+        masks = []
         for x1, y1, x2, y2, label in scene:
             reach_x, reach_y = (2 * x - x1 - x2).abs() / (x2 - x1), (2 * y - y1 - y2).abs() / (y2 - y1)
             inside = reach_x.maximum(reach_y) < 1 if label == 1 else reach_x**2 + reach_y**2 < 1
             image = torch.where(inside, COLOURS[label][:, None, None], image)
+            masks.append(inside)
             box = [x1, y1, x2 - x1, y2 - y1]
             annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": label + 1, "bbox": box})
+            annotations[-1]["segmentation"] = run_lengths(inside[None])[0]
         images.append(image.to(torch.uint8))
         scene = torch.tensor(scene)
-        targets.append({"boxes": scene[:, :4].float(), "labels": scene[:, 4]})
+        targets.append({"boxes": scene[:, :4].float(), "labels": scene[:, 4], "masks": torch.stack(masks)})
     for annotation in annotations:
         annotation |= {"area": annotation["bbox"][2] * annotation["bbox"][3], "iscrowd": 0}
     truth = {
@@ -70,3 +73,6 @@ def test_a_detector_learns_four_images_by_heart(name, attentions):
         results = model(images)
     metrics = evaluate(enumerate(results), truth, [1, 2, 3])
     assert metrics["AP50"] >= 90, (metrics, losses[::10])
+    if "masks" in results[0]:
+        metrics = evaluate(enumerate(results), truth, [1, 2, 3], "segm")
+        assert metrics["AP50"] >= 90, (metrics, losses[::10])
