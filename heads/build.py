@@ -4,6 +4,7 @@ from torch import nn
 
 from heads.atss import ATSSHead
 from heads.borderdet import borderdet
+from heads.cascade_rcnn import cascade_rcnn
 from heads.detector import Detector
 from heads.dyhead import DyHead
 from heads.faster_rcnn import PLACEMENTS, faster_rcnn
@@ -31,9 +32,10 @@ DETECTORS = {
     "retinanet": retinanet,
     "faster_rcnn": faster_rcnn,
     "mask_rcnn": mask_rcnn,
+    "cascade_rcnn": cascade_rcnn,
 }
 # Those of them with a second stage, which may be told to split the DyHead's last block around RoIAlign.
-TWO_STAGE = ("faster_rcnn", "mask_rcnn")
+TWO_STAGE = ("faster_rcnn", "mask_rcnn", "cascade_rcnn")
 
 
 def build_detector(
