@@ -193,14 +193,16 @@ def _points_launch(level: Level, packed: Tensor, grad: Tensor, to_x, to_offset, 
     return Launch(kernels.backward_points_kernel, (level.tile_count(tiles) * points,), arguments, constants, tiles)
 
 
-def _weight_launch(level: Level, grad: Tensor, splits: int | None = None) -> Launch:
+def _weight_launch(level: Level, grad: Tensor) -> Launch:
     """The launch lacks `partial`, whose length is the last number of its grid."""
     constants, tiles = level.constants(_WEIGHT, grad)
     steps = level.taps * (constants["C"] // constants["SPAN"]) * triton.cdiv(constants["SPAN"], tiles.c)
     blocks = level.groups * triton.cdiv(constants["OUT"], tiles.o)
     count = level.tile_count(tiles)
-    per_split = triton.cdiv(count, max(1, _WEIGHT_PROGRAMS // (steps * blocks)))
-    arguments = level.arguments() | {"grad": grad, "tiles": count, "tiles_per_split": per_split}
+    # A power of two, so that few sizes of maps need another compilation.
+    per_split = triton.next_power_of_2(triton.cdiv(count, max(1, _WEIGHT_PROGRAMS // (steps * blocks))))
+    constants["TILES"] = per_split
+    arguments = level.arguments() | {"grad": grad, "tiles": count}
     grid = (steps, blocks, triton.cdiv(count, per_split))
     return Launch(kernels.backward_weight_kernel, grid, arguments, constants, tiles)
 

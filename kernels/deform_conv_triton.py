@@ -304,14 +304,14 @@ def _tile_step(
 @triton.jit
 def backward_weight_kernel(
     grad, x, offset, mask, partial,
-    H, W, HO, WO, tiles, tiles_per_split,
+    H, W, HO, WO, tiles,
     offset_n, offset_c, offset_h, offset_w, mask_n, mask_c, mask_h, mask_w,
     C: tl.constexpr, OUT: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr, SPAN: tl.constexpr,
     KW: tl.constexpr, TAPS: tl.constexpr, GEOMETRY: tl.constexpr, HAS_MASK: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-    REAL: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    TILES: tl.constexpr, REAL: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (steps of a weight group, GROUPS * blocks of OUT, splits): a split sums over its share of all images' tiles.
+    """Grid (steps of a weight group, GROUPS * blocks of OUT, splits): a split sums over TILES tiles of all images.
 
     `grad` is (N, HO, WO, OUT*GROUPS), `x` (N, H, W, C*GROUPS), `partial` (splits, GROUPS, OUT, TAPS, C) of type REAL.
     """
@@ -322,23 +322,24 @@ def backward_weight_kernel(
     split = tl.program_id(2)
     per_image = tl.cdiv(HO, TILE_H) * tl.cdiv(WO, TILE_W)
     total = tl.zeros((BLOCK_O, BLOCK_C), dtype=REAL)
-    first = split * tiles_per_split
-    last = tl.minimum(first + tiles_per_split, tiles) - 1
     v00, v01, v10, v11, w00, w01, w10, w11 = _tile_step(
-        first, step, group, x, offset, mask, offset_n, offset_c, offset_h, offset_w, mask_n, mask_c, mask_h, mask_w,
+        split * TILES, step, group, x, offset, mask,
+        offset_n, offset_c, offset_h, offset_w, mask_n, mask_c, mask_h, mask_w,
         H, W, HO, WO, C, GROUPS, SHARE, SPAN, KW, TAPS, GEOMETRY, HAS_MASK, TILE_H, TILE_W, BLOCK_C, REAL, INDEX,
     )  # fmt: skip
-    for tile in range(first, last + 1):
+    for i in range(TILES):
+        tile = split * TILES + i
         samples = _mix(v00, v01, v10, v11, w00, w01, w10, w11, REAL).to(x.dtype.element_ty)
         v00, v01, v10, v11, w00, w01, w10, w11 = _tile_step(
-            tl.minimum(tile + 1, last), step, group, x, offset, mask,
+            tl.minimum(tile + 1, tiles - 1), step, group, x, offset, mask,
             offset_n, offset_c, offset_h, offset_w, mask_n, mask_c, mask_h, mask_w,
             H, W, HO, WO, C, GROUPS, SHARE, SPAN, KW, TAPS, GEOMETRY, HAS_MASK, TILE_H, TILE_W, BLOCK_C, REAL, INDEX,
         )  # fmt: skip
         ho, wo, inside = _pixels(tile % per_image, HO, WO, TILE_H, TILE_W)
         image = (tile // per_image).to(tl.int64)
         rows = grad + (image * HO * WO + ho.to(INDEX) * WO + wo) * (OUT * GROUPS)
-        gradient = _load_gradient(rows[:, None], group * OUT + o, inside, o < OUT)
+        # The last split may have fewer tiles: what it computes beyond them has no gradient.
+        gradient = _load_gradient(rows[:, None], group * OUT + o, inside & (tile < tiles), o < OUT)
         total = tl.dot(tl.trans(gradient), samples, total, input_precision=PRECISION, out_dtype=REAL)
     c, known = _block(step // TAPS, SPAN, BLOCK_C)
     rows = partial + ((split.to(tl.int64) * GROUPS + group) * OUT + o) * (TAPS * C)
