@@ -26,7 +26,8 @@ the suffixes), in which points in the padding are background.
 
 Deviations: the authors' own code ranks the candidates of a level by probability × centerness and takes the root of that
 product as the score; mmdetection does neither. Suppression compares class labels instead of shifting boxes by class.
-The 1.2e-7 that mmdetection adds to every normaliser is left out.
+The 1.2e-7 that mmdetection adds to every normaliser is left out, and overlaps are computed in pixels, not in strides,
+which matters to the guard of their divisions alone.
 """
 
 import math
@@ -222,11 +223,10 @@ class FCOSHead(nn.Module):
         goal = self.targets(self.grid(outputs), targets)
         normaliser = max(len(goal.positive), 1)
         raw = outputs.raw.flatten(0, 1)[goal.positive]
-        # The overlap of two boxes around the same point, wherever that lies; strides only matter to the epsilon.
-        unit = goal.strides if self.recipe.in_strides else 1.0
+        # The overlap of two boxes around the same point, wherever that lies.
         origin = goal.distances.new_zeros(1, 2)
-        predicted = decode_distances(self.distances(raw, goal.strides) / unit, origin)
-        wanted = decode_distances(goal.distances / unit, origin)
+        predicted = decode_distances(self.distances(raw, goal.strides), origin)
+        wanted = decode_distances(goal.distances, origin)
         box_loss = giou_loss if self.recipe.box_loss == "giou" else iou_loss
         return {
             "loss_cls": sigmoid_focal_loss(outputs.logits, goal.labels, normaliser=normaliser, **self.focal),

@@ -113,8 +113,8 @@ def test_max_iou_equals_plain_loops(by_image, low_quality, pairs, monkeypatch):
     grid = anchor_grid([(8, 9), (4, 5)], [8, 16], [cell_anchors([4 * s, 6 * s], (0.5, 1.0)) for s in (8, 16)], 0.0)
     counts = [3, 0, 11, 1]
     boxes = [random_boxes(n, 64, 72, generator) for n in counts]
-    # Twice the same box: a tie at every anchor. And one that no anchor touches.
-    boxes[2][4] = boxes[2][1]
+    # Twice the same box, near to an anchor: a tie at every anchor. And one that no anchor touches.
+    boxes[2][1] = boxes[2][4] = grid.anchors[200]
     boxes[2][7] += 1000
     anchors = grid.anchors
     if by_image:
@@ -130,6 +130,18 @@ def test_max_iou_equals_plain_loops(by_image, low_quality, pairs, monkeypatch):
         assert torch.equal(matched[image], torch.where(want >= 0, want + sum(counts[:image]), want))
         assert (matched[image][~valid[image]] == -1).all() and n == len(boxes[image])
     assert kinds == {-2, -1, 0}
+
+
+def test_an_overlap_at_a_threshold():
+    """The anchor is 8 × 8; the boxes are a half of it, a quarter, and a hair less than that."""
+    grid = anchor_grid([(1, 1)], [8], [cell_anchors([8])], 0.5)
+    for box, want in (([0.0, 0, 8, 4], 0), ([0.0, 0, 8, 3.99], -2), ([0.0, 0, 4, 4], -2), ([0.0, 0, 4, 3.99], -1)):
+        matched = assign_max_iou(grid.anchors, [torch.tensor([box])], 0.5, 0.25, low_quality=None)
+        assert matched.tolist() == [[want]]
+    # An own best counts from `least` on.
+    for least, want in ((0.5, 0), (0.501, -2)):
+        matched = assign_max_iou(grid.anchors, [torch.tensor([[0.0, 0, 8, 4]])], 0.6, 0.25, least)
+        assert matched.tolist() == [[want]]
 
 
 def test_a_box_that_no_anchor_overlaps_gets_none():

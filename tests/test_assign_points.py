@@ -51,6 +51,8 @@ def test_centre_assignment_equals_plain_loops(radius, pairs, monkeypatch):
     # Equal boxes, one of equal area, and one so that a point is exactly 16 pixels from its farthest side.
     boxes[2][5] = boxes[2][2]
     boxes[2][6:10] = torch.tensor([[4.0, 4, 44, 24], [4, 4, 24, 44], [30, 30, 31, 31], [36, 20, 60, 40]])
+    # The point (24, 24) of the second level is 16 pixels from its right and lower sides.
+    boxes[3][0] = torch.tensor([16.0, 16, 40, 40])
     matched = assign_centre(point_grid(SIZES, STRIDES, 0.5), boxes, RANGES, radius)
     for image in range(len(counts)):
         want = plain_centre(boxes[image], radius)

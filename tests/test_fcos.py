@@ -114,8 +114,8 @@ def test_improved_losses_and_gradients_are_borderdets(golden, case, dtype):
     names = {"loss_cls": "loss_cls", "loss_bbox": "loss_box_reg", "loss_centerness": "loss_centerness"}
     allowed = float32_loss(vectors, *(f"{case}.{name}" for name in names.values()), f"{case}.grad")
     if dtype == torch.float64:
-        # The guard of the GIoU is in square pixels there and in square strides here.
-        allowed = dict.fromkeys(allowed, 1e-8) | {f"{case}.grad": 1e-8}
+        # The guards of the GIoU are not the same, and some gradients are stored in float32.
+        allowed = dict.fromkeys(allowed, 1e-9) | {f"{case}.grad": 1e-8}
     losses = model.loss(raw, targets_of(vectors, case, dtype), IMAGES)
     for ours, theirs in names.items():
         got = losses[ours].item()

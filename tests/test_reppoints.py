@@ -86,6 +86,7 @@ def test_targets_are_the_released_ones(golden, case):
         assert stage.normaliser == vectors[f"{case}.{name}.avg_factor"]
     weights = vectors[f"{case}.refine.label_weights"] > 0
     np.testing.assert_array_equal(counted.numpy(), weights)
+    assert (labels[second.matched < 0] == CLASSES).all()
     np.testing.assert_array_equal(labels.numpy()[weights], vectors[f"{case}.refine.labels"][weights])
 
 

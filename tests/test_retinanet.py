@@ -69,6 +69,7 @@ def test_targets_are_the_released_ones(golden, case):
     np.testing.assert_array_equal(goal.counted.numpy(), vectors[f"{case}.label_weights"] > 0)
     counted = goal.counted.numpy()
     np.testing.assert_array_equal(goal.labels.numpy()[counted], vectors[f"{case}.labels"][counted])
+    assert (goal.labels[goal.matched < 0] == CLASSES).all()
     want = vectors[f"{case}.bbox_targets"].reshape(-1, 4)[goal.positive.numpy()]
     assert difference(goal.deltas, want) <= float32_loss(vectors, "bbox_targets")["bbox_targets"]
     assert model.normaliser(goal) == vectors[f"{case}.avg_factor"]
