@@ -44,6 +44,17 @@ def test_levels_halve_rounding_up(size):
     assert [tuple(x.shape) for x in levels] == [(2, 16, *e) for e in expected]
 
 
+def test_every_level_hears_the_coarsest_and_the_finest_hears_only_itself():
+    torch.manual_seed(0)
+    fpn = FPN((4, 4, 4), 16)
+    features = [torch.randn(1, 4, size, size) for size in (16, 8, 4)]
+    before = fpn(features)
+    for changed, hearers in ((0, {0}), (1, {0, 1}), (2, {0, 1, 2, 3, 4})):
+        inputs = [x + (i == changed) for i, x in enumerate(features)]
+        after = fpn(inputs)
+        assert {i for i in range(5) if not torch.equal(before[i], after[i])} == hearers
+
+
 def test_frozen_batchnorm_is_batchnorm_in_evaluation():
     norm, frozen = nn.BatchNorm2d(8).double(), FrozenBatchNorm2d(8).double()
     for value in norm.state_dict().values():

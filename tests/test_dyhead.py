@@ -148,6 +148,17 @@ def test_coarse_offsets_modes_differ_only_in_the_coarser_branch():
             assert not has_coarser or not same[-1]
 
 
+def test_crop_takes_the_top_left_corner_and_prefix_the_first_elements():
+    module = SpatialAttention(32, "crop")
+    offsets = torch.arange(2 * 18 * 5 * 7).view(2, 18, 5, 7)
+    crop = module._for_coarser(offsets, torch.Size((3, 4)))
+    assert torch.equal(crop, offsets[:, :, :3, :4])
+    module.coarse_offsets = "prefix"
+    prefix = module._for_coarser(offsets, torch.Size((3, 4)))
+    for image, flat in zip(offsets, prefix, strict=True):
+        assert flat.flatten().tolist() == image.flatten()[: 18 * 3 * 4].tolist()
+
+
 @pytest.mark.parametrize("formulation", FORMULATIONS)
 def test_images_of_a_batch_do_not_see_each_other(formulation):
     head = perturb(DyHead(32, 2, formulation=formulation).double())
