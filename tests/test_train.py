@@ -58,7 +58,6 @@ def test_training_learns_and_counts(tmp_path):
     # The mean of the last tenth, which is nothing beside what it began with.
     assert result["loss"] == pytest.approx(sum(losses[step] for step in range(91, 101)) / 10)
     assert result["loss"] < 0.01 * losses[1]
-    assert model.weight.item() == pytest.approx(3, abs=0.1) and model.bias.item() == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("stop", [1, 19, 20, 21, 57, 99])
