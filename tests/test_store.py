@@ -249,9 +249,13 @@ HOLDER = """
 import os, sys, time
 from ablations.store import claim
 lease = claim(sys.argv[1], "a1")
+read, write = os.pipe()
 child = os.fork()
 if child == 0:
+    os.write(write, b"x")
     time.sleep(60)
+# The child closes what it inherited before its first line; on a busy machine that can take a while.
+os.read(read, 1)
 print(child, flush=True)
 time.sleep(60)
 """
