@@ -80,7 +80,7 @@ def _anchor_grid(sizes: Sizes, strides: tuple, cells: tuple, offset: float, devi
     # A tensor made in inference mode could never be used in training, and this one outlives the call.
     with torch.inference_mode(False):
         anchors, centres = [], []
-        for points, level in zip(_level_points(sizes, strides, offset), cells, strict=True):
+        for points, level in zip(level_points(sizes, strides, offset), cells, strict=True):
             anchors.append((torch.cat([points, points], -1)[:, None] + torch.tensor(level)).flatten(0, 1))
             centres.append(points.repeat_interleave(len(level), 0))
         counts = tuple(len(level) for level in anchors)
@@ -131,9 +131,12 @@ def outside_padding(
     return cells, (grid.centres < limits[:, grid.levels]).all(-1)
 
 
-def _level_points(sizes: Sizes, strides: tuple, offset: float) -> list[Tensor]:
+def level_points(
+    sizes: Sequence[Sequence[int]], strides: Sequence[int], offset: float, device: torch.device | str = "cpu"
+) -> list[Tensor]:
+    """The points (H_l * W_l, 2) x, y in pixels of each level, in the order of the grids. Made anew by every call."""
     points = []
     for (height, width), stride in zip(sizes, strides, strict=True):
-        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
         points.append((torch.stack([x, y], -1).reshape(-1, 2) + offset) * stride)
     return points

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from heads.anchors import Sizes
+from heads.anchors import Sizes, level_points
 from heads.assign import assign_max_iou
 from heads.border_align import border_align
 from heads.boxes import decode_distances
@@ -127,19 +127,21 @@ class BorderDetHead(FCOSHead):
     def forward(self, cls_features: list[Tensor], reg_features: list[Tensor]) -> BorderDetOutputs:
         """Predict from the trunk's maps (N, C, H_l, W_l); both lists may be the same one, as with DyHead."""
         first = super().forward(cls_features, reg_features)
-        grid = self.grid(first)
-        with torch.no_grad():
-            boxes = decode_distances(self.distances(first.raw, self.row_strides(grid)), grid.centres)
-        of_classes, of_boxes = [], []
-        by_level = zip(cls_features, reg_features, boxes.split(grid.counts, 1), self.strides, strict=True)
-        for for_classes, for_boxes, box, stride in by_level:
+        # Points without the cache of grids, which must not be filled while tensors are stand-ins that hold no numbers.
+        points = level_points(first.sizes, self.strides, 0.5, first.raw.device)
+        raw = first.raw.detach().split([len(p) for p in points], 1)
+        boxes, of_classes, of_boxes = [], [], []
+        by_level = zip(cls_features, reg_features, raw, points, self.strides, strict=True)
+        for for_classes, for_boxes, distances, point, stride in by_level:
             height, width = for_boxes.shape[2:]
+            box = decode_distances(self.distances(distances, stride), point)
             cells = (box / stride).clamp(min=0).minimum(box.new_tensor([width - 1, height - 1] * 2))
+            boxes.append(box)
             of_classes.append(self.cls_branch(for_classes, cells))
             of_boxes.append(self.reg_branch(for_boxes, cells))
         (border_logits,) = predict_rows(of_classes, self.border_cls)
         (border_deltas,) = predict_rows(of_boxes, self.border_reg)
-        return BorderDetOutputs(*first[:3], border_logits, border_deltas, boxes, first.sizes)
+        return BorderDetOutputs(*first[:3], border_logits, border_deltas, torch.cat(boxes, 1), first.sizes)
 
     def border_targets(self, outputs: BorderDetOutputs, targets: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
         """What the first stage's boxes learn: labels (N, A), the indices of positive ones, their deltas."""

@@ -191,8 +191,8 @@ class FCOSHead(nn.Module):
         """(A, 1) float32, pixels per cell of every point."""
         return torch.tensor(grid.strides, dtype=torch.float32, device=grid.centres.device)[grid.levels, None]
 
-    def distances(self, raw: Tensor, strides: Tensor) -> Tensor:
-        """Left, top, right, bottom in pixels: (..., 4) of a raw prediction (..., 4) and strides (..., 1)."""
+    def distances(self, raw: Tensor, strides: Tensor | int) -> Tensor:
+        """Left, top, right, bottom in pixels: (..., 4) of a raw prediction (..., 4) and strides (..., 1), or one."""
         return raw.relu() * strides if self.recipe.in_strides else raw.exp()
 
     def targets(self, grid: Grid, targets: list[dict]) -> FCOSTargets:
