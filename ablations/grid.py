@@ -4,9 +4,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 
-from heads.build import DETECTORS
+from heads.attention import COARSE_OFFSETS
+from heads.build import TWO_STAGE
 from heads.dyhead import ATTENTIONS, FORMULATIONS, canonical
+from heads.faster_rcnn import PLACEMENTS
 
 GRIDS = ("default", "combinations", "depth", "detectors", "full")
 
@@ -176,8 +179,6 @@ def build_grid(name: str, preset: Preset, base: Cell, detectors: Iterable[str], 
     """
     if name not in GRIDS:
         raise ValueError(f"unknown grid {name!r}; the grids are {', '.join(GRIDS)}")
-    if name == "detectors":
-        detectors = DETECTORS
     cells = []
     for detector in detectors:
         for seed in range(seeds):
@@ -189,24 +190,14 @@ def build_grid(name: str, preset: Preset, base: Cell, detectors: Iterable[str], 
 
 def variants(name: str, preset: Preset, start: Cell) -> Iterator[Cell]:
     """The cells with a DyHead of one grid, detector and seed."""
-    if name == "combinations":
-        product = [(a, preset.one_depth, "released", "crop") for a in ATTENTIONS]
-    elif name == "depth":
-        product = [("LSC", d, "released", "crop") for d in preset.depths]
-    elif name == "detectors":
-        product = [("LSC", preset.one_depth, "released", "crop")]
-    elif name == "default":
-        product = [(a, d, "released", "crop") for d in preset.depths for a in ATTENTIONS]
-    else:
-        product = [
-            (a, d, f, c)
-            for f in FORMULATIONS
-            for c in ("crop", "prefix", "resize")
-            for d in preset.depths
-            for a in ATTENTIONS
-        ]
-    for attentions, depth, formulation, coarse_offsets in product:
-        yield with_attentions(start, attentions, depth, formulation, coarse_offsets)
+    attentions = ("LSC",) if name in ("depth", "detectors") else ATTENTIONS
+    depths = (preset.one_depth,) if name in ("combinations", "detectors") else preset.depths
+    everything = name == "full"
+    formulations = FORMULATIONS if everything else ("released",)
+    offsets = COARSE_OFFSETS if everything else ("crop",)
+    placements = PLACEMENTS if everything and start.detector in TWO_STAGE else ("trunk",)
+    for placement, formulation, offset, depth, subset in product(placements, formulations, offsets, depths, attentions):
+        yield with_attentions(replace(start, placement=placement), subset, depth, formulation, offset)
 
 
 def only(cells: list[Cell], expression: str) -> list[Cell]:

@@ -50,7 +50,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     what.add_argument("--preset", choices=PRESETS, default="tiny", help=f"{sizes} (default: tiny)")
     what.add_argument("--data", default="generated", metavar="generated|DIR", help="a directory in COCO layout")
     what.add_argument("--only", default="", metavar="TERMS", help='keep matching cells, for instance "LSC,depth=1"')
-    what.add_argument("--detector", default="atss", metavar="NAME[,NAME]", help=f"of {', '.join(DETECTORS)}")
+    names = f"of {', '.join(DETECTORS)} (default: atss; all of them for --grid detectors)"
+    what.add_argument("--detector", metavar="NAME[,NAME]", help=names)
     what.add_argument("--seeds", type=positive, default=1, metavar="N", help="repeat with seeds 0 … N-1 (default: 1)")
     what.add_argument(
         "--weights",
@@ -66,7 +67,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     how.add_argument("--fresh", action="store_true", help="run finished cells again; old rows move to cells/replaced/")
     how.add_argument("--retry-failed", action="store_true", help="run failed cells again")
     options = parser.parse_args(arguments)
-    options.detector = list(dict.fromkeys(options.detector.split(",")))
+    every = ",".join(DETECTORS) if options.grid == "detectors" else "atss"
+    options.detector = list(dict.fromkeys((options.detector or every).split(",")))
     for name in options.detector:
         if name not in DETECTORS:
             parser.error(f"unknown detector {name!r}; the detectors are {', '.join(DETECTORS)}")

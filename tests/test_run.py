@@ -65,6 +65,11 @@ def test_the_default_grid_has_17_cells_and_every_subset_at_both_depths(data):
     assert len(full) == len({cell.key for cell in full})
     assert {cell.formulation for cell in full} == {None, "released", "paper"}
     assert {cell.coarse_offsets for cell in full} == {None, "crop", "prefix", "resize"}
+    assert {cell.placement for cell in full} == {"trunk"}
+    # Where there is a second stage, the last block can sit around RoIAlign.
+    split = build_grid("full", PRESETS["tiny"], base, ["faster_rcnn"], 1)
+    assert [cell.placement for cell in split].count("around_roi") == len(split) // 2
+    assert len(build_grid("detectors", PRESETS["tiny"], base, ["atss", "fcos"], 1)) == 4
 
 
 @pytest.mark.parametrize(
