@@ -21,8 +21,10 @@ class Cell:
     # data
     data: str
     data_fingerprint: str
-    image_size: tuple[int, ...]  # shorter sides to draw from in training; the last one is used in evaluation
+    image_size: tuple[int, ...]  # shorter sides in pixels, of which training draws one for every image
     max_size: int  # cap of the longer side
+    test_size: tuple[int, ...]  # shorter sides in evaluation; with more than one, detections are merged
+    test_flip: bool  # whether evaluation adds the mirrored image
     # model
     detector: str
     backbone: str

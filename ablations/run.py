@@ -58,6 +58,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="FILE|NAME|none",
         help="initial backbone weights with torchvision's names (default: the preset's; paper: resnet50)",
     )
+    sides = "shorter sides in pixels (default: the preset's one)"
+    what.add_argument("--train-sizes", type=pixels, metavar="N[,N]", help=f"multi-scale training: {sides}")
+    what.add_argument("--test-sizes", type=pixels, metavar="N[,N]", help=f"multi-scale testing: {sides}")
+    what.add_argument("--test-flip", action="store_true", help="test on the mirrored image, too")
     how = parser.add_argument_group("how to run it")
     how.add_argument("--out", type=Path, metavar="DIR", help="rows, tables, report (default: runs/<preset>)")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
@@ -91,6 +95,11 @@ def positive(text: str) -> int:
     return value
 
 
+def pixels(text: str) -> tuple[int, ...]:
+    """Whole numbers of pixels with commas between them, for argparse."""
+    return tuple(positive(part) for part in text.split(","))
+
+
 def open_data(options: argparse.Namespace, preset: Preset) -> Dataset:
     """The data, checked; the default set is made if it is not there yet."""
     directory = Path(options.data)
@@ -114,8 +123,10 @@ def base_cell(options: argparse.Namespace, preset: Preset, data: Dataset) -> Cel
     return Cell(
         data=f"generated-{preset.difficulty}" if options.data == "generated" else Path(options.data).resolve().name,
         data_fingerprint=data.fingerprint,
-        image_size=preset.image_size,
+        image_size=options.train_sizes or preset.image_size,
         max_size=preset.max_size,
+        test_size=options.test_sizes or preset.image_size,
+        test_flip=options.test_flip,
         detector=options.detector[0],
         backbone=preset.backbone,
         weights=weights,

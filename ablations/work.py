@@ -4,6 +4,7 @@ A worker trains and evaluates while others do the same, and measures speed alone
 process that started it does, so nothing goes on behind the user's back.
 """
 
+import itertools
 import signal
 import time
 import traceback
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ablations.augment import merge, mirrored
 from ablations.coco import DataError, Dataset, read_dataset
 from ablations.evaluate import evaluate, run_lengths
 from ablations.grid import Cell
@@ -130,18 +132,14 @@ def outcome(cell: Cell, job: Job, room: Room, notice) -> dict:
 
     notice("evaluate")
     model.eval()
-    shown = EvalLoader(data.val, cell.batch_size, cell.image_size[-1], cell.max_size, threads=threads)
-    try:
-        predictions = detect(model, shown, device, cell.precision, room)
-    finally:
-        shown.close()
+    predictions = detect(model, cell, data, device, threads, room)
     with room.busy():
         truth = data.val.ground_truth
         metrics = evaluate(predictions, truth, data.val.category_ids)
         segm = {"segm_metrics": evaluate(predictions, truth, data.val.category_ids, "segm")} if masks else {}
 
     notice("measure")
-    images = next(iter(EvalLoader(data.val, cell.batch_size, cell.image_size[-1], cell.max_size)))[0]
+    images = next(iter(EvalLoader(data.val, cell.batch_size, cell.test_size[0], cell.max_size)))[0]
     with room.quiet(), autocast(device, cell.precision):
         speed = measure_latency(model, images, device)
     return {
@@ -154,18 +152,27 @@ def outcome(cell: Cell, job: Job, room: Room, notice) -> dict:
     }
 
 
-def detect(model: torch.nn.Module, batches: EvalLoader, device: torch.device, precision: str, room: Room) -> list:
-    """(image id, detections in pixels of the original image) for every image."""
-    predictions = []
-    for images, shown in batches:
-        with room.busy(), torch.inference_mode(), autocast(device, precision):
-            for found, image in zip(model([image.to(device) for image in images]), shown, strict=True):
-                boxes = image.to_original(found["boxes"].float())
-                if "masks" in found:
-                    size = (image.height, image.width)
-                    found["masks"] = run_lengths(paste(found.pop("mask_probabilities"), boxes, size))
-                predictions.append((image.image_id, {**found, "boxes": boxes}))
-    return predictions
+def detect(
+    model: torch.nn.Module, cell: Cell, data: Dataset, device: torch.device, threads: int, room: Room
+) -> list[tuple[int, dict]]:
+    """(image id, detections in pixels of the original image) for every image, merged over the cell's views of it."""
+    views: dict[int, list[dict]] = {}
+    for size, flip in itertools.product(cell.test_size, (False, True) if cell.test_flip else (False,)):
+        batches = EvalLoader(data.val, cell.batch_size, size, cell.max_size, threads=threads)
+        try:
+            for images, shown in batches:
+                with room.busy(), torch.inference_mode(), autocast(device, cell.precision):
+                    images = [(image.flip(-1) if flip else image).to(device) for image in images]
+                    for image, found, origin in zip(images, model(images), shown, strict=True):
+                        boxes = found["boxes"].float()
+                        boxes = origin.to_original(mirrored(boxes, image.shape[-1]) if flip else boxes)
+                        if "masks" in found:
+                            pasted = paste(found.pop("mask_probabilities"), boxes, (origin.height, origin.width))
+                            found["masks"] = run_lengths(pasted)
+                        views.setdefault(origin.image_id, []).append({**found, "boxes": boxes})
+        finally:
+            batches.close()
+    return [(image_id, found[0] if len(found) == 1 else merge(found)) for image_id, found in views.items()]
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -161,6 +161,15 @@ def test_a_grid_runs_to_tables_and_a_second_call_runs_nothing(brief, data, tmp_p
     assert json.loads(old.read_text()) == row
 
 
+def test_multi_scale_training_and_testing_are_cells_of_their_own(brief, data, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--grid", "--data", str(data), "--out", str(out), "--only", "LSC,depth=1", "--test-flip"]
+    assert run.main([*arguments, "--train-sizes", "96,128", "--test-sizes", "96,128"]) == 0
+    (row,) = read_rows(out)
+    assert row["cell"]["image_size"] == [96, 128] and row["cell"]["test_size"] == [96, 128]
+    assert row["cell"]["test_flip"] and row["status"] == "ok"
+
+
 def test_a_diverging_cell_becomes_a_row_and_the_others_go_on(brief, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], lr=1e30))
     out = tmp_path / "out"

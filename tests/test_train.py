@@ -10,7 +10,8 @@ from ablations.grid import PRESETS, Cell
 from ablations.train import MAX_GRADIENT_NORM, Diverged, learning_rate, parameter_groups, train
 
 CELL = Cell(
-    data="none", data_fingerprint="", image_size=(8,), max_size=8, detector="atss", backbone="tiny", weights="none",
+    data="none", data_fingerprint="", image_size=(8,), max_size=8, test_size=(8,),
+    test_flip=False, detector="atss", backbone="tiny", weights="none",
     channels=16, attentions="baseline", depth=None, formulation=None, coarse_offsets=None, placement="trunk", steps=100,
     batch_size=2, lr=0.1, weight_decay=1e-4, warmup=10, seed=3, precision="fp32", device_kind="cpu", backend="auto",
 )  # fmt: skip

@@ -1,0 +1,38 @@
+"""Test-time augmentation: an image is shown at several sizes and mirrored, and what is found is merged.
+
+The detections of all views are put together in pixels of the original image and suppressed once more within each class,
+as the detectors do with the levels of their pyramid. The paper's last table tests so; it does not say with which sizes.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from heads.nms import batched_nms
+
+IOU_THRESHOLD = 0.6
+MAX_DETECTIONS = 100
+
+
+def mirrored(boxes: Tensor, width: int) -> Tensor:
+    """Boxes (K, 4) xyxy of a mirrored image of this width, in the image as it is."""
+    x1, y1, x2, y2 = boxes.unbind(1)
+    return torch.stack((width - x2, y1, width - x1, y2), 1)
+
+
+def merge(views: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The 100 best detections of several views of one image, after suppression at IoU 0.6 within each class.
+
+    Args:
+        views: `boxes` (K, 4) xyxy in pixels of the original image, `scores` (K,), `labels` (K,) for each view.
+
+    Raises:
+        ValueError: A view has masks, whose union is not defined here.
+    """
+    views = list(views)
+    if any("masks" in view for view in views):
+        raise ValueError("several views of an image cannot be merged for a detector with masks; test at one size")
+    found = {name: torch.cat([view[name] for view in views]) for name in ("boxes", "scores", "labels")}
+    kept = batched_nms(found["boxes"], found["scores"], found["labels"], IOU_THRESHOLD, MAX_DETECTIONS)
+    return {name: value[kept] for name, value in found.items()}
