@@ -6,6 +6,7 @@ from heads.atss import ATSSHead
 from heads.borderdet import borderdet
 from heads.cascade_rcnn import cascade_rcnn
 from heads.detector import Detector
+from heads.detr import detr
 from heads.dyhead import DyHead
 from heads.faster_rcnn import PLACEMENTS, faster_rcnn
 from heads.fcos import fcos
@@ -33,6 +34,7 @@ DETECTORS = {
     "faster_rcnn": faster_rcnn,
     "mask_rcnn": mask_rcnn,
     "cascade_rcnn": cascade_rcnn,
+    "detr": detr,
 }
 # Those of them with a second stage, which may be told to split the DyHead's last block around RoIAlign.
 TWO_STAGE = ("faster_rcnn", "mask_rcnn", "cascade_rcnn")
