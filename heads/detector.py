@@ -18,17 +18,31 @@ class Detector(nn.Module):
             pyramid, which serves both).
         head: Prediction head with `forward`, `loss` and `predict`; see `heads/atss.py`.
         divisor: Batches are padded to a multiple of this many pixels.
+        mean, std: What the channels are normalised with, in the order red, green, blue, for pixels in 0…1.
+        bgr: Whether the backbone gets the channels in the order blue, green, red. Images are RGB all the same.
     """
 
-    def __init__(self, backbone: nn.Module, fpn: nn.Module, trunk: nn.Module, head: nn.Module, divisor: int = 32):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        fpn: nn.Module,
+        trunk: nn.Module,
+        head: nn.Module,
+        divisor: int = 32,
+        *,
+        mean: tuple[float, float, float] = MEAN,
+        std: tuple[float, float, float] = STD,
+        bgr: bool = False,
+    ):
         super().__init__()
         self.backbone = backbone
         self.fpn = fpn
         self.trunk = trunk
         self.head = head
         self.divisor = divisor
-        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+        self.bgr = bgr
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: list[Tensor], targets: list[dict] | None = None) -> dict[str, Tensor] | list[dict]:
         """Losses in training, detections in evaluation.
@@ -55,7 +69,7 @@ class Detector(nn.Module):
         for slot, image in zip(batch, images, strict=True):
             unit = image / 255 if image.dtype == torch.uint8 else image
             slot[:, : image.shape[1], : image.shape[2]] = (unit - self.mean) / self.std
-        return batch
+        return batch.flip(1) if self.bgr else batch
 
     def raw(self, batch: Tensor):
         """Head outputs for a normalised, padded batch (N, 3, H, W): everything but target assignment and decoding."""

@@ -2,7 +2,8 @@
 
 Both layouts hold the same numbers under other names. Their convolution order also differs from how it reads: the
 authors' `DyConv.0` and mmdetection's `spatial_conv_high` sample the coarser level, `.2` and `_low` the finer one.
-Both were trained with `coarse_offsets="prefix"`; another mode gives other detections.
+Both were trained with `coarse_offsets="prefix"`; another mode gives other detections. What else a release computes
+besides its weights stands in `heads/release_layouts.py`.
 """
 
 import re
@@ -28,7 +29,7 @@ TOWER = r"(?:.*dyhead_tower\.)?(\d+)\."
 BLOCKS = r"(?:neck\.1\.)?dyhead_blocks\.(\d+)\."
 
 # (layout's key, our key); the first rule that matches a whole key wins. In ours `<n>` is
-# looked up in NEIGHBOURS, `[n]` counts from 2 and `{n}` from 3.
+# looked up in NEIGHBOURS, `[n]` counts from 2 and `{n}` from 3; `(n)` counts convolutions between which ReLUs stand.
 OFFICIAL = [
     (TOWER + r"DyConv\.([012])\.conv\.(weight|bias)", r"trunk.blocks.\1.spatial.<\2>.\3"),
     (TOWER + r"DyConv\.([012])\.bn\.(weight|bias)", r"trunk.blocks.\1.spatial.<\2>.norm.\3"),
@@ -62,6 +63,10 @@ MMDETECTION = [
     (r"bbox_head\.atss_reg\.(weight|bias)", r"head.bbox_pred.\1"),
     (r"bbox_head\.atss_centerness\.(weight|bias)", r"head.centerness.\1"),
     (r"bbox_head\.(scales\..+)", r"head.\1"),
+    (r"bbox_head\.cls_convs\.(\d)\.conv\.(weight|bias)", r"trunk.towers.classification.(\1).\2"),
+    (r"bbox_head\.reg_convs\.(\d)\.conv\.(weight|bias)", r"trunk.towers.regression.(\1).\2"),
+    (r"bbox_head\.retina_cls\.(weight|bias)", r"head.cls_score.\1"),
+    (r"bbox_head\.retina_reg\.(weight|bias)", r"head.bbox_pred.\1"),
 ]
 # Bookkeeping of other frameworks that no computation of ours reads.
 IGNORED = re.compile(r".*num_batches_tracked|.*anchor_generator\.cell_anchors\..*")
@@ -138,5 +143,7 @@ def translate(key: str, rules: list[tuple[str, str]]) -> str | None:
             own = re.sub(r"<(\w+)>", lambda m: NEIGHBOURS[m[1]], match.expand(template))
             # detectron2 counts stages from res2 and pyramid convolutions from level 3.
             own = re.sub(r"\[(\d)\]", lambda m: str(int(m[1]) - 1), own)
-            return re.sub(r"\{(\d)\}", lambda m: str(int(m[1]) - 3), own)
+            own = re.sub(r"\{(\d)\}", lambda m: str(int(m[1]) - 3), own)
+            # In a tower of ours a ReLU stands between two convolutions.
+            return re.sub(r"\((\d)\)", lambda m: str(int(m[1]) * 2), own)
     return None

@@ -50,13 +50,15 @@ class Bottleneck(nn.Module):
     """1×1, 3×3 (which strides, as in torchvision's weights), 1×1, and a shortcut."""
 
     expansion = 4
+    stride_in_1x1 = False
 
     def __init__(self, inputs: int, width: int, stride: int, norm: type[nn.Module]):
         super().__init__()
         outputs = width * self.expansion
-        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        first, second = (stride, 1) if self.stride_in_1x1 else (1, stride)
+        self.conv1 = nn.Conv2d(inputs, width, 1, first, bias=False)
         self.bn1 = norm(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, second, 1, bias=False)
         self.bn2 = norm(width)
         self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
         self.bn3 = norm(outputs)
@@ -67,6 +69,12 @@ class Bottleneck(nn.Module):
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         out = self.bn3(self.conv3(out))
         return F.relu(out + (x if self.downsample is None else self.downsample(x)), inplace=True)
+
+
+class CaffeBottleneck(Bottleneck):
+    """The original bottleneck, whose first 1×1 strides, as in the Caffe weights that detectron2 starts from."""
+
+    stride_in_1x1 = True
 
 
 def shortcut(inputs: int, outputs: int, stride: int, norm: type[nn.Module]) -> nn.Sequential | None:
