@@ -20,7 +20,7 @@ from ablations.paper import SOURCE, paper_ap
 from ablations.store import MEASURES, STATUSES, atomic_write_text, read_rows
 
 AP_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-# paper_AP stands behind delta_AP in tables that have one.
+# paper_AP, and segm_AP of detectors with masks, stand behind delta_AP in tables that have one.
 COLUMNS = ("detector", "attentions", "depth", "formulation", "seeds", *AP_COLUMNS, "delta_AP", *MEASURES, "status")
 ATTENTIONS = ("baseline", "none", "L", "S", "C", "LS", "LC", "SC", "LSC")
 FORMULATIONS = ("released", "paper")
@@ -60,8 +60,8 @@ def make_sections(rows: Iterable[dict]) -> list[Section]:
 def make_frame(rows: Iterable[dict]) -> pd.DataFrame:
     """The table of one section: one line an experiment, seeds averaged, in the order of the paper.
 
-    Columns are `COLUMNS`, with `paper_AP` behind `delta_AP` where the paper has a figure for one of the lines, and,
-    where a line has several good seeds, `<column>_std` (sample standard deviation) behind `status`. `seeds` counts the
+    Columns are `COLUMNS`, with `paper_AP` behind `delta_AP` where the paper has a figure for one of the lines, then
+    `segm_AP` where one has masks, and, where a line has several good seeds, `<column>_std` (sample standard deviation) behind `status`. `seeds` counts the
     good rows, which are the ones that are averaged. What was not measured, and a size class without ground truth, is
     NaN. `delta_AP` is AP minus that of the detector's baseline; its deviation is that of the differences seed by seed,
     where both have the same seeds.
@@ -79,8 +79,9 @@ def make_frame(rows: Iterable[dict]) -> pd.DataFrame:
     ]
     frame = pd.DataFrame(lines)
     columns = list(COLUMNS)
-    if "paper_AP" in frame and frame["paper_AP"].notna().any():
-        columns.insert(columns.index("delta_AP") + 1, "paper_AP")
+    for name in ("segm_AP", "paper_AP"):
+        if name in frame and frame[name].notna().any():
+            columns.insert(columns.index("delta_AP") + 1, name)
     columns += [f"{name}_std" for name in columns if f"{name}_std" in frame]
     frame = frame.reindex(columns=columns)
     texts = ("detector", "attentions", "formulation", "status")
@@ -139,6 +140,7 @@ HEADINGS = {
     "APl": "AP$_L$",
     "delta_AP": r"$\Delta$AP",
     "paper_AP": "AP (paper)",
+    "segm_AP": "AP$^{mask}$",
     "params_M": "params (M)",
     "images_per_s": "images/s",
     "latency_ms_p50": "ms (p50)",
@@ -212,6 +214,8 @@ def _line(rows: list[dict], baseline: dict[int, float] | None) -> dict:
     for name in (*AP_COLUMNS, *MEASURES):
         values = [row["metrics"].get(name) if name in AP_COLUMNS else row.get(name) for row in good]
         _average(line, name, [value for value in values if value is not None])
+    masks = [row["segm_metrics"]["AP"] for row in good if row.get("segm_metrics")]
+    _average(line, "segm_AP", [value for value in masks if value is not None])
     own = _good(rows)
     if baseline and own and None not in (*own.values(), *baseline.values()):
         if cell["attentions"] == "baseline":
@@ -330,7 +334,7 @@ def _show(line: pd.Series, name: str) -> str:
         return ""
     if name in ("detector", "attentions", "formulation", "status", "depth", "seeds"):
         return str(value)
-    if name in AP_COLUMNS or name in ("delta_AP", "paper_AP"):
+    if name in AP_COLUMNS or name in ("delta_AP", "paper_AP", "segm_AP"):
         decimals = 1
     else:
         decimals = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 0

@@ -325,3 +325,11 @@ def test_costs_are_shown_with_four_digits(value, shown):
 
 def test_column_names_are_those_of_the_store():
     assert list(tables.COLUMNS) == DESIGN_COLUMNS
+
+
+def test_mask_ap_has_a_column_where_a_detector_has_masks():
+    plain, masked = make_row("baseline"), make_row("LSC", segm_metrics={"AP": 31.5})
+    assert "segm_AP" not in make_frame([plain])
+    frame = make_frame([plain, masked])
+    assert list(frame.columns).index("segm_AP") == list(frame.columns).index("delta_AP") + 1
+    assert as_text(frame)["segm_AP"].tolist() == ["", "31.5"]
