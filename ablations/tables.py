@@ -61,10 +61,10 @@ def make_frame(rows: Iterable[dict]) -> pd.DataFrame:
     """The table of one section: one line an experiment, seeds averaged, in the order of the paper.
 
     Columns are `COLUMNS`, with `paper_AP` behind `delta_AP` where the paper has a figure for one of the lines, then
-    `segm_AP` where one has masks, and, where a line has several good seeds, `<column>_std` (sample standard deviation) behind `status`. `seeds` counts the
-    good rows, which are the ones that are averaged. What was not measured, and a size class without ground truth, is
-    NaN. `delta_AP` is AP minus that of the detector's baseline; its deviation is that of the differences seed by seed,
-    where both have the same seeds.
+    `segm_AP` where one has masks, and, where a line has several good seeds, `<column>_std` (sample standard deviation)
+    behind `status`. `seeds` counts the good rows, which are the ones that are averaged. What was not measured, and a
+    size class without ground truth, is NaN. `delta_AP` is AP minus that of the detector's baseline; its deviation is
+    that of the differences seed by seed, where both have the same seeds.
     """
     experiments = defaultdict(list)
     for row in rows:
