@@ -4,7 +4,8 @@
                                                       on a GPU: also DyHead-6 on FPN levels of 800×1333
 
 Providers: `eager` is the plain PyTorch path, `ours` the path the device gets by default, `compiled` is `torch.compile`
-of the plain path, `graph` is ours replayed as a CUDA graph. Without `--benchmark-only` every CPU case runs once, untimed.
+of the plain path, `graph` is ours replayed as a CUDA graph. Without `--benchmark-only` every CPU case runs once,
+untimed.
 """
 
 import itertools
