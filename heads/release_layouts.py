@@ -28,6 +28,8 @@ Deviation: "mmdet-r50" was evaluated with OpenCV's bilinear resizing, which diff
 where an image shrinks; the images of COCO are at most 640 pixels long and nearly all grow.
 """
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,7 +39,8 @@ from heads.atss import ATSSHead
 from heads.detector import MEAN, STD, Detector
 from heads.dyhead import DyHead
 from heads.fpn import FPN
-from heads.resnet import Bottleneck, CaffeBottleneck, FrozenBatchNorm2d, ResNet
+from heads.released import OFFICIAL, load_released, recognise, translate, unwrap
+from heads.resnet import BasicBlock, Bottleneck, CaffeBottleneck, FrozenBatchNorm2d, ResNet
 from heads.towers import ConvTowers
 
 
@@ -78,6 +81,13 @@ LAYOUTS = {
 }
 
 
+def layout_of(name: str) -> Layout:
+    """The layout of this name; unknown ones are a ValueError that lists the known ones."""
+    if name not in LAYOUTS:
+        raise ValueError(f"unknown layout {name!r}; the layouts are {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]
+
+
 def build_released(
     name: str,
     num_classes: int = 80,
@@ -98,9 +108,7 @@ def build_released(
     Raises:
         ValueError: The name is unknown; the known ones are listed.
     """
-    if name not in LAYOUTS:
-        raise ValueError(f"unknown layout {name!r}; the layouts are {', '.join(LAYOUTS)}")
-    layout = LAYOUTS[name]
+    layout = layout_of(name)
     if body is None:
         block: type[nn.Module] = CaffeBottleneck if layout.stride_in_1x1 else Bottleneck
         body = ResNet(block, (3, 4, 6, 3), 64, FrozenBatchNorm2d)
@@ -116,6 +124,44 @@ def build_released(
     fpn = FPN(body.channels, channels, relu_before_p7=layout.relu_before_p7)
     trunk = DyHead(channels, depth, coarse_offsets="prefix")
     return Detector(body, fpn, trunk, head, layout.divisor, mean=MEAN, std=layout.std, bgr=layout.bgr)
+
+
+def open_released(name: str, checkpoint: Mapping) -> Detector:
+    """The detector of a released checkpoint with its weights; sizes are read off the weights.
+
+    Args:
+        name: One of `LAYOUTS`.
+        checkpoint: State dict, or what holds it as `"model"` or `"state_dict"`.
+
+    Raises:
+        ValueError: The name is unknown, the keys are another layout's, or `load_released` finds a misfit.
+    """
+    layout, state = layout_of(name), unwrap(checkpoint)
+    rules = recognise(state)
+    if (rules is OFFICIAL) != (layout.convention == "official"):
+        whose = "the authors'" if rules is OFFICIAL else "mmdetection's"
+        raise ValueError(f"layout {name!r} does not fit: the keys are {whose}; the layouts are {', '.join(LAYOUTS)}")
+    shapes = {translate(key, rules): value.shape for key, value in state.items()}
+
+    def count(pattern: str) -> int:
+        return len({match[0] for key in shapes if key and (match := re.match(pattern, key))})
+
+    def width(key: str, default: int) -> int:
+        return shapes[key][0] if key in shapes else default
+
+    blocks = tuple(count(rf"backbone\.layer{stage}\.\d+\.") for stage in range(1, 5))
+    block: type[nn.Module] = BasicBlock
+    if count(r"backbone\.layer1\.0\.conv3\."):
+        block = CaffeBottleneck if layout.stride_in_1x1 else Bottleneck
+    detector = build_released(
+        name,
+        width("head.cls_logits.weight", 80),
+        depth=count(r"trunk\.blocks\.\d+\."),
+        channels=width("fpn.lateral.0.weight", 256),
+        body=ResNet(block, blocks, width("backbone.conv1.weight", 64), FrozenBatchNorm2d),
+    )
+    load_released(detector, state)
+    return detector
 
 
 class DyHeadBeforeTowers(DyHead):

@@ -87,9 +87,7 @@ def load_released(module: DyHead | Detector, state_dict: Mapping[str, Tensor]) -
         ValueError: The layout is unknown, keys could not be mapped, tensors of `module` stayed without a value, or
             shapes differ; the message lists them all.
     """
-    for wrapper in ("model", "state_dict"):
-        if isinstance(state_dict.get(wrapper), Mapping):
-            state_dict = state_dict[wrapper]
+    state_dict = unwrap(state_dict)
     rules = recognise(state_dict)
     prefix = "trunk." if isinstance(module, DyHead) else ""
     trunk = module if isinstance(module, DyHead) else module.trunk
@@ -121,6 +119,14 @@ def load_released(module: DyHead | Detector, state_dict: Mapping[str, Tensor]) -
     if problems:
         raise ValueError("the state dict does not fit:\n  " + "\n  ".join(sorted(problems)))
     module.load_state_dict(loaded, strict=False)
+
+
+def unwrap(checkpoint: Mapping) -> Mapping[str, Tensor]:
+    """The state dict of a checkpoint, which may hold it as `"model"` or `"state_dict"` beside other things."""
+    for wrapper in ("model", "state_dict"):
+        if isinstance(checkpoint.get(wrapper), Mapping):
+            checkpoint = checkpoint[wrapper]
+    return checkpoint
 
 
 def recognise(state_dict: Mapping[str, Tensor]) -> list[tuple[str, str]]:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from heads.weights import read_weights
+
 
 class FrozenBatchNorm2d(nn.Module):
     """BatchNorm with constant statistics and constant affine parameters: (N, C, H, W) in and out."""
@@ -158,7 +160,8 @@ def load_imagenet(backbone: ResNet, source: str | Path) -> None:
             whose weights come from the hub cache, or from the network if they are not there yet.
 
     Raises:
-        ValueError: Keys are missing or unknown; both are listed. The classifier (`fc.*`) is left out by design.
+        ValueError: The file is not one of plain tensors, or keys are missing or unknown; both are listed. The
+            classifier (`fc.*`) is left out by design.
         FileNotFoundError: `source` is neither a file nor a name with published weights.
     """
     if str(source) in IMAGENET:
@@ -169,12 +172,8 @@ def load_imagenet(backbone: ResNet, source: str | Path) -> None:
             raise OSError(f"cannot download {url} ({error}); fetch it elsewhere and give the file") from error
     elif not Path(source).is_file():
         raise FileNotFoundError(f"no weights at {source}; give a file or one of {', '.join(IMAGENET)}")
-    elif Path(source).suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(source)
     else:
-        state = torch.load(source, map_location="cpu", weights_only=True)
+        state = read_weights(source)
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     own = backbone.state_dict()
     # Frozen statistics do not count batches.
