@@ -2,15 +2,20 @@
 
 Sizes: `resnet18`, `resnet50`, `resnet101`, and `tiny`, one block a stage at a quarter of the width, which trains from
 scratch on a CPU. BatchNorm is frozen in the large ones, as detectors do that start from ImageNet weights and see few
-images a batch; `tiny` trains its own.
+images a batch; `tiny` trains its own. ResNeXt-101 64×4d (Xie et al. 2017) is a ResNet with grouped convolutions, and
+`resnext101_64x4d_dcn` has them deformable in its last three stages. `BACKBONES` also lists those of `heads/swin.py`.
 """
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from heads.deform import DeformConv
+from heads.swin import Swin, swin_l, swin_t
 from heads.weights import read_weights
 
 
@@ -53,14 +58,16 @@ class Bottleneck(nn.Module):
 
     expansion = 4
     stride_in_1x1 = False
+    groups = 1
+    widening = 1
 
     def __init__(self, inputs: int, width: int, stride: int, norm: type[nn.Module]):
         super().__init__()
-        outputs = width * self.expansion
+        outputs, width = width * self.expansion, width * self.widening
         first, second = (stride, 1) if self.stride_in_1x1 else (1, stride)
         self.conv1 = nn.Conv2d(inputs, width, 1, first, bias=False)
         self.bn1 = norm(width)
-        self.conv2 = nn.Conv2d(width, width, 3, second, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, second, 1, groups=self.groups, bias=False)
         self.bn2 = norm(width)
         self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
         self.bn3 = norm(outputs)
@@ -79,6 +86,22 @@ class CaffeBottleneck(Bottleneck):
     stride_in_1x1 = True
 
 
+class ResNeXtBottleneck(Bottleneck):
+    """A bottleneck of four times the inner width, whose 3×3 convolution has 64 groups: 64×4d."""
+
+    groups = 64
+    widening = 4
+
+
+class DeformResNeXtBottleneck(ResNeXtBottleneck):
+    """The same with a modulated deformable 3×3 convolution, under the same key."""
+
+    def __init__(self, inputs: int, width: int, stride: int, norm: type[nn.Module]):
+        super().__init__(inputs, width, stride, norm)
+        inner = width * self.widening
+        self.conv2 = DeformConv(inner, inner, stride, self.groups)
+
+
 def shortcut(inputs: int, outputs: int, stride: int, norm: type[nn.Module]) -> nn.Sequential | None:
     """The projection of a residual block whose output has another size than its input, else None."""
     if stride == 1 and inputs == outputs:
@@ -90,21 +113,33 @@ class ResNet(nn.Module):
     """The convolutional part of a ResNet.
 
     Args:
-        block: `BasicBlock` or `Bottleneck`.
+        block: `BasicBlock`, `Bottleneck` or a subclass, or one for each stage.
         layers: Blocks in each of the four stages.
         width: Channels of the stem and of the first stage's inner convolutions.
         norm: `FrozenBatchNorm2d` or `nn.BatchNorm2d`.
 
     Attributes:
+        unused_keys: Regular expression of the keys of an ImageNet release that a backbone has no use for.
+        fresh_keys: Regular expression of the backbone's keys that an ImageNet release does not have.
         finest: 3, or 2 for detectors whose pyramid begins with C2; set it before the pyramid reads `channels`.
     """
 
-    def __init__(self, block: type[nn.Module], layers: tuple[int, ...], width: int, norm: type[nn.Module]):
+    unused_keys = r"fc\..*"
+    fresh_keys = r".*\.conv_offset\..*"
+
+    def __init__(
+        self,
+        block: type[nn.Module] | Sequence[type[nn.Module]],
+        layers: tuple[int, ...],
+        width: int,
+        norm: type[nn.Module],
+    ):
         super().__init__()
+        kinds = [block] * 4 if isinstance(block, type) else block
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = norm(width)
         inputs = width
-        for stage, blocks in enumerate(layers):
+        for stage, (block, blocks) in enumerate(zip(kinds, layers, strict=True)):
             inner = width * 2**stage
             stack = []
             for index in range(blocks):
@@ -116,6 +151,9 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        for module in self.modules():
+            if isinstance(module, DeformConv):
+                module.reset()
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -142,6 +180,12 @@ BACKBONES = {
     "resnet18": lambda: ResNet(BasicBlock, (2, 2, 2, 2), 64, FrozenBatchNorm2d),
     "resnet50": lambda: ResNet(Bottleneck, (3, 4, 6, 3), 64, FrozenBatchNorm2d),
     "resnet101": lambda: ResNet(Bottleneck, (3, 4, 23, 3), 64, FrozenBatchNorm2d),
+    "resnext101_64x4d": lambda: ResNet(ResNeXtBottleneck, (3, 4, 23, 3), 64, FrozenBatchNorm2d),
+    "resnext101_64x4d_dcn": lambda: ResNet(
+        [ResNeXtBottleneck] + 3 * [DeformResNeXtBottleneck], (3, 4, 23, 3), 64, FrozenBatchNorm2d
+    ),
+    "swin_t": swin_t,
+    "swin_l": swin_l,
 }
 
 # The ImageNet weights torchvision publishes, version IMAGENET1K_V1; the last part of each name is its SHA-256 prefix.
@@ -152,16 +196,17 @@ IMAGENET = {
 }
 
 
-def load_imagenet(backbone: ResNet, source: str | Path) -> None:
-    """Load ImageNet weights with torchvision's key names into `backbone`.
+def load_imagenet(backbone: ResNet | Swin, source: str | Path) -> None:
+    """Load ImageNet weights, with torchvision's key names or Swin's authors', into `backbone`.
 
     Args:
+        backbone: One of `BACKBONES`.
         source: A local file (`.pth`, read with `weights_only=True`, or `.safetensors`), or the name of a backbone,
             whose weights come from the hub cache, or from the network if they are not there yet.
 
     Raises:
         ValueError: The file is not one of plain tensors, or keys are missing or unknown; both are listed. The
-            classifier (`fc.*`) is left out by design.
+            classifier and what only a detector has (`unused_keys`, `fresh_keys` of the backbone) are left out.
         FileNotFoundError: `source` is neither a file nor a name with published weights.
     """
     if str(source) in IMAGENET:
@@ -174,11 +219,12 @@ def load_imagenet(backbone: ResNet, source: str | Path) -> None:
         raise FileNotFoundError(f"no weights at {source}; give a file or one of {', '.join(IMAGENET)}")
     else:
         state = read_weights(source)
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    state = {k: v for k, v in state.get("model", state).items() if not re.fullmatch(backbone.unused_keys, k)}
     own = backbone.state_dict()
     # Frozen statistics do not count batches.
     unknown = sorted(key for key in state if key not in own and not key.endswith("num_batches_tracked"))
-    missing = sorted(key for key in own if key not in state and not key.endswith("num_batches_tracked"))
+    fresh = re.compile(rf"{backbone.fresh_keys}|.*num_batches_tracked")
+    missing = sorted(key for key in own if key not in state and not fresh.fullmatch(key))
     if unknown or missing:
         raise ValueError(
             f"{source} does not fit this backbone; missing: {missing or 'none'}; unknown: {unknown or 'none'}"
