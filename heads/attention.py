@@ -42,12 +42,15 @@ class Branch(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, maps: list[Tensor], offsets: list[Tensor] | None, masks: list[Tensor] | None) -> list[Tensor]:
-        if offsets is None:
-            sampled = [F.conv2d(x, self.weight, self.bias, self.stride, padding=1) for x in maps]
-        else:
-            sampled = deform_conv2d_levels(maps, offsets, self.weight, self.bias, self.stride, padding=1, masks=masks)
+        sampled = self.convolve(maps, offsets, masks, self.bias)
         # nn.GroupNorm refuses a group of a single value, which a 1×1 map at 16 channels has.
         return [torch.group_norm(x, GROUPS, self.norm.weight, self.norm.bias, self.norm.eps) for x in sampled]
+
+    def convolve(self, maps, offsets, masks, bias: Tensor | None) -> list[Tensor]:
+        """The convolution alone, of every map."""
+        if offsets is None:
+            return [F.conv2d(x, self.weight, bias, self.stride, padding=1) for x in maps]
+        return deform_conv2d_levels(maps, offsets, self.weight, bias, self.stride, padding=1, masks=masks)
 
 
 class SpatialAttention(nn.Module):
@@ -81,6 +84,10 @@ class SpatialAttention(nn.Module):
             nn.init.zeros_(self.offset.weight)
             nn.init.zeros_(self.offset.bias)
 
+    @property
+    def branches(self) -> tuple[Branch, Branch, Branch]:
+        return self.from_same, self.from_finer, self.from_coarser
+
     def forward(self, features: list[Tensor]) -> list[list[Tensor]]:
         """Sample every level's neighbours.
 
@@ -92,9 +99,7 @@ class SpatialAttention(nn.Module):
             predicted = [self.offset(x) for x in features]
             offsets = [p[:, : 2 * TAPS] for p in predicted]
             masks = [p[:, 2 * TAPS :].sigmoid() for p in predicted]
-            sizes = [x.shape[-2:] for x in features[1:]]
-            coarse_offsets = [self._for_coarser(o, size) for o, size in zip(offsets, sizes, strict=False)]
-            coarse_masks = [self._for_coarser(m, size) for m, size in zip(masks, sizes, strict=False)]
+            coarse_offsets, coarse_masks = self.for_coarser(offsets, masks)
 
         sampled = [[x] for x in self.from_same(features, offsets, masks)]
         if len(features) == 1:
@@ -108,6 +113,12 @@ class SpatialAttention(nn.Module):
             size = features[level].shape[-2:]
             sampled[level].append(F.interpolate(x, size=size, mode="bilinear", align_corners=True))
         return sampled
+
+    def for_coarser(self, offsets: list[Tensor], masks: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Offsets and masks for the coarser neighbour of every level that has one."""
+        sizes = [x.shape[-2:] for x in offsets[1:]]
+        coarse = ([self._for_coarser(x, size) for x, size in zip(m, sizes, strict=False)] for m in (offsets, masks))
+        return tuple(coarse)
 
     def _for_coarser(self, x: Tensor, size: torch.Size) -> Tensor:
         height, width = size

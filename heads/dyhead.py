@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from heads import fused
 from heads.attention import ScaleAttention, SpatialAttention, TaskAttention
 from heads.paper import PaperScaleAttention, PaperSpatialAttention, PaperTaskAttention, from_median, to_median
 
@@ -97,8 +98,19 @@ class DyHead(nn.Module):
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """Apply the blocks to a list of (N, C, H_l, W_l), finest level first; returns a list of the same shapes."""
+        if self.unfused_reason(features) is None:
+            return fused.forward(self.blocks, features)
         sizes = [x.shape[-2:] for x in features]
         x = features if self.formulation == "released" else to_median(features)
         for block in self.blocks:
             x = block(x)
         return x if self.formulation == "released" else from_median(x, sizes)
+
+    def unfused_reason(self, features: list[Tensor]) -> str | None:
+        """Why these levels go through the separate operators; None where each block is a few launches for all levels.
+
+        Both ways give the same numbers. Hooks of modules inside the blocks are called by the separate operators only.
+        """
+        if self.formulation != "released":
+            return "the paper's formulation has no fused kernels"
+        return fused.reason_against(self.blocks, features)

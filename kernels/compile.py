@@ -26,11 +26,11 @@ from tabulate import tabulate
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import deform_conv_launch, dynamic_relu_triton
+from kernels import block_conv, block_tail, deform_conv_launch, dynamic_relu_triton
 from kernels.backend import INTERPRET
 from kernels.compile_spec import CompileSpec
 
-TRITON_MODULES = (deform_conv_launch, dynamic_relu_triton)
+TRITON_MODULES = (deform_conv_launch, dynamic_relu_triton, block_tail, block_conv)
 
 
 @dataclass(frozen=True)

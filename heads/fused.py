@@ -1,0 +1,134 @@
+"""A stack of released DyHead blocks on the fused kernels: all levels in one launch, pyramids as one matrix in between.
+
+Between the kernels stands what this file spells out: GroupNorm, scale attention, the mean over a level's maps and the
+coefficients of dynamic ReLU, all on (N, C) tensors, because all of them depend on the maps through means and variances.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from heads.attention import GROUPS, TAPS, ScaleAttention, SpatialAttention, TaskAttention
+from kernels.backend import INTERPRET, resolve_backend
+
+
+def reason_against(blocks: Sequence[nn.Module], features: list[Tensor]) -> str | None:
+    """Why these blocks, of the released formulation, cannot run fused on these levels; None if they can."""
+    device = features[0].device
+    if not (device.type == "cuda" or (device.type == "cpu" and INTERPRET)) or resolve_backend(device) != "triton":
+        return f"tensors on the device {device.type!r} take the plain PyTorch path; kernels.use_backend selects another"
+    if torch.compiler.is_compiling():
+        return "torch.compile traces the separate operators"
+    if any(x.shape[:2] != features[0].shape[:2] or x.device != device or x.numel() == 0 for x in features):
+        return "the levels differ in batch, channels or device, or are empty"
+    kinds = {x.dtype for x in features} | {p.dtype for block in blocks for p in block.parameters()}
+    if not torch.is_autocast_enabled(device.type) and len(kinds) > 1:
+        return f"levels and parameters have several types: {', '.join(sorted(map(str, kinds)))}"
+    for block in blocks:
+        parts = (block.spatial, block.scale, block.task)
+        if [type(part) for part in parts[:2]] != [SpatialAttention, ScaleAttention] or not isinstance(
+            block.task, TaskAttention | nn.Identity
+        ):
+            return f"a block is made of {', '.join(type(part).__name__ for part in parts)}"
+        if len({branch.norm.eps for branch in block.spatial.branches}) > 1:
+            return "the GroupNorms of a block differ in eps"
+    from kernels.block_layout import pyramid_mismatch
+
+    return pyramid_mismatch(tuple(x.shape[-2:] for x in features))
+
+
+def forward(blocks: Sequence[nn.Module], features: list[Tensor]) -> list[Tensor]:
+    """What the blocks compute one after another: a list of (N, C, H_l, W_l) -> the same shapes, channels last.
+
+    Under autocast maps are in its type, while statistics, gates and coefficients stay float32.
+    """
+    from kernels.block_conv import tile
+    from kernels.block_launch import real
+    from kernels.block_layout import join, layout
+
+    device = features[0].device
+    if torch.is_autocast_enabled(device.type):
+        features = [x.to(torch.get_autocast_dtype(device.type)) for x in features]
+    sizes = tuple(tuple(x.shape[-2:]) for x in features)
+    batch, channels, dtype = *features[0].shape[:2], features[0].dtype
+    tiles = tile(dtype, device, channels)
+    tables = layout(sizes, batch, device, real(dtype), (tiles.height, tiles.width))
+    pyramid = join(features)
+    for block in blocks:
+        pyramid = _block(block, pyramid, tables)
+    return tables.split(pyramid)
+
+
+def _block(block: nn.Module, pyramid: Tensor, tables) -> Tensor:
+    from kernels.block_tail import Link, statistics, tail
+
+    sampled, partial = _convolve(block.spatial, pyramid, tables)
+    link = Link()
+    numbers = statistics(sampled, partial, tables, link)
+    with torch.autocast(pyramid.device.type, enabled=False):
+        coefficients = _coefficients(block, numbers, tables.share)
+    return tail(sampled, coefficients, isinstance(block.task, TaskAttention), tables, link)
+
+
+def _convolve(spatial: SpatialAttention, pyramid: Tensor, tables) -> tuple[Tensor, Tensor | None]:
+    """The sampled maps, without the convolutions' biases, and what `statistics` needs of them where it is known."""
+    from kernels.block_conv import convolve
+    from kernels.block_layout import join
+
+    features = tables.split(pyramid)
+    same, finer, coarser = spatial.branches
+    if spatial.offset is None:
+        maps = same.convolve(features, None, None, None) + finer.convolve(features[:-1], None, None, None)
+        return join(maps + coarser.convolve(features[1:], None, None, None)), None
+    predicted = [spatial.offset(x) for x in features]
+    crop = spatial.coarse_offsets == "crop"
+    # Offsets and masks of a coarser neighbour that are no corner of the level's get rows of their own.
+    if not crop:
+        offsets, masks = [p[:, : 2 * TAPS] for p in predicted], [p[:, 2 * TAPS :].sigmoid() for p in predicted]
+        extra = spatial.for_coarser(offsets, masks)
+        predicted = [torch.cat(pair, 1) for pair in zip(offsets + extra[0], masks + extra[1], strict=True)]
+    weights = [branch.weight for branch in spatial.branches]
+    return convolve(pyramid, join(predicted), weights, crop, crop, tables)
+
+
+def _coefficients(block: nn.Module, numbers: Tensor, share: Tensor) -> Tensor:
+    """From (3, L, 3, N, C) means, variances, means after upsampling to the (L, N, 8 or 4, C) that `tail` takes."""
+    spatial, gate, task = block.spatial, block.scale.gate, block.task
+    # With one level there are no neighbours, and their weights get no gradient, not one of zeros.
+    branches = spatial.branches if numbers.shape[1] > 1 else (spatial.from_same,) * 3
+    scale = torch.stack([b.norm.weight for b in branches])[:, None]
+    shift = torch.stack([b.norm.bias for b in branches])[:, None]
+    mean, variance, pooled = numbers.unbind()
+    biases = [b.bias for b in branches]
+    bias = None
+    if any(b is not None for b in biases):
+        # A bias in front of the GroupNorm moves means and nothing else, so the convolution need not add it.
+        bias = torch.stack([scale.new_zeros(scale.shape[-1]) if b is None else b for b in biases])[:, None]
+        mean, pooled = mean + bias, pooled + bias
+
+    # GroupNorm as a slope and an intercept for every channel.
+    group_mean = _of_groups(mean).mean(-1, keepdim=True)
+    group_variance = (_of_groups(variance) + (_of_groups(mean) - group_mean).square()).mean(-1, keepdim=True)
+    inverse = torch.rsqrt(group_variance + spatial.from_same.norm.eps)
+    slope = (_of_groups(scale) * inverse).flatten(-2)
+    intercept = shift - slope * group_mean.expand(*group_mean.shape[:-1], mean.shape[-1] // GROUPS).flatten(-2)
+    pooled = slope * pooled + intercept
+    if bias is not None:
+        intercept = intercept + slope * bias
+
+    weight = share
+    if gate is not None:
+        weight = F.hardsigmoid(F.relu(gate(pooled.to(gate.weight.dtype)))) * share
+    slope, intercept = slope * weight, (intercept * weight).sum(1, keepdim=True)
+    combined = torch.cat([slope, intercept], 1).transpose(1, 2)
+    if isinstance(task, TaskAttention) and not task.static:
+        pooled = (pooled * weight).sum(1)
+        lines = task.coefficients(pooled.to(task.reduce.weight.dtype))
+        combined = torch.cat([combined, lines.to(combined.dtype)], 2)
+    return combined.contiguous()
+
+
+def _of_groups(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (GROUPS, -1))

@@ -1,0 +1,95 @@
+"""Which DyHead runs fused, the tables of the fused block, and what it costs a CPU: nothing."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from heads import DyHead
+from kernels import use_backend
+
+layouts = pytest.importorskip("kernels.block_layout", reason="Triton is not installed")
+SIZES = ((7, 10), (4, 5), (2, 3), (1, 2))
+
+
+def features(sizes=SIZES, device="cpu", channels=16, **kind):
+    return [torch.empty(2, channels, *size, device=device, **kind) for size in sizes]
+
+
+def test_a_cpu_takes_the_separate_operators():
+    for backend in ("auto", "torch"):
+        with use_backend(backend):
+            assert "'cpu'" in DyHead(16, 1).unfused_reason(features())
+    assert "'meta'" in DyHead(16, 1).unfused_reason(features(device="meta"))
+    assert "paper" in DyHead(16, 1, formulation="paper").unfused_reason(features())
+
+
+@pytest.fixture
+def as_if_interpreted(monkeypatch):
+    monkeypatch.setattr("heads.fused.INTERPRET", True)
+    monkeypatch.setattr("heads.fused.resolve_backend", lambda device: "triton")
+
+
+def test_reasons_against_fusing(as_if_interpreted):
+    head = DyHead(16, 1)
+    assert head.unfused_reason(features()) is None
+    assert "level 1 is 3x5, half of level 0 is 4x5" in head.unfused_reason(features(((7, 10), (3, 5))))
+    assert "several types" in head.unfused_reason(features(dtype=torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head.unfused_reason(features(dtype=torch.float16)) is None
+    assert "batch" in head.unfused_reason([x[:0] for x in features()])
+    head.blocks[0].spatial.from_finer.norm.eps = 0
+    assert "eps" in head.unfused_reason(features())
+    head.blocks[0].scale = torch.nn.Identity()
+    assert "SpatialAttention, Identity, TaskAttention" in head.unfused_reason(features())
+
+
+def test_compilation_traces_the_separate_operators(as_if_interpreted, monkeypatch):
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    assert "torch.compile" in DyHead(16, 1).unfused_reason(features())
+
+
+def made(sizes=SIZES, batch=2, real=torch.float64):
+    return layouts.layout(sizes, batch, torch.device("cpu"), real)
+
+
+def test_rows_of_the_matrices_follow_each_other():
+    tables = made()
+    assert [(p.branch, p.level, p.source) for p in tables.problems] == [
+        *((0, i, i) for i in range(4)),
+        *((1, i, i - 1) for i in range(1, 4)),
+        *((2, i, i + 1) for i in range(3)),
+    ]
+    assert tables.rows == 2 * sum(h * w for h, w in SIZES)
+    assert tables.sampled_rows == 3 * tables.rows - 2 * 2 * 70
+    maps = [torch.randn(2, 3, *size) for size in SIZES]
+    for x, y in zip(maps, tables.split(layouts.join(maps)), strict=True):
+        assert torch.equal(x, y) and y.is_contiguous(memory_format=torch.channels_last)
+    assert tables.share[:, :, 0, 0].tolist() == [[1 / 2, 0, 1 / 2], *[[1 / 3] * 3] * 2, [1 / 2, 1 / 2, 0]]
+
+
+def test_every_pixel_is_in_one_tile_and_one_run():
+    tables = made(((19, 35), (10, 18)), batch=3)
+    assert len(tables.tiles()) == 3 * (3 * 3 + 2 * 2 + 2 * 2 + 2 * 2)
+    for work, sizes in ((tables.runs(8), tables.sizes), (tables.sampled_runs(8), [p.size for p in tables.problems])):
+        expected = [(i, n, k) for i, (h, w) in enumerate(sizes) for n in range(3) for k in range(-(-h * w // 8))]
+        assert list(map(tuple, work.tolist())) == expected
+    first, count = tables.run_bounds(8).T.tolist()
+    assert count == [84] * 3 + [23] * 3 and first == [0, 84, 168, 252, 275, 298]
+
+
+@pytest.mark.parametrize(("size", "target"), [(4, 7), (4, 8), (1, 2), (1, 1), (2, 3), (2, 4), (3, 3), (5, 2)])
+def test_interpolation_of_an_axis_is_pytorchs(size, target):
+    _, share, first, span = layouts._axis(size, target, torch.float64)
+    line = torch.eye(size, dtype=torch.float64)[:, None, :, None]
+    weights = F.interpolate(line, size=(target, 1), mode="bilinear", align_corners=True)[:, 0, :, 0]
+    torch.testing.assert_close(share, weights.sum(1))
+    for pixel, row in enumerate(weights):
+        taking = row.nonzero()[:, 0]
+        if len(taking):
+            assert first[pixel] <= taking[0] and taking[-1] < first[pixel] + span
+
+
+def test_tables_are_made_once():
+    assert made() is made() and made().runs(8) is made().runs(8)
+    with torch.inference_mode():
+        assert not layouts.layout(((3, 3),), 1, torch.device("cpu"), torch.float32).share.is_inference()
