@@ -7,8 +7,10 @@ from torch import nn
 
 from heads import DyHead
 from heads.dyhead import ATTENTIONS
-from kernels import block_tail, use_backend
+from kernels import block_conv, block_tail, use_backend
+from kernels.block_launch import Launch
 from kernels.block_layout import join, layout
+from kernels.deform_conv_launch import Tiles
 
 # Odd, even and one-pixel sizes; the last two levels upsample from one row or one pixel.
 SIZES = ((6, 5), (3, 3), (2, 2), (1, 1))
@@ -104,6 +106,45 @@ def test_float32_loses_no_more_than_the_separate_operators():
     for name, x in exact.items():
         allowed = 2 * (separate[name] - x).abs().max() + 1e-6 * x.abs().max()
         assert (found[name] - x).abs().max() <= allowed, name
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["half", "autocast"])
+def test_16_bits_lose_no_more_than_the_separate_operators(autocast):
+    def run(backend, dtype):
+        head, features, cotangents = make(sizes=((4, 3), (2, 2)), dtype=dtype, batch=1)
+        with use_backend(backend), torch.autocast("cpu", torch.float16, enabled=autocast and dtype == torch.float32):
+            assert (head.unfused_reason(features) is None) == (backend == "triton")
+            outputs = head(features)
+        cotangents = [c.to(y.dtype) for c, y in zip(cotangents, outputs, strict=True)]
+        grads = torch.autograd.grad(outputs, [*features, *head.parameters()], cotangents)
+        return [x.double() for x in (*outputs, *grads)]
+
+    exact = run("torch", torch.float64)
+    dtype = torch.float32 if autocast else torch.float16
+    for i, (x, ours, separate) in enumerate(zip(exact, run("triton", dtype), run("torch", dtype), strict=True)):
+        scale = x.abs().max()
+        assert (ours - x).abs().max() <= 2 * (separate - x).abs().max() + 2e-3 * scale, i
+
+
+def test_tiles_that_divide_nothing(monkeypatch):
+    # As on a GPU without TF32: several blocks of input and of output channels, several tiles in both directions.
+    monkeypatch.setattr(block_conv, "tile", lambda *_: Tiles(2, 4, 16, 32, 4, 2))
+    check(*make("S", sizes=((5, 6), (3, 3)), channels=48, batch=1))
+
+
+def test_launches_of_a_block(monkeypatch):
+    launches = []
+    run = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self: (launches.append(self.kernel.__name__), run(self)))
+    for attentions in ("LSC", "C"):
+        launches.clear()
+        head, features, cotangents = make(attentions, sizes=((3, 2), (2, 1)), batch=1)
+        outputs = head(features)
+        first = "forward_kernel" if "S" in attentions else "statistics_kernel"
+        assert launches == [first, "merge_kernel", "forward_kernel"]
+        launches.clear()
+        torch.autograd.grad(outputs, features, cotangents)
+        assert launches == ["backward_sums_kernel", "add_kernel", "backward_maps_kernel"]
 
 
 def test_golden_block_of_one_level(golden):
