@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from heads import build_detector
 from heads.deform import DeformConv
 from heads.resnet import (
     BACKBONES,
@@ -81,6 +82,16 @@ def test_maps_halve_rounding_up_and_everything_trains(name, finest):
     assert not silent
     body.freeze(1)
     assert not all(p.requires_grad for p in body.parameters()) and any(p.requires_grad for p in body.parameters())
+
+
+def test_a_detector_with_a_pyramid_from_c2_takes_a_transformer(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setitem(BACKBONES, "swin_t", SMALL["swin"])
+    model = build_detector("faster_rcnn", 3, "swin_t", "LSC", depth=1, channels=16).eval()
+    with torch.inference_mode():
+        (found,) = model([torch.randint(0, 256, (3, 70, 101), dtype=torch.uint8)])
+    assert model.backbone.channels == (8, 16, 32, 64)
+    assert found["boxes"].isfinite().all() and found["boxes"].shape == (len(found["scores"]), 4)
 
 
 def test_a_deformable_convolution_without_offsets_is_half_the_ordinary_one():

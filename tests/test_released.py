@@ -11,7 +11,7 @@ from heads import load_released
 from heads.atss import CONVENTIONS
 from heads.detector import Detector
 from heads.fpn import FPN
-from heads.release_layouts import DyHeadBeforeTowers, build_released
+from heads.release_layouts import DyHeadBeforeTowers, build_released, open_released
 from heads.released import MMDETECTION, translate
 from heads.resnet import BasicBlock, Bottleneck, CaffeBottleneck, FrozenBatchNorm2d, ResNet
 from heads.retinanet import RetinaNetHead
@@ -208,6 +208,12 @@ def test_a_whole_official_checkpoint_goes_to_its_places():
         assert torch.equal(loaded[ours], state[theirs]), ours
     # Each tensor went somewhere, and nowhere twice.
     assert sorted(float(v.sum()) for v in loaded.values()) == sorted(float(v.sum()) for v in state.values())
+
+    # Sizes and kind of the blocks are read off the weights.
+    opened = open_released("official", {"model": state})
+    assert {type(m) for m in opened.backbone.modules() if isinstance(m, Bottleneck)} == {CaffeBottleneck}
+    assert opened.state_dict().keys() == loaded.keys()
+    assert all(torch.equal(value, loaded[key]) for key, value in opened.state_dict().items())
 
     state["head.cls_tower.0.weight"] = state.pop("head.bbox_pred.bias")
     with pytest.raises(ValueError, match=r"(?s)missing: head.bbox_pred.bias.*no counterpart here: head.cls_tower.0"):
