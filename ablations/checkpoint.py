@@ -50,6 +50,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="of the operators (default: auto)")
     parser.add_argument("--out", type=Path, metavar="JSON", help="(default: runs/checkpoint-<file>-<layout>.json)")
     options = parser.parse_args(arguments)
+    if options.device.split(":")[0] not in ("cpu", "cuda"):
+        parser.error(f"unknown device {options.device!r}; it is cpu, cuda or cuda:N")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: torch sees no GPU here")
     options.short_side = options.short_side or LAYOUTS[options.layout].short_side
     options.max_size = options.max_size or LAYOUTS[options.layout].max_size
     options.out = options.out or Path("runs") / f"checkpoint-{options.file.stem}-{options.layout}.json"
