@@ -52,11 +52,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     what.add_argument("--only", default="", metavar="TERMS", help='keep matching cells, for instance "LSC,depth=1"')
     names = f"of {', '.join(DETECTORS)} (default: atss; all of them for --grid detectors)"
     what.add_argument("--detector", metavar="NAME[,NAME]", help=names)
+    what.add_argument("--backbone", choices=BACKBONES, help="default: the preset's")
     what.add_argument("--seeds", type=positive, default=1, metavar="N", help="repeat with seeds 0 … N-1 (default: 1)")
     what.add_argument(
         "--weights",
         metavar="FILE|NAME|none",
-        help="initial backbone weights with torchvision's names (default: the preset's; paper: resnet50)",
+        help="initial backbone weights with torchvision's names (default: the backbone's own in the paper preset)",
     )
     sides = "shorter sides in pixels (default: the preset's one)"
     what.add_argument("--train-sizes", type=pixels, metavar="N[,N]", help=f"multi-scale training: {sides}")
@@ -128,7 +129,7 @@ def base_cell(options: argparse.Namespace, preset: Preset, data: Dataset) -> Cel
         test_size=options.test_sizes or preset.image_size,
         test_flip=options.test_flip,
         detector=options.detector[0],
-        backbone=preset.backbone,
+        backbone=options.backbone or preset.backbone,
         weights=weights,
         channels=preset.channels,
         attentions="baseline",
@@ -164,10 +165,11 @@ def main(arguments: list[str] | None = None) -> int:
     preset = PRESETS[options.preset]
     command = "python -m ablations.run " + shlex.join(sys.argv[1:] if arguments is None else arguments)
     try:
-        options.weights = options.weights or preset.weights
+        options.backbone = options.backbone or preset.backbone
+        options.weights = options.weights or ("none" if preset.weights == "none" else options.backbone)
         if options.weights != "none" and not options.dry_run:
             # Downloads them where they are published and absent, and finds out now whether they fit.
-            load_imagenet(BACKBONES[preset.backbone](), options.weights)
+            load_imagenet(BACKBONES[options.backbone](), options.weights)
         data = open_data(options, preset)
         base = base_cell(options, preset, data)
         cells = only(build_grid(options.grid, preset, base, options.detector, options.seeds), options.only)
