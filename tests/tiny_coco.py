@@ -5,7 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from ablations.coco import DataError, read_dataset
 
 # Sparse ids, out of order, with 0 nowhere: an id taken for an index is found out.
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 90, "name": "bird"}]
@@ -84,3 +87,14 @@ def edited(change: Callable[[dict], object], split: str = "train") -> dict[str, 
     contents = documents()
     change(contents[split])
     return contents
+
+
+def problem(root, *fragments, split="train"):
+    """The error that reading ends with; it names the instances file and holds the fragments."""
+    with pytest.raises(DataError) as caught:
+        read_dataset(root)
+    message = str(caught.value)
+    assert f"instances_{split}2017.json" in message
+    for fragment in fragments:
+        assert fragment in message
+    return caught.value
