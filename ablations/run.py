@@ -72,6 +72,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     how.add_argument("--fresh", action="store_true", help="run finished cells again; old rows move to cells/replaced/")
     how.add_argument("--retry-failed", action="store_true", help="run failed cells again")
     options = parser.parse_args(arguments)
+    preset = PRESETS[options.preset]
+    options.backbone = options.backbone or preset.backbone
+    options.weights = options.weights or ("none" if preset.weights == "none" else options.backbone)
     every = ",".join(DETECTORS) if options.grid == "detectors" else "atss"
     options.detector = list(dict.fromkeys((options.detector or every).split(",")))
     for name in options.detector:
@@ -129,7 +132,7 @@ def base_cell(options: argparse.Namespace, preset: Preset, data: Dataset) -> Cel
         test_size=options.test_sizes or preset.image_size,
         test_flip=options.test_flip,
         detector=options.detector[0],
-        backbone=options.backbone or preset.backbone,
+        backbone=options.backbone,
         weights=weights,
         channels=preset.channels,
         attentions="baseline",
@@ -165,8 +168,6 @@ def main(arguments: list[str] | None = None) -> int:
     preset = PRESETS[options.preset]
     command = "python -m ablations.run " + shlex.join(sys.argv[1:] if arguments is None else arguments)
     try:
-        options.backbone = options.backbone or preset.backbone
-        options.weights = options.weights or ("none" if preset.weights == "none" else options.backbone)
         if options.weights != "none" and not options.dry_run:
             # Downloads them where they are published and absent, and finds out now whether they fit.
             load_imagenet(BACKBONES[options.backbone](), options.weights)

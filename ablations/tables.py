@@ -18,14 +18,14 @@ import pandas as pd
 from ablations.machine import machine_line
 from ablations.paper import SOURCE, paper_ap
 from ablations.store import MEASURES, STATUSES, atomic_write_text, read_rows
+from heads.attention import COARSE_OFFSETS
+from heads.dyhead import FORMULATIONS
+from heads.faster_rcnn import PLACEMENTS
 
 AP_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # paper_AP, and segm_AP of detectors with masks, stand behind delta_AP in tables that have one.
 COLUMNS = ("detector", "attentions", "depth", "formulation", "seeds", *AP_COLUMNS, "delta_AP", *MEASURES, "status")
 ATTENTIONS = ("baseline", "none", "L", "S", "C", "LS", "LC", "SC", "LSC")
-FORMULATIONS = ("released", "paper")
-COARSE_OFFSETS = ("crop", "prefix", "resize")
-PLACEMENTS = ("trunk", "around_roi")
 
 # What tells the rows of one table apart. All other fields of a cell are the settings they have in common.
 VARIED = ("detector", "attentions", "depth", "formulation", "coarse_offsets", "placement", "seed")

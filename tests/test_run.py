@@ -48,7 +48,7 @@ def weights(out: Path, key: str) -> dict[str, torch.Tensor]:
 
 
 def test_the_default_grid_has_17_cells_and_every_subset_at_both_depths(data):
-    options = run.parse(["--grid", "--data", str(data), "--weights", "none"])
+    options = run.parse(["--grid", "--data", str(data)])
     base = run.base_cell(options, PRESETS["tiny"], run.open_data(options, PRESETS["tiny"]))
     cells = build_grid("default", PRESETS["tiny"], base, ["atss"], 1)
     assert len(cells) == len({cell.key for cell in cells}) == 17
