@@ -45,8 +45,8 @@ def forward(blocks: Sequence[nn.Module], features: list[Tensor]) -> list[Tensor]
     Under autocast maps are in its type, while statistics, gates and coefficients stay float32.
     """
     from kernels.block_conv import tile
-    from kernels.block_launch import real
     from kernels.block_layout import join, layout
+    from kernels.launch import real
 
     device = features[0].device
     if torch.is_autocast_enabled(device.type):

@@ -8,20 +8,20 @@ from torch.autograd.function import once_differentiable
 
 from kernels import block_conv_triton as kernels
 from kernels import deform_conv_launch as single
-from kernels.block_launch import Launch, real, triton_real
 from kernels.block_layout import BRANCHES, Layout, layout
 from kernels.compile_spec import CompileSpec
+from kernels.launch import Launch, real, triton_real
+from kernels.tiles import Tiles, fit, precision
 
 OFFSETS = 18
 
 # In 16 bits a tile of 128 pixels spills on NVIDIA: a thread's 128 sums, and the sums for the statistics on top.
-_FORWARD = single._FORWARD | {"16": single.Tiles(8, 8, 32, 256, 8, 3)}
+_FORWARD = single.FORWARD | {"16": Tiles(8, 8, 32, 256, 8, 3)}
 
 
-def tile(dtype: torch.dtype, device: torch.device, channels: int) -> single.Tiles:
+def tile(dtype: torch.dtype, device: torch.device, channels: int) -> Tiles:
     """The tile of the convolution, which the layout must have too."""
-    precision = single._precision(dtype, device)
-    return single._tiles(_FORWARD, dtype, precision, channels, channels)
+    return fit(_FORWARD, dtype, device, channels, channels)
 
 
 def convolve(
@@ -83,7 +83,7 @@ def _forward_launch(pyramid, predicted, packed, sampled, partial, sigmoid, crop,
         "REAL": triton_real(pyramid.dtype),
         # Sums of several places within an image must fit as well.
         "INDEX": tl.int32 if max(h * w for h, w in layout.sizes) * channels < 2**30 else tl.int64,
-        "PRECISION": single._precision(pyramid.dtype, pyramid.device),
+        "PRECISION": precision(pyramid.dtype, pyramid.device),
     }
     grid = (len(work), triton.cdiv(channels, tiles.o))
     return Launch(kernels.forward_kernel, grid, arguments, constants, tiles.warps, tiles.stages)
@@ -139,5 +139,5 @@ def compile_specs() -> list[CompileSpec]:
         predicted = torch.empty(found.rows, 27, dtype=dtype, device=device)
         partial = torch.empty(1, 3, 256, dtype=real(dtype), device=device)
         launch = _forward_launch(pyramid, predicted, sampled, sampled, partial, True, True, found)
-        specs.append(launch.spec("convolutions forward", dtype, uses_dot=True))
+        specs.append(launch.spec("block convolutions forward", dtype, uses_dot=True))
     return specs

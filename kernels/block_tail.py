@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from kernels import block_tail_triton as kernels
 from kernels.backend import INTERPRET
-from kernels.block_launch import Launch, real, steps, triton_real
 from kernels.block_layout import Layout, layout
 from kernels.compile_spec import CompileSpec
+from kernels.launch import Launch, real, steps, triton_real
 
 # Elements of one program. The interpreter's time is that of its programs' number, hardly of their size.
 _FORWARD, _SUMS, _MAPS = (8192, 4096, 8192) if INTERPRET else (2048, 1024, 2048)
@@ -223,20 +223,20 @@ def compile_specs() -> list[CompileSpec]:
         sampled = torch.empty(found.sampled_rows, 256, dtype=dtype, device="meta")
         maps = torch.empty(found.rows, 256, dtype=dtype, device="meta")
         partial, statistics = torch.empty(1, 3, 256, **meta), torch.empty(3, 5, 3, 8, 256, **meta)
-        specs.append(_statistics_launch(sampled, partial, found).spec("statistics", dtype))
+        specs.append(_statistics_launch(sampled, partial, found).spec("block statistics", dtype))
         if dtype == torch.float32:
-            specs.append(_merge_launch(partial, statistics, found).spec("merge", dtype))
+            specs.append(_merge_launch(partial, statistics, found).spec("block merge", dtype))
         for kinds, rectified, name in ((8, False, ""), (4, True, " relu")):
             coefficients = torch.empty(5, 8, kinds, 256, **meta)
             sums = torch.empty(1, kinds, 256, **meta)
             launch = _forward_launch(sampled, coefficients, maps, rectified, found)
-            specs.append(launch.spec(f"tail forward{name}", dtype))
+            specs.append(launch.spec(f"block tail forward{name}", dtype))
             launch = _sums_launch(maps, sampled, coefficients, maps, sums, rectified, found)
-            specs.append(launch.spec(f"tail backward sums{name}", dtype))
+            specs.append(launch.spec(f"block tail backward sums{name}", dtype))
             if kinds == 8 and dtype == torch.float32:
                 bounds = found.run_bounds(64)
-                specs.append(_add_launch(sums, coefficients, bounds, 263).spec("add", dtype))
+                specs.append(_add_launch(sums, coefficients, bounds, 263).spec("block add", dtype))
         coefficients = torch.empty(5, 8, 8, 256, **meta)
         launch = _maps_launch(maps, sampled, coefficients, statistics, statistics, sampled, found)
-        specs.append(launch.spec("tail backward maps", dtype))
+        specs.append(launch.spec("block tail backward maps", dtype))
     return specs

@@ -14,25 +14,12 @@ from torch import Tensor
 
 from kernels import deform_conv_cpu
 from kernels import deform_conv_triton as kernels
-from kernels.backend import INTERPRET
 from kernels.compile_spec import CompileSpec
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Sizes of a program: output pixels, input and output channels, warps, stages of the pipeline."""
-
-    height: int
-    width: int
-    c: int
-    o: int
-    warps: int
-    stages: int
-
+from kernels.launch import Launch, real, triton_real
+from kernels.tiles import Tiles, fit, precision
 
 # Chosen without a GPU: large ones that Triton 3.6 and 3.7 compile for sm_80, sm_90, sm_100 and gfx942 without a spill.
-# "exact": float64, and float32 where its products must not be rounded and the tensor cores would.
-_FORWARD = {"16": Tiles(8, 16, 32, 256, 8, 3), "32": Tiles(8, 8, 16, 256, 8, 3), "exact": Tiles(4, 8, 16, 32, 4, 2)}
+FORWARD = {"16": Tiles(8, 16, 32, 256, 8, 3), "32": Tiles(8, 8, 16, 256, 8, 3), "exact": Tiles(4, 8, 16, 32, 4, 2)}
 _POINTS = {"16": Tiles(8, 8, 64, 256, 8, 1), "32": Tiles(4, 8, 32, 256, 8, 1), "exact": Tiles(4, 8, 16, 32, 4, 1)}
 _WEIGHT = {"16": Tiles(8, 8, 64, 256, 8, 2), "32": Tiles(4, 8, 64, 256, 8, 1), "exact": Tiles(4, 8, 16, 32, 4, 1)}
 # For more output channels than a program holds, or several weight groups: the gradients come in pieces.
@@ -42,47 +29,6 @@ _POINTS_PIECES = _POINTS | {"16": Tiles(8, 8, 64, 64, 8, 2), "32": Tiles(4, 8, 3
 _WEIGHT_PROGRAMS = 512
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One run of a kernel; `arguments` and `constants` are by name."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Tensor | int]
-    constants: dict[str, Any]
-    tiles: Tiles
-
-    def run(self) -> None:
-        device = next(x for x in self.arguments.values() if isinstance(x, Tensor)).device
-        with torch.cuda.device(device if device.type == "cuda" else -1):
-            self.kernel[self.grid](
-                **self.arguments, **self.constants, num_warps=self.tiles.warps, num_stages=self.tiles.stages
-            )
-
-
-def _precision(dtype: torch.dtype, device: torch.device) -> str:
-    """How products of float32 are made: as PyTorch's own convolutions are told to make them."""
-    if dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision != "tf32":
-        return "ieee"
-    if torch.version.hip and not torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx94"):
-        return "ieee"
-    return "tf32"
-
-
-def _tiles(table: dict[str, Tiles], dtype: torch.dtype, precision: str, span: int, o: int) -> Tiles:
-    if dtype.itemsize == 2:
-        tiles = table["16"]
-    elif INTERPRET or precision == "tf32" or (torch.version.hip and dtype == torch.float32):
-        tiles = table["32"]
-    else:
-        tiles = table["exact"]
-    # A product needs at least 16 of each.
-    c, o = (min(most, max(16, triton.next_power_of_2(size))) for most, size in ((tiles.c, span), (tiles.o, o)))
-    # The interpreter's time is that of its programs' number, hardly of their size.
-    height, width = (16, 16) if INTERPRET else (tiles.height, tiles.width)
-    return Tiles(height, width, c, o, tiles.warps, tiles.stages)
-
-
 def _strides(tensor: Tensor, name: str) -> dict[str, int]:
     return {f"{name}_{axis}": stride for axis, stride in zip("nchw", tensor.stride(), strict=True)}
 
@@ -90,10 +36,6 @@ def _strides(tensor: Tensor, name: str) -> dict[str, int]:
 def _extent(tensor: Tensor) -> int:
     """The farthest element of an image from its first."""
     return sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
-
-
-def _real(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -129,8 +71,7 @@ class Level:
         c, o, channels = self.weight.shape[1], self.weight.shape[0] // self.groups, self.x.shape[3]
         share = channels * 2 * self.taps // self.offset.shape[1]
         far = max(_extent(t) for t in (self.x, self.offset, self.mask, *others) if t is not None)
-        precision = _precision(self.x.dtype, self.x.device)
-        tiles = _tiles(table, self.x.dtype, precision, gcd(c, share), o)
+        tiles = fit(table, self.x.dtype, self.x.device, gcd(c, share), o)
         constants = {
             "C": c,
             "OUT": o,
@@ -145,10 +86,10 @@ class Level:
             "TILE_W": tiles.width,
             "BLOCK_C": tiles.c,
             "BLOCK_O": tiles.o,
-            "REAL": tl.float64 if self.x.dtype == torch.float64 else tl.float32,
+            "REAL": triton_real(self.x.dtype),
             # Twice an offset's channel, and sums of several places, must fit as well.
             "INDEX": tl.int32 if far < 2**30 else tl.int64,
-            "PRECISION": precision,
+            "PRECISION": precision(self.x.dtype, self.x.device),
         }
         return constants, tiles
 
@@ -166,7 +107,7 @@ def _levels(inputs, offsets, masks, weight, stride, padding, dilation) -> list[L
 
 
 def _forward_launch(level: Level, packed: Tensor, bias: Tensor | None, out: Tensor) -> Launch:
-    constants, tiles = level.constants(_FORWARD, out)
+    constants, tiles = level.constants(FORWARD, out)
     arguments = level.arguments() | {"weight": packed, "bias": packed if bias is None else bias, "out": out}
     grid = (level.tile_count(tiles), level.groups * triton.cdiv(constants["OUT"], tiles.o))
     return Launch(
@@ -174,7 +115,8 @@ def _forward_launch(level: Level, packed: Tensor, bias: Tensor | None, out: Tens
         grid,
         arguments | _strides(out, "out"),
         constants | {"HAS_BIAS": bias is not None},
-        tiles,
+        tiles.warps,
+        tiles.stages,
     )
 
 
@@ -190,7 +132,8 @@ def _points_launch(level: Level, packed: Tensor, grad: Tensor, to_x, to_offset, 
         if name != "x":
             arguments |= _strides(arguments[f"grad_{name}"], f"grad_{name}")
     points = level.offset.shape[1] // 2
-    return Launch(kernels.backward_points_kernel, (level.tile_count(tiles) * points,), arguments, constants, tiles)
+    grid = (level.tile_count(tiles) * points,)
+    return Launch(kernels.backward_points_kernel, grid, arguments, constants, tiles.warps, tiles.stages)
 
 
 def _weight_launch(level: Level, grad: Tensor) -> Launch:
@@ -204,7 +147,7 @@ def _weight_launch(level: Level, grad: Tensor) -> Launch:
     constants["TILES"] = per_split
     arguments = level.arguments() | {"grad": grad, "tiles": count}
     grid = (steps, blocks, triton.cdiv(count, per_split))
-    return Launch(kernels.backward_weight_kernel, grid, arguments, constants, tiles)
+    return Launch(kernels.backward_weight_kernel, grid, arguments, constants, tiles.warps, tiles.stages)
 
 
 def forward(outputs, inputs, offsets, masks, weight, bias, stride, padding, dilation) -> None:
@@ -222,7 +165,6 @@ def backward(results, grads, inputs, offsets, masks, weight, stride, padding, di
     the inputs is a sum of atomic additions, in any order, unless PyTorch is told to use deterministic algorithms.
     """
     to_inputs, to_offsets, to_masks, to_weight, to_bias = results
-    real = _real(weight.dtype)
     levels = _levels(inputs, offsets, masks, weight, stride, padding, dilation)
     rows = [grad.permute(0, 2, 3, 1).contiguous() for grad in grads]
     if to_inputs and torch.are_deterministic_algorithms_enabled():
@@ -234,40 +176,21 @@ def backward(results, grads, inputs, offsets, masks, weight, stride, padding, di
         packed = weight.unflatten(0, (groups, -1)).permute(0, 3, 4, 2, 1).contiguous()
         none = [None] * len(levels)
         for i, (level, grad) in enumerate(zip(levels, rows, strict=True)):
-            to_x = torch.zeros_like(level.x, dtype=real) if to_inputs else None
+            to_x = torch.zeros_like(level.x, dtype=real(weight.dtype)) if to_inputs else None
             _points_launch(level, packed, grad, to_x, (to_offsets or none)[i], (to_masks or none)[i]).run()
             if to_inputs:
                 to_inputs[i].copy_(to_x.permute(0, 3, 1, 2))
     if to_weight:
         launches = [_weight_launch(level, grad) for level, grad in zip(levels, rows, strict=True)]
         counts = [launch.grid[-1] for launch in launches]
-        partial = torch.empty((sum(counts), weight[0].numel() * weight.shape[0]), dtype=real, device=weight.device)
+        partial = torch.empty((sum(counts), weight.numel()), dtype=real(weight.dtype), device=weight.device)
         for launch, part in zip(launches, partial.split(counts), strict=True):
             launch.arguments["partial"] = part
             launch.run()
         packed = partial.sum(0).view(weight.shape[0], *weight.shape[2:], weight.shape[1])
         to_weight[0].copy_(packed.permute(0, 3, 1, 2))
     if to_bias:
-        to_bias[0].copy_(sum(grad.sum((0, 1, 2), dtype=real) for grad in rows))
-
-
-def _spec(name: str, launch: Launch, dtype: torch.dtype) -> CompileSpec:
-    types = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    tensors = {k: f"*{types[v.dtype]}" for k, v in launch.arguments.items() if isinstance(v, Tensor)}
-    numbers = {k: v for k, v in launch.arguments.items() if not isinstance(v, Tensor)}
-    # The launcher compiles a number that is 1 into the kernel, and so must this.
-    ones = {k: v for k, v in numbers.items() if v == 1}
-    return CompileSpec(
-        name=f"deform_conv2d {name}",
-        kernel=launch.kernel,
-        signature=tensors | {k: "i32" if v < 2**31 else "i64" for k, v in numbers.items() if v != 1},
-        constexprs=launch.constants | ones,
-        num_warps=launch.tiles.warps,
-        num_stages=launch.tiles.stages,
-        dtype=types[dtype],
-        uses_dot=True,
-        divisible=tuple(k for k, v in numbers.items() if v % 16 == 0 and v != 1),
-    )
+        to_bias[0].copy_(sum(grad.sum((0, 1, 2), dtype=real(weight.dtype)) for grad in rows))
 
 
 def compile_specs() -> list[CompileSpec]:
@@ -282,12 +205,12 @@ def compile_specs() -> list[CompileSpec]:
             weight, out = new(outputs, 256, 3, 3), new(8, outputs, 100, 168)
             x, offset, mask = new(8, 256, 100, 168), new(8, 18, 100, 168), new(8, 9, 100, 168)
             level = _levels([x], [offset], [mask], weight, [1, 1], [1, 1], [1, 1])[0]
-            points = _points_launch(level, weight, out, level.x.to(_real(dtype)), offset, mask)
-            specs.append(_spec(f"backward points{suffix}", points, dtype))
+            points = _points_launch(level, weight, out, level.x.to(real(dtype)), offset, mask)
+            specs.append(points.spec(f"deform_conv2d backward points{suffix}", dtype, uses_dot=True))
         weight, out = new(256, 256, 3, 3), new(8, 256, 100, 168)
         level = _levels([x], [offset], [mask], weight, [1, 1], [1, 1], [1, 1])[0]
-        specs.append(_spec("forward", _forward_launch(level, weight, weight, out), dtype))
+        specs.append(_forward_launch(level, weight, weight, out).spec("deform_conv2d forward", dtype, uses_dot=True))
         sums = _weight_launch(level, out)
-        sums.arguments["partial"] = torch.empty(1, dtype=_real(dtype), device="meta")
-        specs.append(_spec("backward weight", sums, dtype))
+        sums.arguments["partial"] = torch.empty(1, dtype=real(dtype), device="meta")
+        specs.append(sums.spec("deform_conv2d backward weight", dtype, uses_dot=True))
     return specs

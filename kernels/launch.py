@@ -1,4 +1,4 @@
-"""A launch of one of the block's kernels as data, so that what is compiled ahead of time is exactly what runs."""
+"""A launch of a kernel as data, so that what is compiled ahead of time is exactly what runs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -57,9 +57,9 @@ class Launch:
         # The launcher compiles a number that is 1 into the kernel, and so must this.
         ones = {k: v for k, v in numbers.items() if v == 1}
         return CompileSpec(
-            name=f"block {name}",
+            name=name,
             kernel=self.kernel,
-            signature=tensors | {k: "i32" for k in numbers if k not in ones},
+            signature=tensors | {k: "i32" if v < 2**31 else "i64" for k, v in numbers.items() if k not in ones},
             constexprs=self.constants | ones,
             num_warps=self.warps,
             num_stages=self.stages,
