@@ -11,12 +11,12 @@ from kernels import deform_conv_launch as single
 from kernels.block_layout import BRANCHES, Layout, layout
 from kernels.compile_spec import CompileSpec
 from kernels.launch import Launch, real, triton_real
-from kernels.tiles import Tiles, fit, precision
+from kernels.tiles import Table, Tiles, fit, precision
 
 OFFSETS = 18
 
 # In 16 bits a tile of 128 pixels spills on NVIDIA: a thread's 128 sums, and the sums for the statistics on top.
-_FORWARD = single.FORWARD | {"16": Tiles(8, 8, 32, 256, 8, 3)}
+_FORWARD = Table("block convolutions forward", single.FORWARD | {"16": Tiles(8, 8, 32, 256, 8, 3)})
 
 
 def tile(dtype: torch.dtype, device: torch.device, channels: int) -> Tiles:

@@ -16,14 +16,26 @@ from kernels import deform_conv_cpu
 from kernels import deform_conv_triton as kernels
 from kernels.compile_spec import CompileSpec
 from kernels.launch import Launch, real, triton_real
-from kernels.tiles import Tiles, fit, precision
+from kernels.tiles import Table, Tiles, fit, precision
 
 # Chosen without a GPU: large ones that Triton 3.6 and 3.7 compile for sm_80, sm_90, sm_100 and gfx942 without a spill.
-FORWARD = {"16": Tiles(8, 16, 32, 256, 8, 3), "32": Tiles(8, 8, 16, 256, 8, 3), "exact": Tiles(4, 8, 16, 32, 4, 2)}
-_POINTS = {"16": Tiles(8, 8, 64, 256, 8, 1), "32": Tiles(4, 8, 32, 256, 8, 1), "exact": Tiles(4, 8, 16, 32, 4, 1)}
-_WEIGHT = {"16": Tiles(8, 8, 64, 256, 8, 2), "32": Tiles(4, 8, 64, 256, 8, 1), "exact": Tiles(4, 8, 16, 32, 4, 1)}
+FORWARD = Table(
+    "deform_conv2d forward",
+    {"16": Tiles(8, 16, 32, 256, 8, 3), "32": Tiles(8, 8, 16, 256, 8, 3), "exact": Tiles(4, 8, 16, 32, 4, 2)},
+)
+_POINTS = Table(
+    "deform_conv2d backward points",
+    {"16": Tiles(8, 8, 64, 256, 8, 1), "32": Tiles(4, 8, 32, 256, 8, 1), "exact": Tiles(4, 8, 16, 32, 4, 1)},
+)
+_WEIGHT = Table(
+    "deform_conv2d backward weight",
+    {"16": Tiles(8, 8, 64, 256, 8, 2), "32": Tiles(4, 8, 64, 256, 8, 1), "exact": Tiles(4, 8, 16, 32, 4, 1)},
+)
 # For more output channels than a program holds, or several weight groups: the gradients come in pieces.
-_POINTS_PIECES = _POINTS | {"16": Tiles(8, 8, 64, 64, 8, 2), "32": Tiles(4, 8, 32, 64, 4, 2)}
+_POINTS_PIECES = Table(
+    "deform_conv2d backward points in pieces",
+    _POINTS | {"16": Tiles(8, 8, 64, 64, 8, 2), "32": Tiles(4, 8, 32, 64, 4, 2)},
+)
 
 # Programs over which the sum of the weight's gradient is spread: some waves of the largest GPUs.
 _WEIGHT_PROGRAMS = 512
@@ -66,7 +78,7 @@ class Level:
         tensors = {"x": self.x, "offset": self.offset, "mask": mask}
         return tensors | sizes | _strides(self.offset, "offset") | _strides(mask, "mask")
 
-    def constants(self, table: dict[str, Tiles], *others: Tensor) -> tuple[dict[str, Any], Tiles]:
+    def constants(self, table: Table, *others: Tensor) -> tuple[dict[str, Any], Tiles]:
         """What is known at compilation; `others` are tensors (N, ., Ho, Wo) that the kernel reads or writes besides."""
         c, o, channels = self.weight.shape[1], self.weight.shape[0] // self.groups, self.x.shape[3]
         share = channels * 2 * self.taps // self.offset.shape[1]
