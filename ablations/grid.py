@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 
 from heads.attention import COARSE_OFFSETS
@@ -38,7 +38,9 @@ class Cell:
     # schedule
     steps: int
     batch_size: int
+    optimizer: str  # "sgd" or "adamw"
     lr: float
+    backbone_lr: float  # of the backbone, as a share of lr
     weight_decay: float
     warmup: int
     seed: int
@@ -69,7 +71,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Preset:
-    """The size of an experiment. Learning rates are per batch of the given size."""
+    """The size of an experiment. Learning rates are per batch of the given size.
+
+    `own` has the fields of the cell in which a detector, or a family of backbones, differs from the preset: by the
+    detector's name, or by what the backbones' names begin with. Where two entries fit, the later one counts.
+    """
 
     description: str
     difficulty: str  # of the generated data
@@ -86,7 +92,18 @@ class Preset:
     weight_decay: float
     warmup: int
     gpu_precision: str
+    own: dict[str, dict[str, str | float]] = field(default_factory=dict)
 
+    def own_fields(self, detector: str, backbone: str) -> dict[str, str | float]:
+        """What a cell with this detector and backbone has otherwise than the preset."""
+        found = {}
+        for name, changes in self.own.items():
+            if name == detector or backbone.startswith(name):
+                found |= changes
+        return found
+
+
+ADAMW = {"optimizer": "adamw"}
 
 PRESETS = {
     "tiny": Preset(
@@ -105,6 +122,10 @@ PRESETS = {
         weight_decay=1e-4,
         warmup=20,
         gpu_precision="fp32",
+        own={
+            "swin": ADAMW | {"lr": 5e-4, "weight_decay": 0.05},
+            "detr": ADAMW | {"lr": 1e-3},
+        },
     ),
     "small": Preset(
         description="one GPU, under a minute a cell",
@@ -122,6 +143,10 @@ PRESETS = {
         weight_decay=1e-4,
         warmup=50,
         gpu_precision="bf16",
+        own={
+            "swin": ADAMW | {"lr": 5e-4, "weight_decay": 0.05},
+            "detr": ADAMW | {"lr": 1e-3},
+        },
     ),
     # The paper's ablation: 1x of 90,000 steps, batch 16; lr as in the released ATSS configuration.
     "paper": Preset(
@@ -140,6 +165,11 @@ PRESETS = {
         weight_decay=1e-4,
         warmup=1000,
         gpu_precision="bf16",
+        # As published: Swin as in the released ATSS configuration, DETR as in mmdetection's, both for batch 16.
+        own={
+            "swin": ADAMW | {"lr": 5e-5, "weight_decay": 0.05},
+            "detr": ADAMW | {"lr": 1e-4, "backbone_lr": 0.1},
+        },
     ),
 }
 
@@ -171,7 +201,7 @@ def build_grid(name: str, preset: Preset, base: Cell, detectors: Iterable[str], 
 
     Args:
         name: One of `GRIDS`.
-        preset: Supplies the depths.
+        preset: Supplies the depths, and what detector and backbone have for themselves.
         base: Supplies every field that the grid does not vary.
         detectors: Detectors to run it for.
         seeds: Number of seeds, 0 … seeds - 1.
@@ -184,7 +214,7 @@ def build_grid(name: str, preset: Preset, base: Cell, detectors: Iterable[str], 
     cells = []
     for detector in detectors:
         for seed in range(seeds):
-            start = replace(base, detector=detector, seed=seed)
+            start = replace(base, detector=detector, seed=seed, **preset.own_fields(detector, base.backbone))
             cells.append(with_attentions(start, None, None))
             cells += variants(name, preset, start)
     return list(dict.fromkeys(cells))

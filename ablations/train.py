@@ -1,4 +1,4 @@
-"""The training loop of one cell: SGD, warm-up, step schedule, clipping, checkpoints, exact resume.
+"""The training loop of one cell: SGD or AdamW, warm-up, step schedule, clipping, checkpoints, exact resume.
 
 A step is a pure function of the weights, the optimiser's state, the seed and the step's number: the batch and every
 random draw are derived from them. A checkpoint therefore needs no loader state, and a run that was killed and resumed
@@ -7,6 +7,7 @@ ends with the same bits on a CPU as one that was not.
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -35,13 +36,33 @@ def learning_rate(cell: Cell, step: int) -> float:
     return cell.lr * warmup * 0.1**drops
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trained parameters in two groups: weight decay is for weights, not for biases, norms and scales."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+def parameter_groups(model: nn.Module, cell: Cell) -> list[dict]:
+    """Trained parameters in groups with a `weight_decay` and an `lr_share` each.
+
+    Weight decay is for weights, not for biases, norms and scales, nor for Swin's biases of relative positions, as
+    published. `lr_share`, of the cell's learning rate, is less than 1 only in the backbone.
+    """
+    groups = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not name.endswith("relative_position_bias_table")
+            share = cell.backbone_lr if name.startswith("backbone.") else 1.0
+            groups[cell.weight_decay if decays else 0.0, share].append(parameter)
     return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": decay, "lr_share": share}
+        for (decay, share), parameters in groups.items()
     ]
+
+
+def build_optimizer(model: nn.Module, cell: Cell, device: torch.device) -> torch.optim.Optimizer:
+    """The cell's optimiser: SGD with momentum, or AdamW with PyTorch's betas."""
+    fused = device.type in ("cpu", "cuda")
+    groups = parameter_groups(model, cell)
+    if cell.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=cell.lr, momentum=MOMENTUM, fused=fused)
+    if cell.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=cell.lr, fused=fused)
+    raise ValueError(f"unknown optimizer {cell.optimizer!r}; it is sgd or adamw")
 
 
 def train(
@@ -56,7 +77,7 @@ def train(
     """Train `model` in place, from the checkpoint in `directory` if there is one.
 
     Args:
-        cell: Supplies the schedule, the seed and the precision.
+        cell: Supplies the optimiser, the schedule, the seed and the precision.
         model: On `device`, freshly initialised with the cell's seed.
         batch: Step number -> images and targets; a pure function.
         device: Where to train.
@@ -70,9 +91,7 @@ def train(
     Raises:
         Diverged: A loss was not finite; the message has the step and the parts of the loss.
     """
-    optimizer = torch.optim.SGD(
-        parameter_groups(model, cell.weight_decay), lr=cell.lr, momentum=MOMENTUM, fused=device.type in ("cpu", "cuda")
-    )
+    optimizer = build_optimizer(model, cell, device)
     checkpoint = directory / "checkpoint.pt"
     step, tail, seconds = load_checkpoint(checkpoint, model, optimizer, device)
     began = time.monotonic() - seconds
@@ -87,7 +106,7 @@ def train(
             images = [image.to(device, non_blocking=True) for image in images]
             targets = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in t.items()} for t in targets]
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(cell, step)
+                group["lr"] = learning_rate(cell, step) * group["lr_share"]
             with autocast:
                 losses = model(images, targets)
             loss = sum(losses.values())

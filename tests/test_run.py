@@ -72,6 +72,21 @@ def test_the_default_grid_has_17_cells_and_every_subset_at_both_depths(data):
     assert len(build_grid("detectors", PRESETS["tiny"], base, ["atss", "fcos"], 1)) == 4
 
 
+def test_detectors_and_backbones_train_as_published_where_that_is_not_sgd(data):
+    def schedules(backbone):
+        options = run.parse(["--grid", "detectors", "--data", str(data), "--backbone", backbone, "--preset", "paper"])
+        base = run.base_cell(options, PRESETS["paper"], run.open_data(options, PRESETS["paper"]))
+        cells = build_grid("detectors", PRESETS["paper"], base, ["atss", "detr"], 1)
+        found = {(c.detector, c.optimizer, c.lr, c.backbone_lr, c.weight_decay) for c in cells}
+        assert len(found) == 2, "a detector is trained alike with and without DyHead"
+        return found
+
+    detr = ("detr", "adamw", 1e-4, 0.1)
+    assert schedules("resnet50") == {("atss", "sgd", 0.01, 1.0, 1e-4), (*detr, 1e-4)}
+    # What DETR does not say for itself is the backbone's.
+    assert schedules("swin_t") == {("atss", "adamw", 5e-5, 1.0, 0.05), (*detr, 0.05)}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -8,12 +8,14 @@ from torch import nn
 
 from ablations.grid import PRESETS, Cell
 from ablations.train import MAX_GRADIENT_NORM, Diverged, learning_rate, parameter_groups, train
+from heads.swin import WindowAttention
 
 CELL = Cell(
     data="none", data_fingerprint="", image_size=(8,), max_size=8, test_size=(8,),
     test_flip=False, detector="atss", backbone="tiny", weights="none",
     channels=16, attentions="baseline", depth=None, formulation=None, coarse_offsets=None, placement="trunk", steps=100,
-    batch_size=2, lr=0.1, weight_decay=1e-4, warmup=10, seed=3, precision="fp32", device_kind="cpu", backend="auto",
+    batch_size=2, optimizer="sgd", lr=0.1, backbone_lr=1.0, weight_decay=1e-4, warmup=10, seed=3, precision="fp32",
+    device_kind="cpu", backend="auto",
 )  # fmt: skip
 
 
@@ -44,11 +46,30 @@ def test_warm_up_is_linear_and_the_rate_falls_at_67_and_89_percent():
 
 
 def test_weight_decay_is_for_weights_only_and_frozen_parameters_stay_out():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1), WindowAttention(4, 2, 7))
     model[2].requires_grad_(False)
-    decayed, free = parameter_groups(model, 0.5)
-    assert decayed["weight_decay"] == 0.5 and [p.shape for p in decayed["params"]] == [(4, 3, 3, 3)]
-    assert free["weight_decay"] == 0.0 and len(free["params"]) == 3
+    decayed, free = parameter_groups(model, replace(CELL, weight_decay=0.5))
+    assert decayed["weight_decay"] == 0.5 and [p.shape for p in decayed["params"]] == [(4, 3, 3, 3), (12, 4), (4, 4)]
+    # Of the window attention, the biases of its two matrices and the table of relative positions.
+    assert free["weight_decay"] == 0.0 and [p.ndim for p in free["params"]] == [1, 1, 1, 2, 1, 1]
+    assert {decayed["lr_share"], free["lr_share"]} == {1.0}
+
+
+def test_the_backbone_can_have_a_rate_of_its_own(tmp_path):
+    """With AdamW the first step of every weight is as long as its rate."""
+    cell = replace(CELL, steps=1, warmup=0, weight_decay=0.0, optimizer="adamw", lr=1e-2, backbone_lr=0.1)
+    model = nn.ModuleDict({"backbone": Line(), "head": Line()})
+    model.forward = lambda images, targets: (
+        model["backbone"](images, targets) | {"loss_head": model["head"](images, targets)["loss_fit"]}
+    )
+    train(cell, model, batch, torch.device("cpu"), tmp_path)
+    assert model["head"].weight.item() == pytest.approx(1e-2, rel=1e-4)
+    assert model["backbone"].weight.item() == pytest.approx(1e-3, rel=1e-4)
+
+
+def test_an_unknown_optimizer_is_named(tmp_path):
+    with pytest.raises(ValueError, match="unknown optimizer 'lion'; it is sgd or adamw"):
+        train(replace(CELL, optimizer="lion"), Line(), batch, torch.device("cpu"), tmp_path)
 
 
 def test_training_learns_and_counts(tmp_path):
@@ -61,10 +82,12 @@ def test_training_learns_and_counts(tmp_path):
     assert result["loss"] < 0.01 * losses[1]
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("stop", [1, 19, 20, 21, 57, 99])
-def test_a_run_stopped_anywhere_ends_with_the_same_bits(stop, tmp_path):
+def test_a_run_stopped_anywhere_ends_with_the_same_bits(stop, optimizer, tmp_path):
+    cell = replace(CELL, optimizer=optimizer)
     whole, stopped, resumed = Line(), Line(), Line()
-    expected = train(CELL, whole, batch, torch.device("cpu"), tmp_path / "whole")
+    expected = train(cell, whole, batch, torch.device("cpu"), tmp_path / "whole")
 
     class Killed(Exception):
         pass
@@ -75,12 +98,12 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bits(stop, tmp_path):
         return batch(step)
 
     with pytest.raises(Killed):
-        train(CELL, stopped, deadly, torch.device("cpu"), tmp_path / "part")
+        train(cell, stopped, deadly, torch.device("cpu"), tmp_path / "part")
     with torch.no_grad():
         resumed.weight.fill_(7.0)
         if stop < 20:
             resumed.weight.zero_()
-    result = train(CELL, resumed, batch, torch.device("cpu"), tmp_path / "part")
+    result = train(cell, resumed, batch, torch.device("cpu"), tmp_path / "part")
     assert torch.equal(resumed.weight, whole.weight) and torch.equal(resumed.bias, whole.bias)
     assert result["loss"] == expected["loss"]
 
