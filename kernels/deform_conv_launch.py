@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import deform_conv_cpu
+from kernels import deform_conv_inverse
 from kernels import deform_conv_triton as kernels
 from kernels.compile_spec import CompileSpec
 from kernels.launch import Launch, real, triton_real
@@ -174,18 +174,17 @@ def backward(results, grads, inputs, offsets, masks, weight, stride, padding, di
     """Write the gradients for `grads`, one (N, O, Ho, Wo) a level.
 
     `results` are five lists: for inputs, offsets, masks, weight and bias; an empty one is not wanted. The gradient of
-    the inputs is a sum of atomic additions, in any order, unless PyTorch is told to use deterministic algorithms.
+    the inputs is a sum of atomic additions, in any order, unless PyTorch is told to use deterministic algorithms: then
+    it is that of `kernels.deform_conv_inverse`.
     """
     to_inputs, to_offsets, to_masks, to_weight, to_bias = results
     levels = _levels(inputs, offsets, masks, weight, stride, padding, dilation)
     rows = [grad.permute(0, 2, 3, 1).contiguous() for grad in grads]
+    packed = weight.unflatten(0, (levels[0].groups, -1)).permute(0, 3, 4, 2, 1).contiguous()
     if to_inputs and torch.are_deterministic_algorithms_enabled():
-        only = [to_inputs, [], [], [], []]
-        deform_conv_cpu.backward(only, grads, inputs, offsets, masks, weight, stride, padding, dilation)
+        deform_conv_inverse.input_gradients(to_inputs, rows, levels, packed)
         to_inputs = []
     if to_inputs or to_offsets or to_masks:
-        groups = levels[0].groups
-        packed = weight.unflatten(0, (groups, -1)).permute(0, 3, 4, 2, 1).contiguous()
         none = [None] * len(levels)
         for i, (level, grad) in enumerate(zip(levels, rows, strict=True)):
             to_x = torch.zeros_like(level.x, dtype=real(weight.dtype)) if to_inputs else None
@@ -219,6 +218,9 @@ def compile_specs() -> list[CompileSpec]:
             level = _levels([x], [offset], [mask], weight, [1, 1], [1, 1], [1, 1])[0]
             points = _points_launch(level, weight, out, level.x.to(real(dtype)), offset, mask)
             specs.append(points.spec(f"deform_conv2d backward points{suffix}", dtype, uses_dot=True))
+            bins, gather = deform_conv_inverse.compile_launches(level, weight, out.permute(0, 2, 3, 1))
+            specs.append(gather.spec(f"deform_conv2d inverse gather{suffix}", dtype, uses_dot=True))
+        specs.append(bins.spec("deform_conv2d inverse bins", dtype))
         weight, out = new(256, 256, 3, 3), new(8, 256, 100, 168)
         level = _levels([x], [offset], [mask], weight, [1, 1], [1, 1], [1, 1])[0]
         specs.append(_forward_launch(level, weight, weight, out).spec("deform_conv2d forward", dtype, uses_dot=True))

@@ -16,6 +16,7 @@ _NAMES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.int32: "i32",
+    torch.int64: "i64",
 }
 
 
