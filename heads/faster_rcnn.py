@@ -15,8 +15,9 @@ stages stay as they are. `placement="around_roi"`, the paper's Fig. 2(c): the ta
 behind RoIAlign and takes the place of the two layers; the flattened 7×7 bins go to the two linear layers that predict.
 The baseline has nothing between pyramid and heads.
 
-Deviations: the numbers of candidates, proposals and regions and the width of the layers are proportional to the
-pyramid's channels, and the published ones at 256, so that small models stay small. Boxes that clipping leaves without
+Deviations: at 256 channels of the pyramid all numbers are the published ones; below, the width of the layers falls with
+the channels, and the numbers of candidates, proposals and regions with their square, down to 64 proposals and 32
+regions, so that the second stage of a small model costs no more than the rest of it. Boxes that clipping leaves without
 area are dropped. Suppression compares labels instead of shifting boxes by class. The sample is drawn from random keys
 (`heads/sample.py`).
 """
@@ -51,7 +52,7 @@ class TwoStageHead(nn.Module):
     """A region proposal network, and the numbers of boxes that pass between the two stages.
 
     Args:
-        in_channels: of the maps; the numbers below are published for 256 and proportional to it.
+        in_channels: of the maps; with fewer than 256 fewer boxes pass, see the top of this file.
         strides: pixels per cell, by level; the last level is the first stage's only.
         anchor_offset: see `RPNHead`.
         score_threshold: probability that a detection must exceed.
@@ -72,10 +73,11 @@ class TwoStageHead(nn.Module):
         super().__init__()
         self.strides = tuple(strides)[:-1]
         self.rpn = RPNHead(in_channels, strides, anchor_offset=anchor_offset, samples=in_channels)
-        share = in_channels / 256
-        self.per_level = {True: int(2000 * share), False: int(1000 * share)}
-        self.per_image = int(1000 * share)
-        self.samples = 2 * in_channels
+        share = (in_channels / 256) ** 2
+        self.per_image = max(64, int(1000 * share))
+        # By `training`.
+        self.per_level = {True: 2 * self.per_image, False: self.per_image}
+        self.samples = max(32, int(512 * share))
         self.positive_share = 0.25
         self.score_threshold = score_threshold
         self.iou_threshold = iou_threshold

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from heads.anchors import Grid, Sizes, anchor_grid, cell_anchors, outside_padding
 from heads.assign import IGNORED, assign_max_iou
 from heads.boxes import DeltaCoder
-from heads.dense import flatten_levels
+from heads.dense import predict_rows
 from heads.losses import smooth_l1_loss
 from heads.nms import batched_nms
 from heads.sample import sample
@@ -89,9 +89,8 @@ class RPNHead(nn.Module):
     def forward(self, features: list[Tensor]) -> RPNOutputs:
         """Predict from maps (N, C, H_l, W_l)."""
         hidden = [F.relu(self.conv(f), inplace=True) for f in features]
-        logits = flatten_levels([self.objectness(h) for h in hidden], 1)[..., 0]
-        deltas = flatten_levels([self.bbox_pred(h) for h in hidden], 4)
-        return RPNOutputs(logits, deltas, tuple((f.shape[2], f.shape[3]) for f in features))
+        logits, deltas = predict_rows(hidden, self.objectness, self.bbox_pred, anchors=len(self.cells[0]))
+        return RPNOutputs(logits[..., 0], deltas, tuple((f.shape[2], f.shape[3]) for f in features))
 
     def grid(self, outputs: RPNOutputs) -> Grid:
         """The anchors of `outputs`, in the order of its rows."""

@@ -138,6 +138,18 @@ def test_pooling_keeps_the_order_of_the_boxes():
     assert pool(features, (4, 8, 16, 32), [torch.zeros(0, 4)] * 2, 2).shape == (0, 1, 2, 2)
 
 
+def test_numbers_are_the_published_ones_at_256_channels_and_smaller_below():
+    numbers = {}
+    for channels in (256, 128, 64, 16):
+        head = FasterRCNNHead(in_channels=channels, num_classes=3)
+        hidden = head.box.fc1.out_features
+        numbers[channels] = (head.per_level[True], head.per_level[False], head.per_image, head.samples, hidden)
+    assert numbers[256] == (2000, 1000, 1000, 512, 1024)
+    assert numbers[128] == (500, 250, 250, 128, 512)
+    assert numbers[64] == (128, 64, 64, 32, 256)
+    assert numbers[16] == (128, 64, 64, 32, 64)
+
+
 @pytest.mark.parametrize("name", EDGES)
 def test_losses_are_finite_at_the_edges(name):
     check_edges(FasterRCNNHead(in_channels=16, num_classes=3, strides=STRIDES), 16, name)
