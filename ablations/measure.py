@@ -75,8 +75,9 @@ def count_gmacs(model: nn.Module, images: Sequence[Tensor]) -> float:
     }
     counter = FlopCounterMode(display=False)
     uncounted = _Uncounted()
-    # Fake tensors say that they are on a CPU, whatever the model is on, so every model takes the same way.
-    with torch.no_grad(), torch.device("cpu"), use_backend("auto"), FakeTensorMode(), counter, uncounted:
+    # Fake tensors say that they are on a CPU, whatever the model is on, and take the separate operators: fused kernels
+    # are launched behind PyTorch's back, where the counter does not see them.
+    with torch.no_grad(), torch.device("cpu"), use_backend("torch"), FakeTensorMode(), counter, uncounted:
         fakes = {name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for name, x in state.items()}
         inputs = [torch.empty(image.shape, dtype=image.dtype) for image in images]
         functional_call(raw, fakes, (inputs,), tie_weights=False)

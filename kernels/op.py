@@ -13,6 +13,13 @@ from kernels.deform_conv import deform_conv2d
 from kernels.dynamic_relu import dynamic_relu, dynamic_relu_reference
 
 MODES = ("forward", "backward", "both")
+# The same under PyTorch's deterministic algorithms, where that makes a difference.
+DETERMINISTIC = ("deterministic-backward", "deterministic-both")
+
+
+def plain_mode(mode: str) -> str:
+    """The one of `MODES` that a mode is, deterministic or not."""
+    return mode.removeprefix("deterministic-")
 
 
 @dataclass(frozen=True)
@@ -193,7 +200,8 @@ OPS = (
 )
 
 
-# A deformable convolution counts as the dense convolution of its shape, the way PyTorch counts one.
+# A deformable convolution counts as the dense convolution of its shape, the way PyTorch counts one. The kernels of the
+# fused block are no operators, so nothing counts them: what a block costs is counted under `use_backend("torch")`.
 @register_flop_formula(torch.ops.dyhead.deform_conv2d)
 def _count_deform_conv2d(inputs, offsets, masks, weight, *settings, out_shape, **named) -> int:
     return sum(2 * n * h * w * weight.numel() for n, _, h, w in offsets)

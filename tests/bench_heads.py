@@ -1,29 +1,43 @@
 """Time of a DyHead block and of a whole DyHead; checked against float64 before it is timed.
 
-    pytest tests/bench_heads.py --benchmark-only      on a CPU: one block on the default grid's maps;
-                                                      on a GPU: also DyHead-6 on FPN levels of 800×1333
+    pytest tests/bench_heads.py --benchmark-only                 on a CPU: one block on the default grid's maps;
+                                                                 on a GPU: and DyHead-6, on the levels of 800×1333
+    pytest tests/bench_heads.py --benchmark-only -m headline     on a GPU: batch 8, and DyHead-6 at batch 1, 16 bit
 
-Providers: `eager` is the plain PyTorch path, `ours` the path the device gets by default, `compiled` is `torch.compile`
-of the plain path, `graph` is ours replayed as a CUDA graph. Without `--benchmark-only` every CPU case runs once,
-untimed.
+Providers: `eager` is the plain PyTorch path, `torchvision` the same with torchvision's operator, `ours` the path the
+device gets by default, `compiled` is `torch.compile` of the plain path, `graph` is ours replayed as a CUDA graph.
+Without `--benchmark-only` every CPU case runs once, untimed.
 """
 
-import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 
 import pytest
 import torch
+from timing import (
+    copies_past_the_cache,
+    in_turn,
+    measure,
+    memory,
+    named_if_missing,
+    rates,
+    roof_seconds,
+    torchvision_deform_conv2d,
+)
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from heads import DyHead
+from heads import DyHead, attention
 from kernels import use_backend
-from kernels.roofline import synchronised_clock
+from kernels.op import Shape, pyramid
+from kernels.roofline import DTYPES, float32_products, synchronised_clock
 
 CPU_SIZES = ((16, 16), (8, 8), (4, 4), (2, 2), (1, 1))
-GPU_SIZES = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ROUNDS = 10
+GPU_SIZES = tuple((shape.height, shape.width) for shape in pyramid(1))
+# Those that run one operator after the other, in plain PyTorch or another's.
+UNFUSED = ("eager", "torchvision", "compiled")
 
 
 @dataclass(frozen=True)
@@ -38,82 +52,181 @@ class Case:
     device: str
 
     def __str__(self) -> str:
-        name = "block" if self.depth == 1 else f"dyhead{self.depth}"
-        return f"{name}-c{self.channels}-b{self.batch}-{self.precision}-{self.mode}-{self.provider}-{self.device}"
+        return "-".join(value for name, value in self.row.items() if name != "device")
 
-    def make(self, dtype: torch.dtype) -> tuple[DyHead, list[Tensor]]:
+    @property
+    def row(self) -> dict[str, str]:
+        name = "block" if self.depth == 1 else f"dyhead{self.depth}"
+        names = {"op": name, "shape": f"c{self.channels}-b{self.batch}", "precision": self.precision}
+        return names | {"mode": self.mode, "provider": self.provider, "device": self.device}
+
+    @property
+    def headline(self) -> bool:
+        """Compiling takes longest, so one type of one block must do."""
+        if self.device != "cuda" or DTYPES[self.precision] == torch.float32:
+            return False
+        if self.provider == "compiled":
+            return self.depth == 1 and self.batch == 8 and self.precision == "bf16"
+        return self.batch == 8 or (self.depth == 6 and self.mode == "forward")
+
+    def make(self, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[DyHead, list[Tensor]]:
         """A head with no parameter at its starting value, and a pyramid, the same numbers in every type."""
         torch.manual_seed(0)
         head = DyHead(self.channels, self.depth)
         with torch.no_grad():
             for parameter in head.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
+        torch.manual_seed(seed)
         features = [torch.randn(self.batch, self.channels, *size) for size in self.sizes]
         stored = DTYPES[self.precision]
-        layout = {"device": self.device, "memory_format": torch.channels_last}
+        layout = {"device": device, "memory_format": torch.channels_last}
         features = [x.to(stored).to(dtype=dtype, **layout).requires_grad_(self.mode != "forward") for x in features]
         return head.to(stored).to(dtype=dtype, **layout), features
 
 
-CPU_CASES = [Case(1, 64, 8, CPU_SIZES, "fp32", mode, "ours", "cpu") for mode in ("forward", "forward+backward")]
+CPU_CASES = [
+    Case(1, 64, 8, CPU_SIZES, "fp32", mode, provider, "cpu")
+    for mode in ("forward", "both")
+    for provider in ("ours", "torchvision")
+]
 GPU_CASES = [
     Case(depth, 256, batch, GPU_SIZES, precision, mode, provider, "cuda")
-    for depth, batch, precision, mode, provider in itertools.product(
-        (1, 6), (1, 8), DTYPES, ("forward", "forward+backward"), ("eager", "compiled", "ours", "graph")
-    )
+    for depth in (1, 6)
+    for batch in (1, 8)
+    for precision in DTYPES
+    for mode in ("forward", "both")
+    for provider in ("eager", "torchvision", "compiled", "ours", "graph")
     if provider != "graph" or mode == "forward"
 ]
 
 
-def runner(case: Case, head: DyHead, features: list[Tensor]) -> Callable[[], list[Tensor]]:
-    """What is timed: returns the outputs, and in `forward+backward` leaves gradients in `features`."""
+def pytest_generate_tests(metafunc):
+    timed_on_gpu = metafunc.config.getoption("benchmark_only", False) and torch.cuda.is_available()
+    found = GPU_CASES if timed_on_gpu else CPU_CASES
+    marked = [pytest.param(case, marks=pytest.mark.headline) if case.headline else case for case in found]
+    metafunc.parametrize("case", marked, ids=str)
 
-    def call() -> list[Tensor]:
-        with torch.set_grad_enabled(case.mode != "forward"):
-            outputs = head(features)
-            if case.mode != "forward":
-                torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
-        return outputs
 
-    if case.provider == "compiled":
-        head.compile(fullgraph=True)
-    if case.provider != "graph":
-        return call
+def torchvision_levels(inputs, offsets, weight, bias=None, stride=1, padding=0, dilation=1, masks=None):
+    """`kernels.deform_conv2d_levels` with torchvision's operator."""
+    operator = torchvision_deform_conv2d()
+    settings = {"stride": stride, "padding": padding, "dilation": dilation}
+    return [operator(x, o, weight, bias, mask=m, **settings) for x, o, m in zip(inputs, offsets, masks, strict=True)]
+
+
+@contextmanager
+def path_of(provider: str, monkeypatch) -> Iterator[None]:
+    """Inside the `with` block a DyHead runs as the provider's name says."""
+    with monkeypatch.context() as patch, use_backend("torch" if provider in UNFUSED else "auto"):
+        if provider == "torchvision":
+            patch.setattr(attention, "deform_conv2d_levels", torchvision_levels)
+        yield
+
+
+def run(head: DyHead, features: list[Tensor], mode: str) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs of a head; and in the mode `both` the gradients of features and parameters, for ones."""
+    if mode == "forward":
+        with torch.no_grad():
+            return head(features), []
+    outputs = head(features)
+    ones = [torch.ones_like(y) for y in outputs]
+    return outputs, list(torch.autograd.grad(outputs, [*features, *head.parameters()], ones))
+
+
+def replay(case: Case, head: DyHead, features: list[Tensor]) -> Callable[[], list[Tensor]]:
+    """A call on these features as a CUDA graph."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        call()
+        run(head, features, case.mode)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs = call()
+        outputs, _ = run(head, features, case.mode)
 
-    def replay() -> list[Tensor]:
+    def call() -> list[Tensor]:
         graph.replay()
         return outputs
 
-    return replay
+    return call
 
 
-def error(outputs: list[Tensor], exact: list[Tensor]) -> float:
-    """Largest difference over largest value."""
-    scale = max(y.abs().max() for y in exact)
-    return max(float((y.double() - e).abs().max() / scale) for y, e in zip(outputs, exact, strict=True))
+def timed_call(case: Case, head: DyHead, features: list[Tensor]) -> Callable[[], list[Tensor]]:
+    """A call without arguments that returns the outputs, or the gradients."""
+    if case.provider == "graph":
+        return replay(case, head, features)
+    return lambda: run(head, features, case.mode)[case.mode == "both"]
+
+
+def errors(found: tuple[list[Tensor], ...], exact: tuple[list[Tensor], ...]) -> list[float]:
+    """Largest difference over largest value: among the outputs, and among the gradients, each by its own scale."""
+    scale = max(e.abs().max() for e in exact[0])
+    outputs = [(f.detach().double() - e).abs().max() / scale for f, e in zip(found[0], exact[0], strict=True)]
+    gradients = [
+        (f.double() - e).abs().max() / e.abs().max() for f, e in zip(found[1], exact[1], strict=True) if e.any()
+    ]
+    return [float(torch.stack(kind).max()) for kind in (outputs, gradients) if kind]
+
+
+@lru_cache(maxsize=1)
+def exact_and_allowed(case: Case) -> tuple[tuple[list[Tensor], ...], list[float]]:
+    """The numbers in float64, and twice the error of plain PyTorch in the case's precision."""
+    with use_backend("torch"):
+        exact = run(*case.make(torch.float64, case.device), case.mode)
+        exact = tuple([x.detach() for x in part] for part in exact)
+        plain = run(*case.make(DTYPES[case.precision], case.device), case.mode)
+    return exact, [2 * error + 1e-6 for error in errors(plain, exact)]
+
+
+def check(case: Case, head: DyHead, features: list[Tensor]) -> float:
+    """The largest error of what the case computes."""
+    exact, allowed = exact_and_allowed(replace(case, provider="eager"))
+    if case.provider == "graph":
+        found = replay(case, head, features)(), []
+    else:
+        found = run(head, features, case.mode)
+    measured = errors(found, exact)
+    beyond = [(error, limit) for error, limit in zip(measured, allowed, strict=True) if not error <= limit]
+    assert not beyond, f"errors beyond twice plain PyTorch's in this precision, not timed: {beyond}"
+    return max(measured)
+
+
+@cache
+def cost(case: Case) -> tuple[int, int, int]:
+    """Operations, bytes that must move at least (see `kernels.op.Op.bytes_moved`), and bytes of the outputs."""
+    # Counted on the separate operators: what is computed does not depend on how many launches compute it.
+    head, features = case.make(DTYPES[case.precision], "meta")
+    with use_backend("torch"), FlopCounterMode(display=False) as counter:
+        outputs = head(features)
+        if case.mode == "both":
+            torch.autograd.backward(outputs, outputs)
+    read, written = (sum(x.nbytes for x in tensors) for tensors in ((*features, *head.parameters()), outputs))
+    moved = read + written if case.mode == "forward" else 3 * read + 2 * written
+    return counter.get_total_flops(), moved, written
+
+
+def figures(case: Case, call: Callable[[], list[Tensor]], seconds: list[float]) -> dict[str, float]:
+    """Times, rates, the share of the roof, and memory, which a graph has taken before it runs."""
+    flops, moved, outputs = cost(replace(case, provider="eager"))
+    convolution = Shape("finest", case.batch, case.channels, *case.sizes[0])
+    numbers = rates(seconds, flops, moved, roof_seconds(case.device, case.precision, moved, flops, convolution))
+    if case.provider == "graph":
+        return numbers
+    return numbers | memory(call, case.device, outputs if case.mode == "both" else 0)
 
 
 @pytest.mark.benchmark(timer=synchronised_clock)
-@pytest.mark.parametrize(
-    "case", [*CPU_CASES, *(pytest.param(case, marks=pytest.mark.gpu) for case in GPU_CASES)], ids=str
-)
-def test_head(case, benchmark):
-    backend = "torch" if case.provider in ("eager", "compiled") else "auto"
-    with use_backend("torch"), torch.no_grad():
-        exact_head, exact_features = case.make(torch.float64)
-        exact = exact_head(exact_features)
-        plain_head, plain_features = case.make(DTYPES[case.precision])
-        allowed = 2 * error(plain_head(plain_features), exact) + 1e-6
-    with use_backend(backend):
-        run = runner(case, *case.make(DTYPES[case.precision]))
-        found = error([y.detach() for y in run()], exact)
-        assert found <= allowed, f"error {found:.2e}, plain PyTorch's in this precision allows {allowed:.2e}"
-        benchmark.extra_info |= {"error": found, "plain PyTorch allows": allowed}
-        benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=2)
+def test_head(case, benchmark, record_property, monkeypatch):
+    benchmark.group = f"{case.row['op']} {case.row['shape']} {case.precision} {case.mode}"
+    path = path_of(case.provider, monkeypatch)
+    with named_if_missing(case.row, record_property), float32_products(case.precision), path:
+        head, first = case.make(DTYPES[case.precision], case.device)
+        if case.provider == "compiled":
+            torch.compiler.reset()
+            head.compile(fullgraph=True)
+        error = check(case, head, first)
+        seeds = range(1, copies_past_the_cache(first))
+        sets = [first, *(case.make(DTYPES[case.precision], case.device, seed)[1] for seed in seeds)]
+        call = in_turn([timed_call(case, head, features) for features in sets])
+        if seconds := measure(call, benchmark):
+            benchmark.extra_info |= case.row | figures(case, call, seconds) | {"error": error}

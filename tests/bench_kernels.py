@@ -1,33 +1,38 @@
 """Time of every operator beside its rivals; checked against float64 before it is timed.
 
-    pytest tests/bench_kernels.py --benchmark-only                               on a CPU: PyTorch paths, small maps
-    pytest tests/bench_kernels.py --benchmark-only -k "b8 and P3 and bf16"       on a GPU: a selection of all
+    pytest tests/bench_kernels.py --benchmark-only                               on a CPU: PyTorch paths
+    pytest tests/bench_kernels.py --benchmark-only -k "P3-b8 and bf16"           on a GPU: a selection of all
+    pytest tests/bench_kernels.py --benchmark-only -m headline                   on a GPU: batch 8, P3, P4, 16 bit
 
-Without `--benchmark-only` every CPU case runs once, untimed, so that this file cannot rot.
+Without `--benchmark-only` every small CPU case runs once, untimed, so that this file cannot rot.
 """
 
-import itertools
-import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
-import numpy as np
 import pytest
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
+from timing import (
+    Missing,
+    copies_past_the_cache,
+    deterministic_algorithms,
+    in_turn,
+    measure,
+    memory,
+    named_if_missing,
+    rates,
+    roof_seconds,
+    torchvision_deform_conv2d,
+)
 from torch import Tensor
 
 from kernels import OPS
-from kernels.op import MODES, Op, Shape, pyramid, rounding
-from kernels.roofline import (
-    DTYPES,
-    convolution_flops_per_second,
-    copy_bytes_per_second,
-    float32_products,
-    synchronised_clock,
-)
+from kernels.op import DETERMINISTIC, MODES, Op, Shape, plain_mode, pyramid, rounding
+from kernels.roofline import DTYPES, float32_products, synchronised_clock
 
 # What the default grid trains on: the two ends of a pyramid of 64 channels.
 CPU_SHAPES = (Shape("16x16", 8, 64, 16, 16), Shape("2x2", 8, 64, 2, 2))
@@ -37,11 +42,6 @@ PROVIDERS = {
     "deform_conv2d": ("ours", "torchvision", "plain", "compiled", "dense"),
     "dynamic_relu": ("ours", "plain", "compiled"),
 }
-ROUNDS = 20
-
-
-class Missing(Exception):
-    """A provider that cannot run here, and why."""
 
 
 @dataclass(frozen=True)
@@ -56,39 +56,41 @@ class Case:
     def __str__(self) -> str:
         return f"{self.op.name}-{self.shape}-{self.precision}-{self.mode}-{self.provider}"
 
-    def inputs(self, seed: int = 0) -> dict[str, Tensor]:
-        return self.op.make_inputs(self.shape, DTYPES[self.precision], self.device, seed)
+    @property
+    def row(self) -> dict[str, str]:
+        names = {"op": self.op.name, "shape": str(self.shape), "precision": self.precision}
+        return names | {"mode": self.mode, "provider": self.provider, "device": self.device}
+
+    @property
+    def headline(self) -> bool:
+        """Compiling takes longest, so one type of it must do."""
+        shapes = self.device == "cuda" and self.shape.batch == 8 and self.shape.name in ("P3", "P4")
+        return shapes and self.precision in (("bf16",) if self.provider == "compiled" else ("fp16", "bf16"))
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str, timed: bool) -> list[Case]:
     gpu = device == "cuda"
+    # A CPU's large map takes seconds, and its check minutes, so there is one, and only where times are wanted.
+    shapes = GPU_SHAPES if gpu else CPU_SHAPES + tuple(pyramid(1)[:1] if timed else ())
     return [
         Case(op, provider, shape, precision, mode, device)
         for op in OPS
-        for shape in (GPU_SHAPES if gpu else CPU_SHAPES)
+        for shape in shapes
         for precision in (DTYPES if gpu else ("fp32",))
-        for mode in (MODES if gpu else ("forward", "both"))
+        for mode in ((*MODES, *DETERMINISTIC) if gpu else ("forward", "both"))
         for provider in PROVIDERS[op.name]
-        # Compiling for a CPU needs a C++ compiler, and takes minutes for figures in microseconds.
-        if gpu or provider != "compiled"
-        # Nothing is multiplied in an elementwise operator.
-        if precision != "tf32" or op.name != "dynamic_relu"
+        if timed or provider != "compiled"
+        # Nothing is multiplied in an elementwise operator, and no order of sums is left to chance.
+        if op.name != "dynamic_relu" or (precision != "tf32" and mode in MODES)
+        if mode in MODES or provider == "ours"
     ]
 
 
 def pytest_generate_tests(metafunc):
-    timed_on_gpu = metafunc.config.getoption("benchmark_only", False) and torch.cuda.is_available()
-    metafunc.parametrize("case", cases("cuda" if timed_on_gpu else "cpu"), ids=str)
-
-
-@cache
-def torchvision_deform_conv2d() -> Callable[..., Tensor]:
-    try:
-        from torchvision.ops import deform_conv2d
-    except (ImportError, RuntimeError) as error:
-        # Beside another build of torch it raises a RuntimeError while it is imported.
-        raise Missing(f"it does not import ({str(error).splitlines()[0]})") from error
-    return lambda input, offset, weight, mask: deform_conv2d(input, offset, weight, padding=(1, 1), mask=mask)
+    timed = metafunc.config.getoption("benchmark_only", False)
+    found = cases("cuda" if timed and torch.cuda.is_available() else "cpu", timed)
+    marked = [pytest.param(case, marks=pytest.mark.headline) if case.headline else case for case in found]
+    metafunc.parametrize("case", marked, ids=str)
 
 
 @lru_cache(maxsize=1)
@@ -100,15 +102,21 @@ def compiled(op: Op, shape: Shape, precision: str) -> Callable[..., Tensor]:
     return torch.compile(op.reference, dynamic=False)
 
 
+def torchvision_function(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    return torchvision_deform_conv2d()(input, offset, weight, padding=(1, 1), mask=mask)
+
+
 def function_of(case: Case) -> Callable[..., Tensor]:
     if case.provider == "ours":
         return case.op.function
     if case.provider == "plain":
         return case.op.reference
     if case.provider == "compiled":
+        if case.device == "cpu":
+            raise Missing("compiling for a CPU needs a C++ compiler, and takes minutes for figures in microseconds")
         return compiled(case.op, case.shape, case.precision)
     if case.provider == "torchvision":
-        return torchvision_deform_conv2d()
+        return torchvision_function
     return lambda input, offset, weight, mask: F.conv2d(input, weight, padding=1)
 
 
@@ -121,12 +129,12 @@ def limits(op: Op, shape: Shape, precision: str, device: str) -> dict[str, float
 
 
 @cache
-def checked(op: Op, provider: str, shape: Shape, precision: str, device: str) -> float | None:
-    """The largest error of the output and the gradients, once for all modes; None for the dense bound."""
+def checked(op: Op, provider: str, shape: Shape, precision: str, device: str, deterministic: bool) -> float | None:
+    """The largest error of output and gradients, once for all modes, of either determinism; None for the bound."""
     if provider == "dense":
         return None
     case = Case(op, provider, shape, precision, "both", device)
-    errors = op.errors(function_of(case), case.inputs())
+    errors = op.errors(function_of(case), op.make_inputs(shape, DTYPES[precision], device, 0))
     if provider == "ours":
         allowed = limits(op, shape, precision, device)
         wrong = {name: (error, allowed[name]) for name, error in errors.items() if not error <= allowed[name]}
@@ -137,28 +145,25 @@ def checked(op: Op, provider: str, shape: Shape, precision: str, device: str) ->
     return max(errors.values())
 
 
-@cache
-def copy_roof(device: str) -> float:
-    return copy_bytes_per_second(torch.device(device))
+@lru_cache(maxsize=1)
+def input_sets(op: Op, shape: Shape, precision: str, device: str) -> list[dict[str, Tensor]]:
+    first = op.make_inputs(shape, DTYPES[precision], device, 0)
+    seeds = range(1, copies_past_the_cache(first.values()))
+    return [first, *(op.make_inputs(shape, DTYPES[precision], device, seed) for seed in seeds)]
 
 
-@cache
-def convolution_roof(device: str, precision: str, shape: Shape) -> float:
-    return convolution_flops_per_second(torch.device(device), precision, shape)
-
-
-def timed_call(function: Callable[..., Tensor], inputs: dict[str, Tensor], mode: str) -> Callable[[], object]:
-    """One call of a mode without arguments; everything that is not part of the mode is done here."""
+def timed_call(function: Callable[..., Tensor], inputs: dict[str, Tensor], mode: str) -> Callable[[], tuple[Tensor]]:
+    """One call of a mode, without arguments, for its results; what is not part of the mode is done here."""
 
     def forward():
         with torch.no_grad():
-            return function(**inputs)
+            return (function(**inputs),)
 
     def differentiate(output, **options):
         # Offsets and masks do not matter to the dense bound.
         return torch.autograd.grad(output, list(inputs.values()), cotangent, allow_unused=True, **options)
 
-    cotangent = torch.randn_like(forward())
+    cotangent = torch.randn_like(forward()[0])
     if mode == "forward":
         return forward
     if mode == "both":
@@ -167,76 +172,26 @@ def timed_call(function: Callable[..., Tensor], inputs: dict[str, Tensor], mode:
     return lambda: differentiate(output, retain_graph=True)
 
 
-def rotating_calls(case: Case, function: Callable[..., Tensor]) -> Callable[[], object]:
-    """Calls on one copy of the inputs after the other, so many that a GPU's L2 cache holds none from the last round."""
-    inputs = case.inputs()
-    copies = 1
-    if case.device == "cuda":
-        cache_bytes = torch.cuda.get_device_properties(case.device).L2_cache_size
-        copies = min(32, 1 + math.ceil(2 * cache_bytes / sum(x.nbytes for x in inputs.values())))
-    calls = itertools.cycle([timed_call(function, case.inputs(seed), case.mode) for seed in range(copies)])
-    return lambda: next(calls)()
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """GPU memory one call takes beyond what is there before it."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def describe(case: Case, seconds: list[float]) -> dict[str, object]:
-    """Times, rates, and the share of the roof: copying what must move or a dense convolution, whichever is longer."""
+def figures(case: Case, call: Callable[[], tuple[Tensor]], seconds: list[float]) -> dict[str, float]:
+    """Times, rates, the share of the roof, and memory."""
     inputs = case.op.make_inputs(case.shape, DTYPES[case.precision], "meta", 0)
-    output = case.op.function(**inputs)
-    p20, p50, p80 = np.percentile(seconds, (20, 50, 80))
-    flops, moved = case.op.flops(inputs, case.mode), case.op.bytes_moved(inputs, output, case.mode)
-    roof = moved / copy_roof(case.device)
-    if "weight" in inputs:
-        roof = max(roof, flops / convolution_roof(case.device, case.precision, case.shape))
-    return {
-        "ms_p20": 1e3 * p20,
-        "ms_p50": 1e3 * p50,
-        "ms_p80": 1e3 * p80,
-        "TFLOP/s": flops / p50 / 1e12,
-        "GB/s": moved / p50 / 1e9,
-        "percent_of_roof": 100 * roof / p50,
-    }
-
-
-def why_missing(case: Case, error: Exception) -> str | None:
-    """Why a rival cannot run this case; None if the error is a fault, as every error of our own operator is."""
-    expected = isinstance(error, (Missing, torch.OutOfMemoryError)) or "not implemented for" in str(error)
-    return str(error).splitlines()[0] if expected and case.provider != "ours" else None
+    output, mode = case.op.function(**inputs), plain_mode(case.mode)
+    flops, moved = case.op.flops(inputs, mode), case.op.bytes_moved(inputs, output, mode)
+    convolution = case.shape if "weight" in inputs else None
+    roof = roof_seconds(case.device, case.precision, moved, flops, convolution)
+    beside = output.nbytes if mode == "both" else 0
+    return rates(seconds, flops, moved, roof) | memory(call, case.device, beside)
 
 
 @pytest.mark.benchmark(timer=synchronised_clock)
-def test_kernel(case, benchmark):
+def test_kernel(case, benchmark, record_property, monkeypatch):
     benchmark.group = f"{case.op.name} {case.shape} {case.precision} {case.mode}"
-    try:
-        with float32_products(case.precision):
-            error = checked(case.op, case.provider, case.shape, case.precision, case.device)
-            measure(case, rotating_calls(case, function_of(case)), benchmark)
-    except (Missing, RuntimeError) as fault:
-        if reason := why_missing(case, fault):
-            pytest.skip(f"missing provider {case.provider}: {reason}")
-        raise
-    benchmark.extra_info["error"] = error
-
-
-def measure(case: Case, call: Callable[[], object], benchmark) -> None:
-    if benchmark.disabled:
-        benchmark.pedantic(call)
-        return
-    call()
-    start = synchronised_clock()
-    call()
-    # A round of some milliseconds, so that reading the clock does not count.
-    iterations = max(1, min(1000, int(5e-3 / (synchronised_clock() - start))))
-    benchmark.pedantic(call, rounds=ROUNDS, iterations=iterations, warmup_rounds=2)
-    benchmark.extra_info |= describe(case, benchmark.stats.stats.data)
-    if case.device == "cuda":
-        benchmark.extra_info["peak_MB"] = peak_bytes(call) / 1e6
+    deterministic = case.mode in DETERMINISTIC
+    algorithms = deterministic_algorithms(monkeypatch) if deterministic else nullcontext()
+    with named_if_missing(case.row, record_property), float32_products(case.precision), algorithms:
+        error = checked(case.op, case.provider, case.shape, case.precision, case.device, deterministic)
+        sets = input_sets(case.op, case.shape, case.precision, case.device)
+        function = function_of(case)
+        call = in_turn([timed_call(function, inputs, plain_mode(case.mode)) for inputs in sets])
+        if seconds := measure(call, benchmark):
+            benchmark.extra_info |= case.row | figures(case, call, seconds) | {"error": error}

@@ -1,5 +1,7 @@
 """What every test may rely on: where the golden vectors lie, which machine parts are here, and poisoned memory."""
 
+import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -7,13 +9,36 @@ import pytest
 import torch
 from tabulate import tabulate
 
+from ablations.machine import machine_info as describe_machine
+
 GOLDEN = Path(__file__).parent / "golden"
 
 
+class Unmeasured:
+    """Benchmarks that left no row: rivals that are missing, with the reason, and cases that failed."""
+
+    def __init__(self):
+        self.missing: list[dict[str, str]] = []
+        self.failed: list[str] = []
+
+    def pytest_runtest_logreport(self, report):
+        properties = dict(report.user_properties)
+        if report.when == "call" and "missing" in properties:
+            self.missing.append(properties["missing"])
+        if report.failed:
+            self.failed.append(report.nodeid.split("::")[-1])
+
+    def pytest_benchmark_update_json(self, output_json):
+        output_json |= {"missing": self.missing, "failed": self.failed}
+
+
 def pytest_configure(config):
+    config.pluginmanager.register(Unmeasured(), "unmeasured")
     # Without the flag a benchmark runs once, untimed: enough to see that it still works.
     if not config.getoption("benchmark_only", True):
         config.option.benchmark_disable = True
+        # Deterministic algorithms refuse cuBLAS without it. Timed cases set it where they need it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def _measured(config) -> list | None:
@@ -32,19 +57,25 @@ def pytest_terminal_summary(terminalreporter, config):
     measured = _measured(config)
     if measured is None:
         return
-    rows = [{"benchmark": benchmark.name} | benchmark.extra_info for benchmark in measured]
+    rows = [
+        {"benchmark": benchmark.name} | {k: v for k, v in benchmark.extra_info.items() if not isinstance(v, str)}
+        for benchmark in measured
+    ]
     terminalreporter.write_line(tabulate(rows, headers="keys", floatfmt=".4g"))
-    reasons = {str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", ())}
-    for reason in sorted(reason for reason in reasons if "missing provider" in reason):
-        terminalreporter.write_line(reason.removeprefix("Skipped: "), yellow=True)
+    for row in config.pluginmanager.get_plugin("unmeasured").missing:
+        case = "-".join(row[name] for name in ("op", "shape", "precision", "mode"))
+        terminalreporter.write_line(f"{case}: missing provider {row['provider']}: {row['reason']}", yellow=True)
     if not measured:
         terminalreporter.write_line("ERROR: --benchmark-only, but nothing was measured", red=True)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    from kernels.roofline import default_device, machine_line
-
-    machine_info["summary"] = machine_line(default_device())
+    machine = describe_machine(command=shlex.join(["pytest", *map(str, config.invocation_params.args)]))
+    command, commit, dirty = (machine.pop(name) for name in ("command", "commit", "dirty"))
+    machine["commit"] = f"{(commit or 'unknown')[:12]}{' with uncommitted changes' if dirty else ''}"
+    if not torch.cuda.is_available():
+        machine["threads"] = torch.get_num_threads()
+    machine_info |= {"machine": machine, "commands": [command]}
 
 
 def pytest_collection_modifyitems(items):
