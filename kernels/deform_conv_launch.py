@@ -23,18 +23,18 @@ FORWARD = Table(
     "deform_conv2d forward",
     {"16": Tiles(8, 16, 32, 256, 8, 3), "32": Tiles(8, 8, 16, 256, 8, 3), "exact": Tiles(4, 8, 16, 32, 4, 2)},
 )
-_POINTS = Table(
+POINTS = Table(
     "deform_conv2d backward points",
     {"16": Tiles(8, 8, 64, 256, 8, 1), "32": Tiles(4, 8, 32, 256, 8, 1), "exact": Tiles(4, 8, 16, 32, 4, 1)},
 )
-_WEIGHT = Table(
+WEIGHT = Table(
     "deform_conv2d backward weight",
     {"16": Tiles(8, 8, 64, 256, 8, 2), "32": Tiles(4, 8, 64, 256, 8, 1), "exact": Tiles(4, 8, 16, 32, 4, 1)},
 )
 # For more output channels than a program holds, or several weight groups: the gradients come in pieces.
 _POINTS_PIECES = Table(
     "deform_conv2d backward points in pieces",
-    _POINTS | {"16": Tiles(8, 8, 64, 64, 8, 2), "32": Tiles(4, 8, 32, 64, 4, 2)},
+    POINTS | {"16": Tiles(8, 8, 64, 64, 8, 2), "32": Tiles(4, 8, 32, 64, 4, 2)},
 )
 
 # Programs over which the sum of the weight's gradient is spread: some waves of the largest GPUs.
@@ -133,9 +133,9 @@ def _forward_launch(level: Level, packed: Tensor, bias: Tensor | None, out: Tens
 
 
 def _points_launch(level: Level, packed: Tensor, grad: Tensor, to_x, to_offset, to_mask) -> Launch:
-    whole = level.groups == 1 and level.weight.shape[0] <= _POINTS["32"].o
+    whole = level.groups == 1 and level.weight.shape[0] <= POINTS["32"].o
     others = (t for t in (grad, to_offset, to_mask) if t is not None)
-    constants, tiles = level.constants(_POINTS if whole else _POINTS_PIECES, *others)
+    constants, tiles = level.constants(POINTS if whole else _POINTS_PIECES, *others)
     arguments = level.arguments() | {"grad": grad, "weight": packed}
     targets = (("x", to_x, grad), ("offset", to_offset, level.offset), ("mask", to_mask, level.offset))
     for name, target, spare in targets:
@@ -150,7 +150,7 @@ def _points_launch(level: Level, packed: Tensor, grad: Tensor, to_x, to_offset, 
 
 def _weight_launch(level: Level, grad: Tensor) -> Launch:
     """The launch lacks `partial`, whose length is the last number of its grid."""
-    constants, tiles = level.constants(_WEIGHT, grad)
+    constants, tiles = level.constants(WEIGHT, grad)
     steps = level.taps * (constants["C"] // constants["SPAN"]) * triton.cdiv(constants["SPAN"], tiles.c)
     blocks = level.groups * triton.cdiv(constants["OUT"], tiles.o)
     count = level.tile_count(tiles)
