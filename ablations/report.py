@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from ablations.effects import EFFECTS, effects_table
+from ablations.gains import GAINS_NOTE, GAINS_TITLE, gains_table
 from ablations.plots import ap_against_depth, ap_against_latency, gain_by_detector, to_svg
 from ablations.store import atomic_write_text, read_rows
 from ablations.tables import Section, as_text, make_sections, write_tables
@@ -95,6 +96,7 @@ def _section(section: Section, number: int) -> str:
             label = escape(caption, quote=True)
             svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
             parts.append(f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>\n")
+    parts.append(_gains(section.frame))
     parts.append(_effects(section.rows))
     parts.append(_reproduce(section.rows))
     return "".join(parts)
@@ -114,6 +116,13 @@ def _table(text: pd.DataFrame) -> str:
     return (
         f"<div class='scroll'><table><thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(rows)}</tbody></table></div>\n"
     )
+
+
+def _gains(frame: pd.DataFrame) -> str:
+    gains = gains_table(frame)
+    if gains.empty:
+        return ""
+    return f"<h3>{escape(GAINS_TITLE)}</h3>\n<p class='notes'>{escape(GAINS_NOTE)}</p>\n{_table(gains)}"
 
 
 def _effects(rows: list[dict]) -> str:

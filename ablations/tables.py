@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ablations.gains import GAINS_NOTE, GAINS_TITLE, gains_table
 from ablations.machine import machine_line
 from ablations.paper import SOURCE, paper_ap
 from ablations.store import MEASURES, STATUSES, atomic_write_text, read_rows
@@ -25,6 +26,8 @@ from heads.faster_rcnn import PLACEMENTS
 AP_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # paper_AP, and segm_AP of detectors with masks, stand behind delta_AP in tables that have one.
 COLUMNS = ("detector", "attentions", "depth", "formulation", "seeds", *AP_COLUMNS, "delta_AP", *MEASURES, "status")
+TEXTS = ("detector", "attentions", "formulation", "status")
+INTEGERS = ("depth", "seeds")
 ATTENTIONS = ("baseline", "none", "L", "S", "C", "LS", "LC", "SC", "LSC")
 
 # What tells the rows of one table apart. All other fields of a cell are the settings they have in common.
@@ -84,9 +87,7 @@ def make_frame(rows: Iterable[dict]) -> pd.DataFrame:
             columns.insert(columns.index("delta_AP") + 1, name)
     columns += [f"{name}_std" for name in columns if f"{name}_std" in frame]
     frame = frame.reindex(columns=columns)
-    texts = ("detector", "attentions", "formulation", "status")
-    integers = ("depth", "seeds")
-    types = {name: "Int64" if name in integers else "float64" for name in columns if name not in texts}
+    types = {name: "Int64" if name in INTEGERS else "float64" for name in columns if name not in TEXTS}
     return frame.astype(types)
 
 
@@ -124,12 +125,17 @@ def to_csv(section: Section) -> str:
 
 
 def to_markdown(section: Section) -> str:
-    """The machine line, the title, the table and its notes."""
-    frame = as_text(section.frame).map(lambda text: text.replace("|", "\\|"))
-    align = ["left" if name in ("detector", "attentions", "formulation", "status") else "right" for name in frame]
-    table = frame.to_markdown(index=False, colalign=align, disable_numparse=True)
+    """The machine line, the title, the table and its notes; then the gains, where there are several detectors."""
     notes = "".join(f"- {note}\n" for note in section.notes)
-    return f"{section.machine}\n\n**{section.title}**\n\n{table}\n\n{notes}"
+    text = f"{section.machine}\n\n**{section.title}**\n\n{_markdown(as_text(section.frame))}\n\n{notes}"
+    gains = gains_table(section.frame)
+    return text if gains.empty else f"{text}\n**{GAINS_TITLE}**\n\n{_markdown(gains)}\n\n- {GAINS_NOTE}\n"
+
+
+def _markdown(text: pd.DataFrame) -> str:
+    text = text.map(lambda cell: cell.replace("|", "\\|"))
+    align = ["left" if name in TEXTS else "right" for name in text]
+    return text.to_markdown(index=False, colalign=align, disable_numparse=True)
 
 
 HEADINGS = {
@@ -150,17 +156,25 @@ HEADINGS = {
 
 
 def to_latex(section: Section, number: int = 1) -> str:
-    """A `table*` for two-column papers; needs the package booktabs. Columns without any value are left out."""
-    text = as_text(section.frame)
+    """A `table*` for two-column papers, and one of the gains where there are several detectors; needs booktabs.
+
+    Columns without any value are left out.
+    """
+    notes = "".join(f"% {' '.join(note.split())}\n" for note in section.notes)
+    table = _latex(as_text(section.frame), section.title, f"tab:dyhead-ablation-{number}")
+    text = f"% {section.machine}\n{notes}{table}"
+    gains = gains_table(section.frame)
+    return text if gains.empty else f"{text}% {GAINS_NOTE}\n{_latex(gains, GAINS_TITLE, f'tab:dyhead-gains-{number}')}"
+
+
+def _latex(text: pd.DataFrame, caption: str, label: str) -> str:
     text = text[[name for name in text if (text[name] != "").any()]].map(_escape_latex)
-    align = "".join("l" if name in ("detector", "attentions", "formulation", "status") else "r" for name in text)
+    align = "".join("l" if name in TEXTS else "r" for name in text)
     text.columns = [HEADINGS.get(name, _escape_latex(name)) for name in text]
     tabular = text.to_latex(index=False, escape=False, column_format=align)
-    notes = "".join(f"% {' '.join(note.split())}\n" for note in section.notes)
     return (
-        f"% {section.machine}\n{notes}"
         "\\begin{table*}[t]\n\\centering\n\\scriptsize\n\\setlength{\\tabcolsep}{3pt}\n"
-        f"\\caption{{{_escape_latex(section.title)}}}\n\\label{{tab:dyhead-ablation-{number}}}\n"
+        f"\\caption{{{_escape_latex(caption)}}}\n\\label{{{label}}}\n"
         f"{tabular}\\end{{table*}}\n"
     )
 
@@ -296,6 +310,8 @@ def _notes(rows: list[dict], frame: pd.DataFrame) -> list[str]:
         notes.append("mean ± sample standard deviation over the good seeds, whose number is in `seeds`.")
     if any("S" in row["cell"]["attentions"] and row["cell"].get("formulation") == "released" for row in rows):
         notes.append("Offsets of the coarser level: crop, unless the formulation says otherwise.")
+    if "segm_AP" in frame:
+        notes.append("segm_AP: AP of the masks; every other AP is of the boxes.")
     if "paper_AP" in frame:
         notes.append(f"paper_AP: {SOURCE}.")
     for row in rows:
@@ -332,7 +348,7 @@ def _show(line: pd.Series, name: str) -> str:
     value = line[name]
     if pd.isna(value):
         return ""
-    if name in ("detector", "attentions", "formulation", "status", "depth", "seeds"):
+    if name in TEXTS or name in INTEGERS:
         return str(value)
     if name in AP_COLUMNS or name in ("delta_AP", "paper_AP", "segm_AP"):
         decimals = 1

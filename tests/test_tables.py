@@ -333,3 +333,5 @@ def test_mask_ap_has_a_column_where_a_detector_has_masks():
     frame = make_frame([plain, masked])
     assert list(frame.columns).index("segm_AP") == list(frame.columns).index("delta_AP") + 1
     assert as_text(frame)["segm_AP"].tolist() == ["", "31.5"]
+    assert any("segm_AP" in note for note in one([plain, masked]).notes)
+    assert not any("segm_AP" in note for note in one([plain]).notes)
