@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels import deform_conv_inverse_triton as kernels
 from kernels.launch import Launch, real
-from kernels.tiles import Table, Tiles
+from kernels.tiles import Table, Tiles, type_class
 
 if TYPE_CHECKING:
     from kernels.deform_conv_launch import Level
@@ -27,15 +27,18 @@ if TYPE_CHECKING:
 # Chosen without a GPU: Triton 3.6 and 3.7 compile them for sm_80, sm_90, sm_100 and gfx942 without a spill.
 GATHER = Table(
     "deform_conv2d inverse gather",
-    {"16": Tiles(8, 8, 256, 64, 8, 2), "32": Tiles(8, 8, 256, 32, 8, 2), "exact": Tiles(4, 8, 32, 16, 4, 2)},
+    {"16": Tiles(8, 16, 256, 64, 8, 2), "32": Tiles(8, 16, 256, 32, 8, 2), "exact": Tiles(4, 8, 32, 16, 4, 2)},
 )
-# How many samples a product takes at a time: some more than every third of those around a tile of 8 x 8 pixels.
-ENTRIES = 32
 _BLOCK = 256
 
 
 class Index(NamedTuple):
-    """Samples by bin: `order` (samples,) int64, and `starts` (bins + 1,) int64, where in it every bin begins."""
+    """Samples by bin.
+
+    Attributes:
+        order: (samples,) int64, their numbers.
+        starts: (bins + 1,), where in `order` every bin begins; int32, for 2**31 samples and more int64.
+    """
 
     order: Tensor
     starts: Tensor
@@ -50,7 +53,13 @@ def index(keys: Tensor, bins: int) -> Index:
     """
     found = torch.sort(keys, stable=True)
     edges = torch.arange(bins + 1, dtype=torch.int32, device=keys.device)
-    return Index(found.indices, torch.searchsorted(found.values, edges))
+    starts = torch.searchsorted(found.values, edges, out_int32=len(keys) < 2**31)
+    return Index(found.indices, starts)
+
+
+def entries(dtype: torch.dtype, device: torch.device) -> int:
+    """How many samples `collect` multiplies at a time, a third or more of those around a tile."""
+    return 32 if type_class(dtype, device) == "exact" else 64
 
 
 def map_bins(height: int, width: int, tiles: Tiles) -> int:
@@ -77,7 +86,7 @@ def _gather_launch(
     arguments |= {f"out_{axis}": stride for axis, stride in zip("nchw", target.stride(), strict=True)}
     blocks = channels // constants["SPAN"] * triton.cdiv(constants["SPAN"], tiles.c)
     grid = (images * triton.cdiv(height, tiles.height) * triton.cdiv(width, tiles.width), blocks)
-    constants |= {"ENTRIES": ENTRIES}
+    constants |= {"ENTRIES": entries(grad.dtype, grad.device)}
     return _launch(kernels.gather_kernel, grid, arguments | firsts, constants, tiles.warps, tiles.stages)
 
 
@@ -116,5 +125,5 @@ def compile_launches(level: "Level", packed: Tensor, grad: Tensor) -> tuple[Laun
     keys, order = (torch.empty(16, dtype=kind, device=grad.device) for kind in (torch.int32, torch.int64))
     places = torch.empty((16, 3), dtype=real(grad.dtype), device=grad.device)
     firsts, target = {"first_sample": 0, "first_bin": 0}, level.x.permute(0, 3, 1, 2)
-    gather = _gather_launch(level, packed, grad, Index(order, order), places, firsts, target)
+    gather = _gather_launch(level, packed, grad, Index(order, keys), places, firsts, target)
     return _bin_launch(level, keys, places, firsts, 2**20), gather

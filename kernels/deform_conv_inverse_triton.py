@@ -82,39 +82,71 @@ def collect(
     """
     high, wide = i.to(REAL)[:, None], j.to(REAL)[:, None]
     total = tl.zeros((i.shape[0], c.shape[0]), dtype=REAL)
-    for step in range(TAPS * ((OUT + BLOCK_O - 1) // BLOCK_O)):
-        tap = step % TAPS
+    steps: tl.constexpr = TAPS * ((OUT + BLOCK_O - 1) // BLOCK_O)
+    begin0, begin1, begin2, upto0, upto1, count = _runs(starts, pitch)
+    sample = _samples(order, 0, begin0, begin1, begin2, upto0, upto1, count, ENTRIES)
+    y, x, factor, gradients = _entries(grad, places, sample, first, tl.arange(0, BLOCK_O), OUT, STRIDE)
+    for step in range(steps):
         o = step // TAPS * BLOCK_O + tl.arange(0, BLOCK_O)
         # Asked for before the entries, so that they come in the meantime.
         weights = tl.load(
-            weight + ((tap * C + c) * OUT)[None, :] + o[:, None], mask=known[None, :] & (o < OUT)[:, None], other=0.0
+            weight + ((step % TAPS * C + c) * OUT)[None, :] + o[:, None],
+            mask=known[None, :] & (o < OUT)[:, None],
+            other=0.0,
         )
-        line = starts + tap * bins
-        begin0, begin1, begin2 = tl.load(line), tl.load(line + pitch), tl.load(line + 2 * pitch)
-        upto0 = tl.load(line + 3) - begin0
-        upto1 = upto0 + tl.load(line + pitch + 3) - begin1
-        count = upto1 + tl.load(line + 2 * pitch + 3) - begin2
-        origin = first + tap % ROW_TAPS * rows
+        after = tl.minimum(step + 1, steps - 1)
+        next0, next1, next2, next_upto0, next_upto1, next_count = _runs(starts + after % TAPS * bins, pitch)
         gathered = tl.zeros((i.shape[0], BLOCK_O), dtype=REAL)
         done = 0
-        while done < count:
-            number = done + tl.arange(0, ENTRIES)
-            there = number < count
-            place = tl.where(number < upto1, begin1 + number - upto0, begin2 + number - upto1)
-            place = tl.where(number < upto0, begin0 + number, place)
-            sample = tl.load(order + place, mask=there, other=0)
-            y = tl.load(places + 3 * sample, mask=there, other=0.0)
-            x = tl.load(places + 3 * sample + 1, mask=there, other=0.0)
-            factor = tl.load(places + 3 * sample + 2, mask=there, other=0.0)
-            pointers = grad + ((sample - origin) * STRIDE)[:, None] + o[None, :]
-            gradients = tl.load(pointers, mask=there[:, None] & (o < OUT)[None, :], other=0.0)
+        while done < tl.maximum(count, 1):
             shares = tl.maximum(1 - tl.abs(y[None, :] - high), 0.0) * tl.maximum(1 - tl.abs(x[None, :] - wide), 0.0)
             shares = (shares * factor[None, :]).to(grad.dtype.element_ty)
-            gathered = tl.dot(shares, gradients, gathered, input_precision=PRECISION, out_dtype=REAL)
             done += ENTRIES
+            more = done < count
+            sample = _samples(
+                order, tl.where(more, done, 0), tl.where(more, begin0, next0), tl.where(more, begin1, next1),
+                tl.where(more, begin2, next2), tl.where(more, upto0, next_upto0), tl.where(more, upto1, next_upto1),
+                tl.where(more, count, next_count), ENTRIES,
+            )  # fmt: skip
+            coming = tl.where(more, step, after)
+            gathered = tl.dot(shares, gradients, gathered, input_precision=PRECISION, out_dtype=REAL)
+            y, x, factor, gradients = _entries(
+                grad, places, sample, first + coming % TAPS % ROW_TAPS * rows,
+                coming // TAPS * BLOCK_O + tl.arange(0, BLOCK_O), OUT, STRIDE,
+            )  # fmt: skip
         gathered = gathered.to(grad.dtype.element_ty)
         total = tl.dot(gathered, weights, total, input_precision=PRECISION, out_dtype=REAL)
+        begin0, begin1, begin2, upto0, upto1, count = next0, next1, next2, next_upto0, next_upto1, next_count
     return total
+
+
+@triton.jit
+def _runs(line, pitch):
+    """Where in the index a tile's three runs begin, and how many entries there are in one, two and three of them."""
+    begin0, begin1, begin2 = tl.load(line), tl.load(line + pitch), tl.load(line + 2 * pitch)
+    upto0 = tl.load(line + 3) - begin0
+    upto1 = upto0 + tl.load(line + pitch + 3) - begin1
+    return begin0, begin1, begin2, upto0, upto1, upto1 + tl.load(line + 2 * pitch + 3) - begin2
+
+
+@triton.jit
+def _samples(order, done, begin0, begin1, begin2, upto0, upto1, count, ENTRIES: tl.constexpr):
+    """The samples (ENTRIES,) behind the first `done` entries of a tile, -1 where there are no more."""
+    number = done + tl.arange(0, ENTRIES)
+    place = tl.where(number < upto1, begin1 + number - upto0, begin2 + number - upto1)
+    place = tl.where(number < upto0, begin0 + number, place)
+    return tl.load(order + place, mask=number < count, other=-1)
+
+
+@triton.jit
+def _entries(grad, places, sample, origin, o, OUT: tl.constexpr, STRIDE: tl.constexpr):
+    """Places, masks (ENTRIES,) and gradients (ENTRIES, BLOCK_O) of samples."""
+    there = sample >= 0
+    y = tl.load(places + 3 * sample, mask=there, other=0.0)
+    x = tl.load(places + 3 * sample + 1, mask=there, other=0.0)
+    factor = tl.load(places + 3 * sample + 2, mask=there, other=0.0)
+    pointers = grad + ((sample - origin) * STRIDE)[:, None] + o[None, :]
+    return y, x, factor, tl.load(pointers, mask=there[:, None] & (o < OUT)[None, :], other=0.0)
 
 
 @triton.jit
