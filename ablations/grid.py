@@ -64,6 +64,8 @@ class Cell:
             parts.append("paper")
         if self.coarse_offsets not in (None, "crop"):
             parts.append(self.coarse_offsets)
+        if self.placement != PLACEMENTS[0]:
+            parts.append(self.placement)
         if self.seed:
             parts.append(f"seed {self.seed}")
         return " ".join(parts)

@@ -69,6 +69,7 @@ def test_the_default_grid_has_17_cells_and_every_subset_at_both_depths(data):
     # Where there is a second stage, the last block can sit around RoIAlign.
     split = build_grid("full", PRESETS["tiny"], base, ["faster_rcnn"], 1)
     assert [cell.placement for cell in split].count("around_roi") == len(split) // 2
+    assert len({cell.name for cell in split}) == len(split) and len({cell.name for cell in full}) == len(full)
     assert len(build_grid("detectors", PRESETS["tiny"], base, ["atss", "fcos"], 1)) == 4
 
 
