@@ -9,7 +9,9 @@ import os
 import shlex
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -18,7 +20,7 @@ from ablations.generate import generate
 from ablations.grid import GRIDS, PRESETS, Cell, Preset, build_grid, only
 from ablations.machine import machine_info
 from ablations.pool import run_cells
-from ablations.progress import Progress, clock
+from ablations.progress import TRAINING_SHARE, Progress, clock
 from ablations.report import write_report
 from ablations.store import read_row, read_rows
 from ablations.tables import write_tables
@@ -226,13 +228,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def dry_run(rows: dict[Cell, dict | None], todo: list[Cell], out: Path, workers: int) -> int:
-    """List the cells and what they will cost, judged by the rows that are there."""
+    """List the cells and what they will cost, judged by the rows that are there, of the same detector if possible."""
     for cell, row in rows.items():
         print(f"  {cell.name:34}  {row['status'] if row and cell not in todo else 'to run'}")
-    seconds = [row["training"]["seconds"] for row in read_rows(out) if (row.get("training") or {}).get("seconds")]
+    seconds = defaultdict(list)
+    for row in read_rows(out):
+        if (row.get("training") or {}).get("seconds"):
+            seconds[row["cell"]["detector"]].append(row["training"]["seconds"] / TRAINING_SHARE)
     if seconds and todo:
-        cost = clock(len(todo) * sum(seconds) / len(seconds) / workers)
-        print(f"about {cost} with {workers} workers, at the pace of the cells that are done")
+        pace = {detector: mean(own) for detector, own in seconds.items()}
+        cost = sum(pace.get(cell.detector, mean(pace.values())) for cell in todo) / workers
+        print(f"about {clock(cost)} with {workers} workers, at the pace of the cells that are done")
     elif todo:
         print("cost: not known before a first cell has run here")
     return OK

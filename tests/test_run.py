@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from synthetic_rows import make_row
 
 from ablations import run
 from ablations.generate import generate
 from ablations.grid import PRESETS, build_grid, only
-from ablations.store import read_rows
+from ablations.progress import TRAINING_SHARE, clock
+from ablations.store import read_rows, write_row
 
 ROOT = Path(__file__).parent.parent
 COCO = Path(os.environ.get("DYHEAD_COCO", ROOT.parent / "shared" / "coco"))
@@ -148,6 +150,18 @@ def test_a_dry_run_lists_and_runs_nothing(brief, data, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "17 cells, 0 done, 17 to run" in printed and "atss LSC depth 2" in printed
     assert not out.exists()
+
+
+def test_a_dry_run_judges_the_cost_by_rows_of_the_same_detector(brief, data, tmp_path, capsys):
+    """200 s of training a cell where none of the detector is done: the mean of 300 and 100; two workers."""
+    for detector, seconds in (("atss", 300.0), ("fcos", 100.0)):
+        for number in range(3 if detector == "atss" else 1):
+            row = make_row("LSC", number + 1, cell={"detector": detector})
+            write_row(tmp_path, row | {"training": {"seconds": seconds}})
+    arguments = ["--grid", "detectors", "--data", str(data), "--out", str(tmp_path), "--dry-run", "--workers", "2"]
+    assert run.main([*arguments, "--detector", "atss,fcos,detr"]) == 0
+    cost = 2 * (300 + 100 + 200) / TRAINING_SHARE / 2
+    assert f"about {clock(cost)} with 2 workers" in capsys.readouterr().out
 
 
 def test_a_grid_runs_to_tables_and_a_second_call_runs_nothing(brief, data, tmp_path, capsys):
