@@ -25,11 +25,46 @@ from kernels.block_layout import (
     TARGET_WIDTH,
     WIDTH,
 )
-from kernels.block_tail_triton import _store_sums, _work
+from kernels.block_tail_triton import _store_sums
 from kernels.deform_conv_triton import _corners, _load_rows, _mix, _pixels
 
 CHANNELS = tl.constexpr(27)
 MASKS = tl.constexpr(18)
+
+
+@triton.jit
+def _tile(tile, problems, work, coarser_rows, CROP: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """What a tile is made of.
+
+    Its problem's row of the table; height, width and first row of the map it samples, and the stride; its pixels'
+    coordinates, and which of them exist; their rows of the sampled maps, and of the predictions. A pixel's offsets and
+    mask are in the row of the pixel of the level it is for; those of a coarser neighbour in that of the same
+    coordinates (CROP), or in a row of their own, `coarser_rows` after the row of the output.
+    """
+    entry = work + tile * 3
+    row = problems + tl.load(entry) * PROBLEM_COLUMNS
+    image, number = tl.load(entry + 1).to(tl.int64), tl.load(entry + 2)
+    H, W = tl.load(row + HEIGHT), tl.load(row + WIDTH)
+    HO, WO = tl.load(row + OUT_HEIGHT), tl.load(row + OUT_WIDTH)
+    ho, wo, inside = _pixels(number, HO, WO, TILE_H, TILE_W)
+    place = tl.load(row + OUTPUT_ROW) + image * HO * WO + ho * WO + wo
+    target_w = tl.load(row + TARGET_WIDTH)
+    own = tl.load(row + TARGET_ROW) + image * tl.load(row + TARGET_HEIGHT) * target_w + ho * target_w + wo
+    if not CROP:
+        own = tl.where(tl.load(row + BRANCH) == 2, place + coarser_rows, own)
+    return row, H, W, tl.load(row + INPUT_ROW) + image * H * W, tl.load(row + STRIDE), ho, wo, inside, place, own
+
+
+@triton.jit
+def _sample(tap, predicted, ho, wo, inside, stride, SIGMOID: tl.constexpr, REAL: tl.constexpr):
+    """Where a tap samples, y and x, and its mask; `predicted` points to the rows of the pixels."""
+    dy = tl.load(predicted + 2 * tap, mask=inside, other=0.0).to(REAL)
+    dx = tl.load(predicted + (2 * tap + 1), mask=inside, other=0.0).to(REAL)
+    factor = tl.load(predicted + (MASKS + tap), mask=inside, other=0.0).to(REAL)
+    if SIGMOID:
+        factor = 1 / (1 + tl.exp(-factor))
+    factor = tl.where(inside, factor, 0.0)
+    return (ho * stride - 1 + tap // 3).to(REAL) + dy, (wo * stride - 1 + tap % 3).to(REAL) + dx, factor
 
 
 @triton.jit
@@ -38,16 +73,8 @@ def _step(
     C: tl.constexpr, SIGMOID: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """The corners (PIXELS, BLOCK_C) of one tap and block of channels, and their weights (PIXELS,)."""
-    tap = step % 9
     c = step // 9 * BLOCK_C + tl.arange(0, BLOCK_C)
-    dy = tl.load(predicted + 2 * tap, mask=inside, other=0.0).to(REAL)
-    dx = tl.load(predicted + (2 * tap + 1), mask=inside, other=0.0).to(REAL)
-    factor = tl.load(predicted + (MASKS + tap), mask=inside, other=0.0).to(REAL)
-    if SIGMOID:
-        factor = 1 / (1 + tl.exp(-factor))
-    factor = tl.where(inside, factor, 0.0)
-    y = (ho * stride - 1 + tap // 3).to(REAL) + dy
-    xx = (wo * stride - 1 + tap % 3).to(REAL) + dx
+    y, xx, factor = _sample(step % 9, predicted, ho, wo, inside, stride, SIGMOID, REAL)
     p00, p01, p10, p11, w00, w01, w10, w11 = _corners(y, xx, factor, H, W, INDEX)
     even: tl.constexpr = C % BLOCK_C == 0
     v00 = _load_rows(x, p00, c, c < C, C, even)
@@ -63,27 +90,14 @@ def forward_kernel(
     C: tl.constexpr, CROP: tl.constexpr, SIGMOID: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, REAL: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, blocks of C). `predicted` is (rows, 27), `weight` (3, C, 9, C), `partial` (tiles, 3, C).
-
-    A pixel's offsets and mask are in the row of the pixel of the level it is for; those of a coarser neighbour in that
-    of the same coordinates (CROP), or in a row of their own, `coarser_rows` after the row of the output.
-    """
-    problem, image, number = _work(work)
-    row = problems + problem * PROBLEM_COLUMNS
-    H, W = tl.load(row + HEIGHT), tl.load(row + WIDTH)
-    HO, WO = tl.load(row + OUT_HEIGHT), tl.load(row + OUT_WIDTH)
-    branch, stride = tl.load(row + BRANCH), tl.load(row + STRIDE)
-    ho, wo, inside = _pixels(number, HO, WO, TILE_H, TILE_W)
-    image = image.to(tl.int64)
-    place = tl.load(row + OUTPUT_ROW) + image * HO * WO + ho * WO + wo
-    target_w = tl.load(row + TARGET_WIDTH)
-    own = tl.load(row + TARGET_ROW) + image * tl.load(row + TARGET_HEIGHT) * target_w + ho * target_w + wo
-    if not CROP:
-        own = tl.where(branch == 2, place + coarser_rows, own)
+    """Grid (tiles, blocks of C). `predicted` is (rows, 27), `weight` (3, C, 9, C), `partial` (tiles, 3, C)."""
+    row, H, W, source, stride, ho, wo, inside, place, own = _tile(
+        tl.program_id(0), problems, work, coarser_rows, CROP, TILE_H, TILE_W
+    )
     predicted += own * CHANNELS
-    x = pyramid + (tl.load(row + INPUT_ROW) + image * H * W) * C
+    x = pyramid + source * C
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    rows = weight + (branch * C + o) * (9 * C)
+    rows = weight + (tl.load(row + BRANCH) * C + o) * (9 * C)
     total = tl.zeros((TILE_H * TILE_W, BLOCK_O), dtype=REAL)
     steps: tl.constexpr = 9 * ((C + BLOCK_C - 1) // BLOCK_C)
     v00, v01, v10, v11, w00, w01, w10, w11 = _step(

@@ -132,7 +132,7 @@ class Layout:
         self.span = max(spans)
 
     def _make_tables(self) -> None:
-        tiles = self._tile_counts()
+        tiles = self._tile_counts(self.tile)
         first_tiles = _starts([self.batch * n for n in tiles])
         self.most_tiles = max(tiles)
         rows, slots = [], torch.full((len(self.sizes), BRANCHES, self.batch, 2), -1, dtype=torch.int32)
@@ -152,9 +152,26 @@ class Layout:
         self.levels = torch.tensor(levels, dtype=torch.int32).to(self.device)
 
     @cache  # noqa: B019
-    def tiles(self) -> Tensor:
-        """(tiles, 3) int32: problem, image and number of every tile of the sampled maps."""
-        return self._work(self._tile_counts())
+    def tiles(self, tile: tuple[int, int] | None = None) -> Tensor:
+        """(tiles, 3) int32: problem, image and number of every tile of the sampled maps; by default of `self.tile`."""
+        return self._work(self._tile_counts(tile or self.tile))
+
+    @cache  # noqa: B019
+    def splits(self, tile: tuple[int, int], count: int) -> tuple[Tensor, Tensor]:
+        """Every branch's part of `tiles(tile)` in pieces of `count` tiles.
+
+        Returns:
+            (splits, 2) int32, the first tile of every piece and the end of its branch's; (branches that have problems,
+            2) int32, the first piece of every branch and how many it has.
+        """
+        tiles = [0] * BRANCHES
+        for problem, number in zip(self.problems, self._tile_counts(tile), strict=True):
+            tiles[problem.branch] += self.batch * number
+        starts = _starts([n for n in tiles if n])
+        counts = [_cdiv(n, count) for n in tiles if n]
+        pieces = [[first, end] for start, end in pairwise(starts) for first in range(start, end, count)]
+        bounds = list(zip(_starts(counts), counts, strict=False))
+        return tuple(torch.tensor(x, dtype=torch.int32).to(self.device) for x in (pieces, bounds))
 
     @cache  # noqa: B019
     def sampled_runs(self, pixels: int) -> Tensor:
@@ -174,8 +191,8 @@ class Layout:
         bounds = [[starts[i] + n * c, c] for i, c in enumerate(counts) for n in range(self.batch)]
         return torch.tensor(bounds, dtype=torch.int32).to(self.device)
 
-    def _tile_counts(self) -> list[int]:
-        return [_cdiv(p.size[0], self.tile[0]) * _cdiv(p.size[1], self.tile[1]) for p in self.problems]
+    def _tile_counts(self, tile: tuple[int, int]) -> list[int]:
+        return [_cdiv(p.size[0], tile[0]) * _cdiv(p.size[1], tile[1]) for p in self.problems]
 
     def _work(self, counts: list[int]) -> Tensor:
         parts = []

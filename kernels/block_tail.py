@@ -186,15 +186,30 @@ def _add_launch(partial: Tensor, total: Tensor, bounds: Tensor, most: int) -> La
     return Launch(kernels.add_kernel, grid, {"partial": partial, "total": total, "bounds": bounds}, constants)
 
 
+def add_runs(partial: Tensor, bounds: Tensor, most: int, dtype: torch.dtype) -> Tensor:
+    """Sums of consecutive rows, in an order that shapes alone decide.
+
+    Args:
+        partial: (rows, ...).
+        bounds: (sums, 2) int32: the first row of every sum and how many it has.
+        most: how many rows a sum has at most.
+
+    Returns:
+        (sums, ...) of type `dtype`.
+    """
+    total = partial.new_empty((len(bounds), *partial.shape[1:]), dtype=dtype)
+    _add_launch(partial, total, bounds, most).run()
+    return total
+
+
 def _backward_sums(grad, sampled, coefficients, rectified: bool, layout: Layout) -> tuple[Tensor, Tensor]:
     pixels = _common(sampled, layout, _SUMS)[2] * _SUMS_STEPS
     grad_m = torch.empty_like(grad)
     partial = coefficients.new_empty((len(layout.runs(pixels)), *coefficients.shape[2:]))
     _sums_launch(grad, sampled, coefficients, grad_m, partial, rectified, layout).run()
-    total = torch.empty_like(coefficients)
     most = max(triton.cdiv(h * w, pixels) for h, w in layout.sizes)
-    _add_launch(partial, total, layout.run_bounds(pixels), most).run()
-    return grad_m, total
+    total = add_runs(partial, layout.run_bounds(pixels), most, coefficients.dtype)
+    return grad_m, total.view_as(coefficients)
 
 
 def _maps_launch(grad_m, sampled, coefficients, statistics, grad_statistics, grad_sampled, layout: Layout) -> Launch:

@@ -241,8 +241,23 @@ def backward_points_kernel(
             _add_rows(grad_x, p01, w01, column, channel, known, C * GROUPS)
             _add_rows(grad_x, p10, w10, column, channel, known, C * GROUPS)
             _add_rows(grad_x, p11, w11, column, channel, known, C * GROUPS)
+    down, right, along = _point_gradients(s00, s01, s10, s11, y, xx, factor, H, W)
+    if TO_OFFSET:
+        target = grad_offset + image * grad_offset_n + high * grad_offset_h + wide * grad_offset_w
+        target += (2 * point).to(INDEX) * grad_offset_c
+        tl.store(target, down.to(grad_offset.dtype.element_ty), mask=inside)
+        tl.store(target + grad_offset_c, right.to(grad_offset.dtype.element_ty), mask=inside)
+    if TO_MASK:
+        target = grad_mask + image * grad_mask_n + high * grad_mask_h + wide * grad_mask_w
+        target += point.to(INDEX) * grad_mask_c
+        tl.store(target, along.to(grad_mask.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _point_gradients(s00, s01, s10, s11, y, x, factor, H, W):
+    """Gradients of dy, dx and the mask, from the products of the sample's gradient with the four corners."""
     _, _, has_y0, has_y1, fy = _neighbours(y, H)
-    _, _, has_x0, has_x1, fx = _neighbours(xx, W)
+    _, _, has_x0, has_x1, fx = _neighbours(x, W)
     s00 = tl.where(has_y0 & has_x0, s00, 0.0)
     s01 = tl.where(has_y0 & has_x1, s01, 0.0)
     s10 = tl.where(has_y1 & has_x0, s10, 0.0)
@@ -252,18 +267,10 @@ def backward_points_kernel(
     along0 = s00 + fx * across0
     along1 = s10 + fx * across1
     # At exactly -1 nothing is sampled, though the right-hand derivative would not be zero.
-    sampled = (y > -1) & (xx > -1)
-    if TO_OFFSET:
-        target = grad_offset + image * grad_offset_n + high * grad_offset_h + wide * grad_offset_w
-        target += (2 * point).to(INDEX) * grad_offset_c
-        down = tl.where(sampled, factor * (along1 - along0), 0.0)
-        right = tl.where(sampled, factor * (across0 + fy * (across1 - across0)), 0.0)
-        tl.store(target, down.to(grad_offset.dtype.element_ty), mask=inside)
-        tl.store(target + grad_offset_c, right.to(grad_offset.dtype.element_ty), mask=inside)
-    if TO_MASK:
-        target = grad_mask + image * grad_mask_n + high * grad_mask_h + wide * grad_mask_w
-        target += point.to(INDEX) * grad_mask_c
-        tl.store(target, (along0 + fy * (along1 - along0)).to(grad_mask.dtype.element_ty), mask=inside)
+    sampled = (y > -1) & (x > -1)
+    down = tl.where(sampled, factor * (along1 - along0), 0.0)
+    right = tl.where(sampled, factor * (across0 + fy * (across1 - across0)), 0.0)
+    return down, right, along0 + fy * (along1 - along0)
 
 
 @triton.jit

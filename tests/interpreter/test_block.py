@@ -128,7 +128,9 @@ def test_16_bits_lose_no_more_than_the_separate_operators(autocast):
 
 def test_tiles_that_divide_nothing(monkeypatch):
     # As on a GPU without TF32: several blocks of input and of output channels, several tiles in both directions.
-    monkeypatch.setattr(block_conv, "tile", lambda *_: Tiles(2, 4, 16, 32, 4, 2))
+    monkeypatch.setattr(block_conv, "fit", lambda *_: Tiles(4, 4, 32, 32, 4, 2))
+    monkeypatch.setattr(block_conv, "_PREDICTED_PIXELS", 8)
+    monkeypatch.setattr(block_conv, "_WEIGHT_PROGRAMS", 9 * 2 * 2 * 2)
     check(*make("S", sizes=((5, 6), (3, 3)), channels=48, batch=1))
 
 
@@ -143,8 +145,10 @@ def test_launches_of_a_block(monkeypatch):
         first = "forward_kernel" if "S" in attentions else "statistics_kernel"
         assert launches == [first, "merge_kernel", "forward_kernel"]
         launches.clear()
-        torch.autograd.grad(outputs, features, cotangents)
+        torch.autograd.grad(outputs, [*features, *head.parameters()], cotangents)
         assert launches[:3] == ["backward_sums_kernel", "add_kernel", "backward_maps_kernel"]
+        convolutions = [f"backward_{name}_kernel" for name in ("points", "predicted", "weight")] + ["add_kernel"]
+        assert launches[3:] == (convolutions if "S" in attentions else [])
 
 
 def test_golden_block_of_one_level(golden):

@@ -1,0 +1,117 @@
+"""The convolutions of a block in one launch, and their gradients, against plain PyTorch convolution by convolution."""
+
+import pytest
+import torch
+
+from kernels import block_conv
+from kernels.block_layout import join, layout
+from kernels.deform_conv import reference
+from kernels.launch import Launch
+
+BACKWARD = ["backward_points_kernel", "backward_predicted_kernel", "backward_weight_kernel", "add_kernel"]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(poison):
+    """An element that nobody writes is NaN."""
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    found = []
+    run = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self: (found.append(self), run(self)))
+    return found
+
+
+def make(sizes=((5, 4), (3, 2)), channels=16, batch=1, crop=True, spread=1.5, dtype=torch.float64):
+    """The layout; pyramid, predictions and three weights, all to be differentiated; the gradient of the output."""
+    generator = torch.Generator().manual_seed(5)
+    tables = layout(sizes, batch, torch.device("cpu"), dtype, (16, 16))
+    rows = tables.rows + (0 if crop else tables.sampled_rows - tables.coarser_row)
+    shapes = [(tables.rows, channels), (rows, 27), *[(channels, channels, 3, 3)] * 3, (tables.sampled_rows, channels)]
+    *leaves, cotangent = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    leaves[1] *= spread
+    return tables, [x.requires_grad_() for x in leaves], cotangent
+
+
+def run(tables, leaves, cotangent, sigmoid, crop):
+    """The sampled maps, and the gradients of pyramid, predictions and weights."""
+    pyramid, predicted, *weights = leaves
+    sampled, _ = block_conv.convolve(pyramid, predicted, weights, sigmoid, crop, tables)
+    return [sampled.detach(), *torch.autograd.grad(sampled, leaves, cotangent, allow_unused=True)]
+
+
+def expected(tables, leaves, cotangent, sigmoid, crop):
+    pyramid, predicted, *weights = leaves
+    maps = []
+    for i, problem in enumerate(tables.problems):
+        points = tables.predicted(predicted, i, crop)
+        mask = points[:, 18:].sigmoid() if sigmoid else points[:, 18:]
+        x, weight = tables.source(pyramid, problem), weights[problem.branch]
+        maps.append(reference(x, points[:, :18], weight, None, (problem.stride,) * 2, (1, 1), (1, 1), mask))
+    sampled = join(maps)
+    return [sampled.detach(), *torch.autograd.grad(sampled, leaves, cotangent, allow_unused=True)]
+
+
+def check(case, sigmoid=True, crop=True):
+    names = ("sampled", "pyramid", "predicted", "same", "finer", "coarser")
+    found, right = run(*case, sigmoid, crop), expected(*case, sigmoid, crop)
+    for name, ours, theirs in zip(names, found, right, strict=True):
+        assert (ours is None) == (theirs is None), name
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11 * float(theirs.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize(("crop", "sigmoid"), [(True, False), (False, True)], ids=["crop", "rows of their own"])
+def test_gradients(crop, sigmoid, launches):
+    check(make(crop=crop, batch=2), sigmoid, crop)
+    assert [x.kernel.__name__ for x in launches] == ["forward_kernel", *BACKWARD]
+
+
+@pytest.mark.parametrize("sizes", [((1, 1),), ((4, 3),), ((1, 4), (1, 2), (1, 1), (1, 1))], ids=["1", "12", "4+2+1+1"])
+def test_other_pyramids(sizes):
+    check(make(sizes=sizes))
+
+
+def test_offsets_far_away():
+    case = make(spread=4)
+    with torch.no_grad():
+        case[1][1][::3, :18] *= 1e12
+    check(case)
+
+
+def test_regular_samples():
+    # At borders they lie at exactly -1 and exactly at the size.
+    check(make(sizes=((4, 5), (2, 3)), batch=1, spread=0))
+
+
+def test_a_piece_of_a_weight_gradient_spans_levels(monkeypatch, launches):
+    monkeypatch.setattr(block_conv, "_WEIGHT_PROGRAMS", 9 * 2)
+    check(make(sizes=((2, 3), (1, 2))))
+    (weight,) = (x for x in launches if x.kernel.__name__ == "backward_weight_kernel")
+    assert weight.grid == (9, 1, 1 + 1 + 1) and weight.constants["TILES"] == 2
+
+
+def test_deterministic_algorithms_add_nothing_by_atomics(launches):
+    case = make(sizes=((2, 2), (1, 1)))
+    torch.use_deterministic_algorithms(True)
+    try:
+        check(case)
+        first, second = run(*case, True, True), run(*case, True, True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    assert not any(x.constants.get("TO_PYRAMID") or x.constants.get("TO_X") for x in launches)
+
+
+def test_gradients_that_nobody_wants_are_not_made(launches):
+    tables, leaves, cotangent = make(sizes=((3, 2), (2, 1)))
+    right = expected(tables, leaves, cotangent, True, True)
+    pyramid, predicted, *weights = leaves
+    fixed = [x.detach() for x in (pyramid, *weights)]
+    sampled, _ = block_conv.convolve(fixed[0], predicted, fixed[1:], True, True, tables)
+    (found,) = torch.autograd.grad(sampled, predicted, cotangent)
+    torch.testing.assert_close(found, right[2], rtol=1e-10, atol=1e-10)
+    assert [x.kernel.__name__ for x in launches] == ["forward_kernel", *BACKWARD[:2]]
+    assert not launches[1].constants["TO_PYRAMID"]
