@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -62,9 +63,9 @@ def pytest_terminal_summary(terminalreporter, config):
         for benchmark in measured
     ]
     terminalreporter.write_line(tabulate(rows, headers="keys", floatfmt=".4g"))
-    for row in config.pluginmanager.get_plugin("unmeasured").missing:
-        case = "-".join(row[name] for name in ("op", "shape", "precision", "mode"))
-        terminalreporter.write_line(f"{case}: missing provider {row['provider']}: {row['reason']}", yellow=True)
+    missing = config.pluginmanager.get_plugin("unmeasured").missing
+    for (provider, reason), count in Counter((row["provider"], row["reason"]) for row in missing).items():
+        terminalreporter.write_line(f"missing provider {provider} ({count} rows): {reason}", yellow=True)
     if not measured:
         terminalreporter.write_line("ERROR: --benchmark-only, but nothing was measured", red=True)
 
