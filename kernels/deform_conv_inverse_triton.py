@@ -72,7 +72,7 @@ def collect(
         grad: (rows, STRIDE), at the first of the OUT channels of the weight group.
         weight: (TAPS, C, OUT) of the weight group.
         order, places: (samples,) int64, the sorted samples; (samples, 3) REAL, in the order of before.
-        starts: int64, where in `order` a bin begins, at the tile's upper left bin for tap 0; the next tap is `bins`
+        starts: integers, where in `order` a bin begins, at the tile's upper left bin for tap 0; the next tap is `bins`
             further, the next line of bins `pitch`.
         rows, first: int64 scalars; the sample of a row for a tap is number first + tap % ROW_TAPS * rows + row.
         i, j: (PIXELS,) coordinates of the pixels in the map, whether they exist or not.

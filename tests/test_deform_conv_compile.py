@@ -1,12 +1,19 @@
 """What the compilers make of deform_conv2d's gathers, and that what is compiled is what a launch would run."""
 
 import re
+from collections import Counter
 
 import pytest
 import torch
+import triton
+from deform_conv_cases import float32_products
 
-from kernels.compile import compile_spec
+from kernels.compile import TARGETS, _source, compile_spec
 from kernels.deform_conv_launch import Launch, _forward_launch, _levels, compile_specs
+
+
+def find(name: str, dtype: str):
+    return next(s for s in compile_specs() if s.name == f"deform_conv2d {name}" and s.dtype == dtype)
 
 
 def wide_loads(row) -> int:
@@ -16,7 +23,7 @@ def wide_loads(row) -> int:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["forward", "backward weight"])
 def test_corners_are_loaded_16_bytes_at_a_time_and_not_copied(name, dtype):
-    spec = next(s for s in compile_specs() if s.name == f"deform_conv2d {name}" and s.dtype == dtype)
+    spec = find(name, dtype)
     row = compile_spec(spec, "sm_90")
     # Of a step's corners each thread holds this many pieces of 16 bytes; they are loaded before the loop and in it.
     pixels = spec.constexprs["TILE_H"] * spec.constexprs["TILE_W"]
@@ -25,9 +32,44 @@ def test_corners_are_loaded_16_bytes_at_a_time_and_not_copied(name, dtype):
     assert wide_loads(row) - row.async_copies >= 2 * pieces
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_what_is_copied_past_the_l1_cache_is_the_weights(dtype, target):
+    spec = find("forward", dtype)
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    code = triton.compile(_source(spec), target=TARGETS[target].gpu, options=options).asm["ttgir"]
+    copies, loads = (
+        Counter(re.findall(rf"{operation} [^\n]*?tensor<(\d+x\d+)x!tt.ptr", code))
+        for operation in ("ttg.async_copy_global_to_local", "tt.load")
+    )
+    pixels = spec.constexprs["TILE_H"] * spec.constexprs["TILE_W"]
+    c, o = spec.constexprs["BLOCK_C"], spec.constexprs["BLOCK_O"]
+    assert set(copies) == {f"{c}x{o}"}
+    # The four corners, before the loop and in it.
+    assert loads == {f"{pixels}x{c}": 8}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_the_gather_loads_rows_16_bytes_at_a_time_and_copies_none(dtype):
+    spec = find("inverse gather", dtype)
+    row = compile_spec(spec, "sm_90")
+    pieces = (4 if dtype == "fp32" else 2) * spec.constexprs["BLOCK_O"] / (16 * 32 * spec.num_warps)
+    # The gradients' rows, before the loop and in it, and the weights.
+    assert wide_loads(row) == pieces * (2 * spec.constexprs["ENTRIES"] + spec.constexprs["BLOCK_C"])
+    assert row.async_copies == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_gather_of_exact_products_does_not_spill(target):
+    with float32_products("ieee"):
+        spec = find("inverse gather", "fp32")
+    assert spec.constexprs["PRECISION"] == "ieee"
+    assert compile_spec(spec, target).spill_bytes == 0
+
+
 def test_strides_of_one_are_compiled_in():
     # A launch with a channels-last offset compiles its channel stride in; the specification must say the same.
-    spec = next(s for s in compile_specs() if s.name == "deform_conv2d forward")
+    spec = find("forward", "fp32")
     assert spec.constexprs["offset_c"] == spec.constexprs["mask_c"] == spec.constexprs["out_c"] == 1
     assert "offset_h" in spec.signature and "out_w" in spec.divisible
 
