@@ -77,8 +77,9 @@ def anchor_grid(
 
 @lru_cache(maxsize=32)
 def _anchor_grid(sizes: Sizes, strides: tuple, cells: tuple, offset: float, device: torch.device) -> Grid:
-    # A tensor made in inference mode could never be used in training, and this one outlives the call.
-    with torch.inference_mode(False):
+    # These tensors outlive the call: made in inference mode they could never be used in training, and a default device
+    # that is set around one call (`meta`, say) is not every caller's.
+    with torch.inference_mode(False), torch.device("cpu"):
         anchors, centres = [], []
         for points, level in zip(level_points(sizes, strides, offset), cells, strict=True):
             anchors.append((torch.cat([points, points], -1)[:, None] + torch.tensor(level)).flatten(0, 1))

@@ -1,8 +1,11 @@
 """Overlaps and coders against mmdetection's vectors, grids against their definition."""
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from heads.anchors import anchor_grid, cell_anchors, point_grid
 from heads.boxes import (
@@ -151,3 +154,13 @@ def test_grids_are_made_once():
     first = anchor_grid([(4, 4)], [8], cells, 0.5)
     assert anchor_grid([torch.Size((4, 4))], (8,), cells, 0.5) is first
     assert anchor_grid([(4, 4)], [8], cells, 0.0) is not first
+
+
+def test_a_grid_asked_for_among_stand_ins_is_a_real_one_for_the_next_caller():
+    cells = [cell_anchors([48])]
+    with torch.device("meta"):
+        assert anchor_grid([(3, 5)], [8], cells, 0.5).anchors.device.type == "cpu"
+    # Fake tensors have no shape that depends on values, so no grid is made of them; then none is remembered either.
+    with FakeTensorMode(), suppress(RuntimeError):
+        anchor_grid([(5, 3)], [8], cells, 0.5)
+    assert type(anchor_grid([(5, 3)], [8], cells, 0.5).anchors) is torch.Tensor

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from heads import build_detector
+from heads.build import DETECTORS, TWO_STAGE
 from heads.detector import MEAN, STD
 from heads.fpn import FPN
 from heads.resnet import BACKBONES, FrozenBatchNorm2d, load_imagenet
@@ -125,10 +126,36 @@ def test_training_gives_losses_and_evaluation_detections(attentions):
         assert (scores[:-1] >= scores[1:]).all()
 
 
-def test_a_batch_without_any_box_trains():
-    model = build_detector("atss", 3, "tiny", "LSC", depth=1, channels=16)
-    losses = model(images((64, 64), (64, 64)), [target(0), target(0)])
-    assert all(torch.isfinite(value) for value in losses.values())
+def crowd(boxes: torch.Tensor) -> dict:
+    """Boxes of the first of three categories, so that two never occur, each with a mask that covers all of 64 × 64."""
+    mask = torch.ones(1, 64, 64, dtype=torch.uint8).expand(len(boxes), -1, -1)
+    return {"boxes": boxes, "labels": torch.zeros(len(boxes), dtype=torch.long), "masks": mask}
+
+
+CORNERS = torch.rand(1100, 2, generator=torch.Generator().manual_seed(0)) * 40
+EMPTY, ONE = torch.zeros(0, 4), BOXES[:1]
+MANY = torch.cat([CORNERS, CORNERS + 4 + CORNERS.flip(0) / 2], 1)
+THIN = torch.tensor([[30.2, 5.0, 30.5, 60.0], [4.0, 33.0, 60.0, 33.001], [50.0, 50.0, 50.0, 50.0]])
+VARIANTS = [(name, attentions, "trunk") for name in DETECTORS for attentions in (None, "LSC")]
+VARIANTS += [(name, "LSC", "around_roi") for name in TWO_STAGE]
+
+
+@pytest.mark.parametrize(("name", "attentions", "placement"), VARIANTS, ids=lambda v: v or "baseline")
+def test_odd_images_train_and_are_detected(name, attentions, placement):
+    """No box in the batch, in one image; boxes thinner than a pixel; 1,100 boxes; categories that never occur."""
+    torch.manual_seed(0)
+    model = build_detector(name, 3, "tiny", attentions, depth=1, channels=16, placement=placement)
+    for batch in ([EMPTY, EMPTY], [EMPTY, ONE], [THIN, MANY]):
+        losses = model(images((64, 64), (64, 64)), [crowd(boxes) for boxes in batch])
+        assert all(value.isfinite() and value.ndim == 0 for value in losses.values()), losses
+        model.zero_grad()
+        sum(losses.values()).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    # Without a threshold a model that knows nothing has something to say, too.
+    model.head.score_threshold = 0.0
+    with torch.inference_mode():
+        for found in model.eval()(images((64, 64), (40, 33))):
+            assert len(found["boxes"]) > 0 and all(value.isfinite().all() for value in found.values())
 
 
 @pytest.mark.parametrize(("argument", "message"), [({"name": "yolo"}, "atss"), ({"backbone": "vgg"}, "resnet50")])
