@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from heads.nms import batched_nms
+from kernels import batched_nms
 
 IOU_THRESHOLD = 0.6
 MAX_DETECTIONS = 100

@@ -25,7 +25,7 @@ They also differ in settings that have arguments of their own: the official mode
 mmdetection's ATSS and its "r50" DyHead configuration use offset 0 and 3×3 convolutions.
 
 Deviations: an image without boxes raises an error in the official code and is all background here. Suppression compares
-class labels instead of shifting boxes by class, and ties go by order (see `heads/nms.py`, `heads/assign.py`). Targets
+class labels instead of shifting boxes by class, and ties go by order (see `kernels/nms.py`, `heads/assign.py`). Targets
 stay boxes; the official code encodes and decodes them. mmdetection's pad_shape is recomputed from the image's size, and
 the 1.2e-7 it adds to every normaliser is left out.
 """

@@ -4,7 +4,7 @@ Ingredients, as published (the authors' code, `borderdet.res50.fpn.coco.800size.
 - the improved FCOS of `heads/fcos.py` with its towers, points, assignment and losses, all as they are there; the box
   loss is divided by at least 1;
 - every point's box is looked at again along its borders: a 1×1 convolution, instance norm and ReLU make five groups of
-  channels, `heads/border_align.py` takes the maximum of 11 samples along each border from a group of its own, the fifth
+  channels, `kernels/border_align.py` takes the maximum of 11 samples on each border from a group of its own, the fifth
   is read at the point itself, and a 1×1 convolution with ReLU joins them. Classification has a branch of 256 channels a
   group, boxes one of 128, at 256 channels of the pyramid; boxes are cut to the map and not differentiated;
 - a box whose IoU with an object is at least 0.6 is positive: focal loss on its class and L1 on what its sides miss, in
@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from heads.anchors import Sizes, level_points
 from heads.assign import assign_max_iou
-from heads.border_align import border_align
 from heads.boxes import decode_distances
 from heads.dense import best_per_level, detections, predict_rows
 from heads.detector import Detector
@@ -39,6 +38,7 @@ from heads.fpn import FPN
 from heads.losses import sigmoid_focal_loss, smooth_l1_loss
 from heads.resnet import ResNet
 from heads.towers import ConvTowers
+from kernels import border_align
 
 
 class BorderBranch(nn.Module):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heads.boxes import clip_boxes
-from heads.nms import batched_nms
+from kernels import batched_nms
 
 
 def flatten_levels(maps: Sequence[Tensor], values: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pycocotools import mask as rle
 from torch import Tensor, nn
 
-from heads.roi_align import roi_align
+from kernels import roi_align
 
 # Bins of a region that the mask head sees, and the side of the masks that it predicts.
 BINS = 14

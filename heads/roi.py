@@ -13,8 +13,8 @@ from heads.boxes import DeltaCoder
 from heads.dense import detections
 from heads.losses import smooth_l1_loss
 from heads.paper import PaperTaskAttention
-from heads.roi_align import roi_align
 from heads.sample import sample
+from kernels import roi_align
 
 BINS = 7
 # The side of a box that the finest level serves up to twice of, in pixels.

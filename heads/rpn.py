@@ -24,8 +24,8 @@ from heads.assign import IGNORED, assign_max_iou
 from heads.boxes import DeltaCoder
 from heads.dense import predict_rows
 from heads.losses import smooth_l1_loss
-from heads.nms import batched_nms
 from heads.sample import sample
+from kernels import batched_nms
 
 
 class RPNOutputs(NamedTuple):

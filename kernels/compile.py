@@ -26,11 +26,27 @@ from tabulate import tabulate
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import block_conv, block_tail, deform_conv_launch, dynamic_relu_triton
+from kernels import (
+    block_conv,
+    block_tail,
+    border_align_triton,
+    deform_conv_launch,
+    dynamic_relu_triton,
+    nms_triton,
+    roi_align_triton,
+)
 from kernels.backend import INTERPRET
 from kernels.compile_spec import CompileSpec
 
-TRITON_MODULES = (deform_conv_launch, dynamic_relu_triton, block_tail, block_conv)
+TRITON_MODULES = (
+    deform_conv_launch,
+    dynamic_relu_triton,
+    block_tail,
+    block_conv,
+    roi_align_triton,
+    border_align_triton,
+    nms_triton,
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +103,8 @@ def compile_spec(spec: CompileSpec, target: str) -> Row:
     """
     row = Row(spec.name, spec.dtype, target, spec.num_warps, spec.num_stages, problem="")
     gpu = TARGETS[target].gpu
-    source, options = _source(spec), {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": not spec.exact}
+    source = _source(spec)
     try:
         compiled = triton.compile(source, target=gpu, options=options)
     except Exception as error:

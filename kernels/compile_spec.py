@@ -20,6 +20,7 @@ class CompileSpec:
         uses_dot: The kernel multiplies matrices, so tensor-core instructions must appear in its code.
         divisible: Integer arguments that are multiples of 16 at the shapes the configuration is made for; the launcher
             finds this out by itself at run time, an ahead-of-time compilation has to be told.
+        exact: Products and sums are not fused into one operation.
     """
 
     name: str
@@ -31,3 +32,4 @@ class CompileSpec:
     dtype: str
     uses_dot: bool = False
     divisible: tuple[str, ...] = ()
+    exact: bool = False

@@ -17,6 +17,7 @@ _NAMES = {
     torch.bfloat16: "bf16",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.uint8: "u8",
 }
 
 
@@ -37,34 +38,46 @@ def steps(total: int, block: int) -> int:
 
 @dataclass(frozen=True)
 class Launch:
-    """One run of a kernel; `arguments` and `constants` are by name."""
+    """One run of a kernel; `arguments` and `constants` are by name.
+
+    With `exact` no product and sum are made one operation: every result is rounded as PyTorch rounds it.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Tensor | int]
+    arguments: dict[str, Tensor | int | float]
     constants: dict[str, Any]
     warps: int = 4
     stages: int = 2
+    exact: bool = False
 
     def run(self) -> None:
         device = next(x for x in self.arguments.values() if isinstance(x, Tensor)).device
         with torch.cuda.device(device if device.type == "cuda" else -1):
-            self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages)
+            self.kernel[self.grid](
+                **self.arguments,
+                **self.constants,
+                num_warps=self.warps,
+                num_stages=self.stages,
+                enable_fp_fusion=not self.exact,
+            )
 
     def spec(self, name: str, dtype: torch.dtype, uses_dot: bool = False) -> CompileSpec:
         """What ahead-of-time compilation needs; the launch may have tensors on the `meta` device."""
         tensors = {k: f"*{_NAMES[v.dtype]}" for k, v in self.arguments.items() if isinstance(v, Tensor)}
-        numbers = {k: v for k, v in self.arguments.items() if not isinstance(v, Tensor)}
+        numbers = {k: v for k, v in self.arguments.items() if isinstance(v, int)}
+        reals = {k: "fp32" for k, v in self.arguments.items() if isinstance(v, float)}
         # The launcher compiles a number that is 1 into the kernel, and so must this.
         ones = {k: v for k, v in numbers.items() if v == 1}
         return CompileSpec(
             name=name,
             kernel=self.kernel,
-            signature=tensors | {k: "i32" if v < 2**31 else "i64" for k, v in numbers.items() if k not in ones},
+            signature=tensors | reals | {k: "i32" if v < 2**31 else "i64" for k, v in numbers.items() if k not in ones},
             constexprs=self.constants | ones,
             num_warps=self.warps,
             num_stages=self.stages,
             dtype=_NAMES[dtype],
             uses_dot=uses_dot,
             divisible=tuple(k for k, v in numbers.items() if v % 16 == 0),
+            exact=self.exact,
         )

@@ -1,11 +1,15 @@
 """BorderAlign against mmcv's vectors, against plain loops, and by its gradient."""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
 
-from heads import border_align as module
-from heads.border_align import border_align
+from kernels import border_align, use_backend
+from kernels.backend import resolve_backend
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def plain(features, boxes, pool_size):
@@ -37,19 +41,20 @@ def plain(features, boxes, pool_size):
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", ["small", "det"])
-def test_values_and_gradients_are_mmcvs(golden, name, dtype):
+def test_values_and_gradients_are_mmcvs(golden, name, dtype, device):
     vectors = golden("pieces_border_align")
-    x = torch.from_numpy(vectors[f"{name}.x"]).to(dtype).requires_grad_()
-    boxes, cot = (torch.from_numpy(vectors[f"{name}.{key}"]).to(dtype) for key in ("boxes", "cot"))
+    x = torch.from_numpy(vectors[f"{name}.x"]).to(device, dtype).requires_grad_()
+    boxes, cot = (torch.from_numpy(vectors[f"{name}.{key}"]).to(device, dtype) for key in ("boxes", "cot"))
     y = border_align(x, boxes, int(vectors[f"{name}.pool_size"]))
     (grad,) = torch.autograd.grad(y, x, cot)
     # Around 9, float32 rounds a position by 5e-7 cells each of four times, and neighbouring cells differ by up to 7.
     allowed = 1e-12 if dtype == torch.float64 else 1.4e-5
     for got, want in ((y, vectors[f"{name}.y"]), (grad, vectors[f"{name}.grad_x"])):
         assert tuple(got.shape) == want.shape
-        assert np.abs(got.detach().double().numpy() - want).max() <= allowed
+        assert np.abs(got.detach().cpu().double().numpy() - want).max() <= allowed
 
 
 def random_case(height: int, width: int, count: int = 7):
@@ -78,6 +83,8 @@ def test_gradient_by_differences():
 
 
 def test_parts_give_the_whole(monkeypatch):
+    # The package has a function of the same name as its module.
+    module = importlib.import_module("kernels.border_align")
     features, boxes = random_case(5, 7)
     whole = border_align(features, boxes)
     monkeypatch.setattr(module, "_SAMPLES", 2 * 12 * 11 * 3)
@@ -109,13 +116,82 @@ def test_no_boxes_half_precision_and_wrong_shapes():
             border_align(*arguments)
 
 
+@pytest.mark.parametrize("layout", ["channels last", "some channels", "transposed"])
+def test_any_strides(layout):
+    features, boxes = random_case(4, 5)
+    strided = features.contiguous(memory_format=torch.channels_last)
+    if layout == "some channels":
+        strided = strided.repeat(1, 2, 1, 1).contiguous(memory_format=torch.channels_last)[:, :12]
+    elif layout == "transposed":
+        strided = features.transpose(2, 3).contiguous().transpose(2, 3)
+
+    def both(x):
+        x = x.detach().requires_grad_()
+        out = border_align(x, boxes, 4)
+        cot = torch.arange(out.numel(), dtype=out.dtype).view(4, 7, 3, 2).permute(3, 2, 1, 0)
+        return out, torch.autograd.grad(out, x, cot)[0]
+
+    with use_backend("torch"):
+        want = both(features)
+    torch.testing.assert_close(both(strided), want, rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_not_a_number_is_the_maximum():
+    features = torch.zeros(1, 4, 3, 3)
+    features[0, :, 0, 0] = torch.nan
+    found = border_align(features, torch.tensor([[[0.0, 0.0, 2.0, 2.0], [1.0, 1.0, 2.0, 2.0]]]), 2)
+    assert found[0, 0, 0].isnan().tolist() == [True, True, False, False]
+    assert not found[0, 0, 1].isnan().any()
+
+
+def test_there_is_no_second_derivative():
+    features, boxes = random_case(4, 5, count=3)
+    out = border_align(features.requires_grad_(), boxes, 3)
+    (grad,) = torch.autograd.grad(out.square().sum(), features, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_opcheck():
+    features, boxes = random_case(4, 5, count=3)
+    settings = (3, resolve_backend(features.device))
+    torch.library.opcheck(torch.ops.dyhead.border_align.default, (features.requires_grad_(), boxes, *settings))
+    out, chosen = torch.ops.dyhead.border_align(features.detach(), boxes, *settings)
+    arguments = (out, chosen, boxes, list(features.shape), *settings)
+    torch.library.opcheck(torch.ops.dyhead.border_align_backward.default, arguments)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compile_and_export(device):
+    class Module(torch.nn.Module):
+        def forward(self, features, boxes):
+            return 2 * border_align(2 * features, boxes, 3)
+
+    features, boxes = (x.to(device) for x in random_case(4, 5, count=3))
+    features.requires_grad_()
+    compiled = torch.compile(Module(), fullgraph=True, backend="aot_eager")
+    found, want = compiled(features, boxes), Module()(features, boxes)
+    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), features)[0] for y in (found, want)))
+    dynamic = ({2: torch.export.Dim("height", min=2, max=64)}, {1: torch.export.Dim("count", min=2, max=4096)})
+    program = torch.export.export(Module(), (features.detach(), boxes), dynamic_shapes=dynamic)
+    other = tuple(x.to(device) for x in random_case(9, 5, count=8))
+    torch.testing.assert_close(program.module()(*other), Module()(*other))
+
+
 @pytest.mark.gpu
-def test_gpu_agrees_with_cpu():
+def test_gpu_agrees_with_cpu_and_its_bits_can_be_fixed():
     features, boxes = random_case(9, 11, 40)
     features.requires_grad_()
     on_gpu = features.detach().cuda().requires_grad_()
     want, got = border_align(features, boxes), border_align(on_gpu, boxes.cuda())
     torch.testing.assert_close(got.cpu(), want)
-    want.sum().backward()
-    got.sum().backward()
-    torch.testing.assert_close(on_gpu.grad.cpu(), features.grad)
+    (grad,) = torch.autograd.grad(want.sum(), features)
+    torch.testing.assert_close(torch.autograd.grad(got.sum(), on_gpu, retain_graph=True)[0].cpu(), grad)
+    torch.use_deterministic_algorithms(True)
+    try:
+        once, again = (torch.autograd.grad(got.sum(), on_gpu, retain_graph=True)[0] for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(once, again)
+    torch.testing.assert_close(once.cpu(), grad)

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from heads.nms import batched_nms, nms
+from kernels import batched_nms, nms
+from kernels.backend import resolve_backend
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def plain_nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, threshold: float) -> list[int]:
@@ -36,26 +39,40 @@ def random_scene(count: int, seed: int, classes: int = 1, duplicates: bool = Fal
     return boxes, scores, rng.integers(0, classes, count)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.6, 0.7])
-def test_mmcv_vectors(golden, threshold):
+def test_mmcv_vectors(golden, threshold, device):
     vectors = golden("pieces_nms")
-    boxes, scores, labels = (torch.from_numpy(vectors[k]) for k in ("boxes", "scores", "labels"))
-    np.testing.assert_array_equal(nms(boxes, scores, threshold).numpy(), vectors[f"nms.keep_{threshold}"])
+    boxes, scores, labels = (torch.from_numpy(vectors[k]).to(device) for k in ("boxes", "scores", "labels"))
+    np.testing.assert_array_equal(nms(boxes, scores, threshold).cpu(), vectors[f"nms.keep_{threshold}"])
     keep = batched_nms(boxes, scores, labels, threshold)
-    np.testing.assert_array_equal(keep.numpy(), vectors[f"batched.keep_{threshold}"])
+    np.testing.assert_array_equal(keep.cpu(), vectors[f"batched.keep_{threshold}"])
     if threshold == 0.5:
-        np.testing.assert_array_equal(keep.numpy(), vectors["split.keep_0.5"])
+        np.testing.assert_array_equal(keep.cpu(), vectors["split.keep_0.5"])
         ten = batched_nms(boxes, scores, labels, threshold, max_output=10)
-        np.testing.assert_array_equal(ten.numpy(), vectors["nms_thr0.3_max10.keep_0.5"])
+        np.testing.assert_array_equal(ten.cpu(), vectors["nms_thr0.3_max10.keep_0.5"])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("threshold", [0.5, 0.6])
-def test_an_overlap_equal_to_the_threshold_is_kept(golden, threshold):
+def test_an_overlap_equal_to_the_threshold_is_kept(golden, threshold, device):
     vectors = golden("pieces_nms")
-    keep = nms(torch.from_numpy(vectors["thr.boxes"]), torch.from_numpy(vectors["thr.scores"]), threshold)
-    np.testing.assert_array_equal(keep.numpy(), vectors[f"thr.keep_{threshold}"])
+    boxes, scores = (torch.from_numpy(vectors[f"thr.{k}"]).to(device) for k in ("boxes", "scores"))
+    np.testing.assert_array_equal(nms(boxes, scores, threshold).cpu(), vectors[f"thr.keep_{threshold}"])
 
 
+def check_scene(scene, seed, threshold, device="cpu"):
+    boxes, scores, labels = random_scene(seed=seed, **scene)
+    want = plain_nms(boxes, scores, labels, threshold)
+    tensors = [torch.from_numpy(a).to(device) for a in (boxes, scores, labels)]
+    keep = batched_nms(*tensors, threshold)
+    assert keep.device.type == device and keep.tolist() == want
+    assert batched_nms(*tensors, threshold, max_output=50).tolist() == want[:50]
+    if scene.get("classes", 1) == 1:
+        assert nms(*tensors[:2], threshold).tolist() == want
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "scene",
     [
@@ -69,15 +86,9 @@ def test_an_overlap_equal_to_the_threshold_is_kept(golden, threshold):
         pytest.param({"count": 3000, "classes": 20}, id="3000 boxes of 20 classes"),
     ],
 )
-def test_equals_the_greedy_loop(scene):
+def test_equals_the_greedy_loop(scene, device):
     for seed, threshold in enumerate((0.1, 0.5, 0.7)):
-        boxes, scores, labels = random_scene(seed=seed, **scene)
-        want = plain_nms(boxes, scores, labels, threshold)
-        tensors = [torch.from_numpy(a) for a in (boxes, scores, labels)]
-        assert batched_nms(*tensors, threshold).tolist() == want
-        assert batched_nms(*tensors, threshold, max_output=50).tolist() == want[:50]
-        if scene.get("classes", 1) == 1:
-            assert nms(*tensors[:2], threshold).tolist() == want
+        check_scene(scene, seed, threshold, device)
 
 
 def test_ties_go_by_index():
@@ -103,9 +114,60 @@ def test_no_box_gives_no_index():
     assert nms(torch.zeros(1, 4), torch.zeros(1), 0.5, max_output=0).tolist() == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_other_types_are_compared_in_float32(dtype):
+    boxes, scores, _ = (torch.from_numpy(a) for a in random_scene(90, 3))
+    boxes = boxes.to(dtype).requires_grad_()
+    want = plain_nms(boxes.detach().float().numpy(), scores.numpy(), np.zeros(90), 0.3)
+    assert nms(boxes, scores.double().requires_grad_(), 0.3).tolist() == want
+
+
+def test_boxes_that_are_not_finite_suppress_nothing():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, torch.nan, 10], [0, 0, torch.inf, 10], [0, 0, 10, 11]])
+    assert nms(boxes, torch.tensor([0.9, 0.8, 0.7, 0.6]), 0.5).tolist() == [0, 1, 2]
+
+
+def test_any_strides():
+    boxes, scores, labels = (torch.from_numpy(a) for a in random_scene(70, 4, classes=2))
+    want = batched_nms(boxes, scores, labels, 0.2)
+    found = batched_nms(boxes.t().contiguous().t(), scores.repeat_interleave(2)[::2], labels.repeat(2, 1)[0], 0.2)
+    assert torch.equal(found, want)
+
+
+def test_opcheck():
+    boxes, scores, labels = (torch.from_numpy(a) for a in random_scene(70, 0, classes=2))
+    backend = resolve_backend(boxes.device)
+    torch.library.opcheck(torch.ops.dyhead.nms.default, (boxes, scores, labels, 0.5, None, backend))
+    torch.library.opcheck(torch.ops.dyhead.nms.default, (boxes, scores, None, 0.5, 10, backend))
+
+
+def test_compile_and_export():
+    class Module(torch.nn.Module):
+        def forward(self, boxes, scores, labels):
+            return boxes[batched_nms(boxes, scores, labels, 0.5, 100)]
+
+    boxes, scores, labels = (torch.from_numpy(a) for a in random_scene(150, 0, classes=2))
+    want = Module()(boxes, scores, labels)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(Module(), fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(boxes, scores, labels), want)
+    count = torch.export.Dim("count", min=2, max=4096)
+    program = torch.export.export(Module(), (boxes, scores, labels), dynamic_shapes=({0: count},) * 3)
+    other = [torch.from_numpy(a) for a in random_scene(333, 1, classes=2)]
+    assert torch.equal(program.module()(*other), Module()(*other))
+
+
 @pytest.mark.gpu
-def test_gpu_gives_the_same_indices():
-    boxes, scores, labels = (torch.from_numpy(a) for a in random_scene(5000, 0, classes=7, ties=True))
-    want = batched_nms(boxes, scores, labels, 0.5)
-    got = batched_nms(boxes.cuda(), scores.cuda(), labels.cuda(), 0.5)
-    assert got.is_cuda and torch.equal(got.cpu(), want)
+def test_more_boxes_than_the_matrix_holds():
+    check_scene({"count": 33_000}, 0, 0.1, "cuda")
+
+
+@pytest.mark.gpu
+def test_the_host_waits_once():
+    boxes, scores, labels = (torch.from_numpy(a).cuda() for a in random_scene(5000, 0, classes=7, ties=True))
+    batched_nms(boxes, scores, labels, 0.5)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        batched_nms(boxes, scores, labels, 0.5)
+    waits = [event for event in profile.events() if event.name == "aten::_local_scalar_dense"]
+    assert len(waits) == 1

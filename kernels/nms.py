@@ -1,20 +1,25 @@
-"""Non-maximum suppression: exact, greedy, the same result on every device and in every run.
+"""Non-maximum suppression: exact, greedy, the same result on every device, on both paths and in every run.
 
 Boxes are taken by falling score; a box is kept unless its IoU with a box kept earlier exceeds the threshold (strictly,
 in float32, with no `+ 1` in the sides). Equal scores are taken in the order of their indices.
 
-The overlaps of a block of boxes are one matrix, computed where the boxes lie. The greedy walk itself is sequential, so
-it runs on the host, over rows packed into Python integers: one step per *kept* box, whatever the block holds. On a GPU
-that costs one transfer per block. Blocks follow the score order, so a limit on the output ends the work early.
+In PyTorch the overlaps of a block of boxes are one matrix, computed where the boxes lie. The greedy walk itself is
+sequential, so it runs on the host, over rows packed into Python integers: one step per *kept* box, whatever the block
+holds. On a GPU that costs one transfer per block. Blocks follow the score order, so a limit on the output ends the work
+early. In Triton both steps are kernels, and the host waits once, for the number of boxes that are kept.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.backend import resolve_backend
+
 # Boxes per overlap matrix. Small where the matrix itself is the cost, large where the transfer is.
 _BLOCK_CPU = 128
 _BLOCK_GPU = 2048
+# The Triton path holds all overlaps at once, one bit each: 128 MB for this many boxes. More go in blocks, in PyTorch.
+_MOST_TRITON = 2**15
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_output: int | None = None) -> Tensor:
@@ -29,7 +34,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_output: int | N
     Returns:
         (k,) int64. Boxes without area never suppress one another (their IoU, 0 / 0, exceeds nothing).
     """
-    return _greedy(boxes, scores, None, iou_threshold, max_output)
+    return _nms(boxes, scores, None, iou_threshold, max_output)
 
 
 def batched_nms(
@@ -39,18 +44,32 @@ def batched_nms(
 
     Labels are compared, not added to the coordinates as a shift: that usual trick rounds the boxes of high labels.
     """
-    return _greedy(boxes, scores, labels, iou_threshold, max_output)
+    return _nms(boxes, scores, labels, iou_threshold, max_output)
 
 
-def _greedy(
-    boxes: Tensor, scores: Tensor, labels: Tensor | None, iou_threshold: float, max_output: int | None
+def _nms(boxes: Tensor, scores: Tensor, labels: Tensor | None, iou_threshold: float, max_output: int | None) -> Tensor:
+    backend = resolve_backend(boxes.device)
+    return torch.ops.dyhead.nms(boxes.detach(), scores.detach(), labels, iou_threshold, max_output, backend)
+
+
+def _forward(
+    boxes: Tensor, scores: Tensor, labels: Tensor | None, iou_threshold: float, max_output: int | None, backend: str
 ) -> Tensor:
-    order = scores.detach().argsort(descending=True, stable=True)
+    order = scores.argsort(descending=True, stable=True)
     limit = len(order) if max_output is None else min(max_output, len(order))
     if limit <= 0:
         return order[:0]
+    if backend == "torch" or len(order) > _MOST_TRITON:
+        return _greedy(boxes, order, labels, iou_threshold, limit)
+    # Triton is looked for only where it is used: it is not installed on every system.
+    from kernels import nms_triton
+
+    return nms_triton.greedy(boxes, order, labels, iou_threshold, limit)
+
+
+def _greedy(boxes: Tensor, order: Tensor, labels: Tensor | None, iou_threshold: float, limit: int) -> Tensor:
     # Columns of x1, y1, x2, y2, area, and the label where there is one: (5 or 6, n), contiguous along the boxes.
-    sorted_boxes = boxes.detach()[order].float().t().contiguous()
+    sorted_boxes = boxes[order].float().t().contiguous()
     sorted_labels = None if labels is None else labels[order]
     area = (sorted_boxes[2] - sorted_boxes[0]) * (sorted_boxes[3] - sorted_boxes[1])
 
@@ -85,3 +104,16 @@ def _greedy(
                 return order[torch.tensor(kept, device=boxes.device)]
             alive &= ~(int.from_bytes(rows[index].tobytes(), "little") | lowest)
     return order[torch.tensor(kept, device=boxes.device)]
+
+
+def _fake(boxes, scores, labels, iou_threshold, max_output, backend) -> Tensor:
+    return scores.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+_library = torch.library.Library("dyhead", "FRAGMENT")
+_library.define(
+    "nms(Tensor boxes, Tensor scores, Tensor? labels, float iou_threshold, SymInt? max_output, str backend) -> Tensor"
+)
+for _key in ("CPU", "CUDA"):
+    _library.impl("nms", _forward, _key)
+torch.library.register_fake("dyhead::nms", _fake, lib=_library)
