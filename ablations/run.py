@@ -82,6 +82,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name in options.detector:
         if name not in DETECTORS:
             parser.error(f"unknown detector {name!r}; the detectors are {', '.join(DETECTORS)}")
+    if "mask_rcnn" in options.detector and (options.test_flip or len(options.test_sizes or ()) > 1):
+        parser.error("--test-flip and several --test-sizes merge boxes, not masks: name a --detector without mask_rcnn")
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     elif options.device.split(":")[0] not in ("cpu", "cuda"):

@@ -99,6 +99,8 @@ def test_detectors_and_backbones_train_as_published_where_that_is_not_sgd(data):
         (["--grid", "--seeds", "0"], "from 1 on"),
         (["--grid", "--device", "tpu"], "cuda:N"),
         (["--grid", "--backend", "triton", "--device", "cpu"], "TRITON_INTERPRET=1"),
+        (["--grid", "detectors", "--test-flip"], "without mask_rcnn"),
+        (["--grid", "--detector", "mask_rcnn", "--test-sizes", "96,128"], "without mask_rcnn"),
         ([], "--grid"),
     ],
 )
