@@ -98,6 +98,8 @@ def collect(
         next0, next1, next2, next_upto0, next_upto1, next_count = _runs(starts + after % TAPS * bins, pitch)
         gathered = tl.zeros((i.shape[0], BLOCK_O), dtype=REAL)
         done = 0
+        # At least once: the entries in hand are this step's, be there any or not. Those that come next, of this step or
+        # of the one after it, are looked up before the product with these and loaded while it runs.
         while done < tl.maximum(count, 1):
             shares = tl.maximum(1 - tl.abs(y[None, :] - high), 0.0) * tl.maximum(1 - tl.abs(x[None, :] - wide), 0.0)
             shares = (shares * factor[None, :]).to(grad.dtype.element_ty)

@@ -1,8 +1,7 @@
 """Shapes at which deformable convolutions go wrong, and how closely an implementation must follow float64."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -76,18 +75,6 @@ CASES = [
     Case("many-channels", "several blocks of channels, the last one not full", batch=1, channels=70, size=(3, 4)),
     Case("many-outputs", "more outputs than one program holds", batch=1, outputs=260, channels=3, size=(2, 3)),
 ]  # fmt: skip
-
-
-@contextmanager
-def float32_products(kind: str) -> Iterator[None]:
-    """Inside the `with` block convolutions of float32 multiply as "ieee" or "tf32" says."""
-    # The attribute is no entry of its owner's `__dict__`, so that pytest's monkeypatch could not put it back.
-    convolutions = torch.backends.cudnn.conv
-    before, convolutions.fp32_precision = convolutions.fp32_precision, kind
-    try:
-        yield
-    finally:
-        convolutions.fp32_precision = before
 
 
 def gradients(function: Callable[..., Tensor], inputs: dict[str, Tensor | None], geometry) -> dict[str, Tensor]:

@@ -6,10 +6,10 @@ from collections import Counter
 import pytest
 import torch
 import triton
-from deform_conv_cases import float32_products
 
 from kernels.compile import TARGETS, _source, compile_spec
 from kernels.deform_conv_launch import Launch, _forward_launch, _levels, compile_specs
+from kernels.roofline import float32_products
 
 
 def find(name: str, dtype: str):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from deform_conv_cases import CASES, Case, check, float32_products, gradients
+from deform_conv_cases import CASES, Case, check, gradients
 
 from kernels import deform_conv2d, use_backend
 from kernels.deform_conv import reference
+from kernels.roofline import float32_products
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
