@@ -97,3 +97,11 @@ def test_the_pyramid_is_that_of_800_by_1333():
     assert [(s.name, s.height, s.width) for s in pyramid(1)][:2] == [("P3", 100, 168), ("P4", 50, 84)]
     assert [s.height for s in pyramid(1)] == [100, 50, 25, 13, 7]
     assert [s.width for s in pyramid(1)] == [168, 84, 42, 21, 11]
+
+
+def test_no_rounding_moves_a_sample_of_a_benchmark_across_a_pixel():
+    # Where it did, the gradient of the offset would be another one, and the check of a large map could say nothing.
+    offset = DEFORM_CONV2D.make_inputs(Shape("large", 1, 2, 100, 168), torch.float32, "cpu", 0)["offset"]
+    assert torch.equal(offset, offset.bfloat16().float()) and torch.equal(offset, offset.half().float())
+    assert (offset - offset.round()).abs().min() == 1 / 16
+    assert 1.9 < offset.std() < 2.1

@@ -80,6 +80,7 @@ def test_a_kernel_is_tuned_and_its_row_found_again(tmp_path, monkeypatch):
     tune.write(path, "Some GPU", row)
     key = ("deform_conv2d forward", "16", 6, 6)
     assert read_tuned(path, "Some GPU") == {key: BEST, (key[0], "32", 6, 6): BEST}
+    assert len(json.loads(path.read_text())["rows"]) == 2
     # What another version of Triton was measured with goes.
     path.write_text(json.dumps(json.loads(path.read_text()) | {"triton": "2.0.0"}))
     tune.write(path, "Some GPU", row)
