@@ -31,7 +31,7 @@ def overlap_kernel(boxes, order, labels, matrix, threshold, n, words, HAS_LABELS
     """Grid (words, words). Bit k of `matrix` (n, words), word w: does box i suppress box 64 * w + k?
 
     `boxes` is (n, 4), `labels` (n,), both as they came; `order` (n,) has their indices by falling score. Words to the
-    left of the diagonal are not written.
+    left of the diagonal are not written; bits beyond the last box mean nothing.
     """
     row, column = tl.program_id(0), tl.program_id(1)
     if column >= row:
@@ -44,7 +44,7 @@ def overlap_kernel(boxes, order, labels, matrix, threshold, n, words, HAS_LABELS
         shared = tl.maximum(wide, 0.0) * tl.maximum(high, 0.0)
         # Operation by operation what PyTorch computes: `/` would be an approximation.
         overlap = tl.div_rn(shared, area_i[:, None] + area_j[None, :] - shared)
-        suppress = (overlap > threshold) & (j < n)[None, :]
+        suppress = overlap > threshold
         if HAS_LABELS:
             suppress &= tl.load(labels + index_i)[:, None] == tl.load(labels + index_j)[None, :]
         word = tl.sum(suppress.to(tl.int64) << bit[None, :], 1)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import deform_conv
+# All of them, so that the operators counted at the end are there.
+from kernels import border_align, deform_conv, nms, roi_align  # noqa: F401
 from kernels.deform_conv import deform_conv2d
 from kernels.dynamic_relu import dynamic_relu, dynamic_relu_reference
 
@@ -218,7 +219,18 @@ def _count_deform_conv2d_backward(
     return products * sum(2 * n * h * w * weight.numel() for n, _, h, w in offsets)
 
 
-@register_flop_formula([torch.ops.dyhead.dynamic_relu, torch.ops.dyhead.dynamic_relu_backward])
-def _count_dynamic_relu(*arguments, out_shape, **named) -> int:
-    # Elementwise, and PyTorch counts no elementwise work. Said here, so that it is known to be free and not forgotten.
+@register_flop_formula(
+    [
+        torch.ops.dyhead.dynamic_relu,
+        torch.ops.dyhead.dynamic_relu_backward,
+        torch.ops.dyhead.roi_align,
+        torch.ops.dyhead.roi_align_backward,
+        torch.ops.dyhead.border_align,
+        torch.ops.dyhead.border_align_backward,
+        torch.ops.dyhead.nms,
+    ]
+)
+def _count_nothing(*arguments, out_shape, **named) -> int:
+    # Elementwise work, samples and comparisons: PyTorch counts none of these. Said here, so that they are known to be
+    # free and not forgotten.
     return 0
