@@ -1,13 +1,12 @@
 """A stack of released DyHead blocks on the fused kernels: all levels in one launch, pyramids as one matrix in between.
 
-Between the kernels stands what this file spells out: GroupNorm, scale attention, the mean over a level's maps and the
-coefficients of dynamic ReLU, all on (N, C) tensors, because all of them depend on the maps through means and variances.
+GroupNorm, scale attention, the mean over a level's maps and dynamic ReLU depend on the maps through their means and
+variances only, so that between a convolution and one elementwise kernel stands a small computation on (N, C) tensors.
 """
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heads.attention import GROUPS, TAPS, ScaleAttention, SpatialAttention, TaskAttention
@@ -32,6 +31,10 @@ def reason_against(blocks: Sequence[nn.Module], features: list[Tensor]) -> str |
             block.task, TaskAttention | nn.Identity
         ):
             return f"a block is made of {', '.join(type(part).__name__ for part in parts)}"
+        layers = [block.scale.gate, *(getattr(block.task, name, None) for name in ("reduce", "expand"))]
+        replaced = [type(layer).__name__ for layer in layers if layer is not None and type(layer) is not nn.Linear]
+        if replaced:
+            return f"a linear layer of a block is a {replaced[0]}"
         if len({branch.norm.eps for branch in block.spatial.branches}) > 1:
             return "the GroupNorms of a block differ in eps"
     from kernels.block_layout import pyramid_mismatch
@@ -67,8 +70,7 @@ def _block(block: nn.Module, pyramid: Tensor, tables) -> Tensor:
     sampled, partial = _convolve(block.spatial, pyramid, tables)
     link = Link()
     numbers = statistics(sampled, partial, tables, link)
-    with torch.autocast(pyramid.device.type, enabled=False):
-        coefficients = _coefficients(block, numbers, tables.share)
+    coefficients = _coefficients(block, numbers, tables.share)
     return tail(sampled, coefficients, isinstance(block.task, TaskAttention), tables, link)
 
 
@@ -95,40 +97,11 @@ def _convolve(spatial: SpatialAttention, pyramid: Tensor, tables) -> tuple[Tenso
 
 def _coefficients(block: nn.Module, numbers: Tensor, share: Tensor) -> Tensor:
     """From (3, L, 3, N, C) means, variances, means after upsampling to the (L, N, 8 or 4, C) that `tail` takes."""
-    spatial, gate, task = block.spatial, block.scale.gate, block.task
-    # With one level there are no neighbours, and their weights get no gradient, not one of zeros.
-    branches = spatial.branches if numbers.shape[1] > 1 else (spatial.from_same,) * 3
-    scale = torch.stack([b.norm.weight for b in branches])[:, None]
-    shift = torch.stack([b.norm.bias for b in branches])[:, None]
-    mean, variance, pooled = numbers.unbind()
-    biases = [b.bias for b in branches]
-    bias = None
-    if any(b is not None for b in biases):
-        # A bias in front of the GroupNorm moves means and nothing else, so the convolution need not add it.
-        bias = torch.stack([scale.new_zeros(scale.shape[-1]) if b is None else b for b in biases])[:, None]
-        mean, pooled = mean + bias, pooled + bias
+    from kernels.block_coefficients import coefficients
 
-    # GroupNorm as a slope and an intercept for every channel.
-    group_mean = _of_groups(mean).mean(-1, keepdim=True)
-    group_variance = (_of_groups(variance) + (_of_groups(mean) - group_mean).square()).mean(-1, keepdim=True)
-    inverse = torch.rsqrt(group_variance + spatial.from_same.norm.eps)
-    slope = (_of_groups(scale) * inverse).flatten(-2)
-    intercept = shift - slope * group_mean.expand(*group_mean.shape[:-1], mean.shape[-1] // GROUPS).flatten(-2)
-    pooled = slope * pooled + intercept
-    if bias is not None:
-        intercept = intercept + slope * bias
-
-    weight = share
-    if gate is not None:
-        weight = F.hardsigmoid(F.relu(gate(pooled.to(gate.weight.dtype)))) * share
-    slope, intercept = slope * weight, (intercept * weight).sum(1, keepdim=True)
-    combined = torch.cat([slope, intercept], 1).transpose(1, 2)
+    norms = [(branch.norm.weight, branch.norm.bias, branch.bias) for branch in block.spatial.branches]
+    gate, task, network = block.scale.gate, block.task, None
     if isinstance(task, TaskAttention) and not task.static:
-        pooled = (pooled * weight).sum(1)
-        lines = task.coefficients(pooled.to(task.reduce.weight.dtype))
-        combined = torch.cat([combined, lines.to(combined.dtype)], 2)
-    return combined.contiguous()
-
-
-def _of_groups(x: Tensor) -> Tensor:
-    return x.unflatten(-1, (GROUPS, -1))
+        network = task.reduce.weight, task.reduce.bias, task.expand.weight, task.expand.bias
+    gate = None if gate is None else (gate.weight, gate.bias)
+    return coefficients(numbers, share, norms, gate, network, GROUPS, block.spatial.from_same.norm.eps)

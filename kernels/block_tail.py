@@ -3,7 +3,7 @@
 GroupNorm, upsampling, scale attention, the mean over a level's maps and the dynamic ReLU are, for one image and
 channel, two lines of a linear combination of pixels, with coefficients that depend on the maps only through three
 numbers of each: its mean, its variance, and its mean after upsampling. So the tail is `statistics`, a small computation
-on (N, C) tensors that the caller writes in PyTorch, and `tail`. On the way back `tail` gives the gradients of the
+on (N, C) tensors, `kernels.block_coefficients`, and `tail`. On the way back `tail` gives the gradients of the
 coefficients, the small computation those of the statistics, and `statistics` the whole gradient of the maps, for which
 `tail` has left it the gradient in front of the coefficients. Sums are float32 (float64 for float64 maps), taken in an
 order that shapes alone decide.

@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels import (
+    block_coefficients,
     block_conv,
     block_tail,
     border_align_triton,
@@ -42,6 +43,7 @@ TRITON_MODULES = (
     deform_conv_launch,
     dynamic_relu_triton,
     block_tail,
+    block_coefficients,
     block_conv,
     roi_align_triton,
     border_align_triton,

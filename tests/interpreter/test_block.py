@@ -137,18 +137,25 @@ def test_tiles_that_divide_nothing(monkeypatch):
 def test_launches_of_a_block(monkeypatch):
     launches = []
     run = Launch.run
-    monkeypatch.setattr(Launch, "run", lambda self: (launches.append(self.kernel.__name__), run(self)))
+
+    def record(launch):
+        module = launch.kernel.fn.__module__.removeprefix("kernels.block_").removesuffix("_triton")
+        launches.append(f"{module}.{launch.kernel.__name__.removesuffix('_kernel')}")
+        run(launch)
+
+    monkeypatch.setattr(Launch, "run", record)
     for attentions in ("LSC", "C"):
         launches.clear()
         head, features, cotangents = make(attentions, sizes=((3, 2), (2, 1)), batch=1)
         outputs = head(features)
-        first = "forward_kernel" if "S" in attentions else "statistics_kernel"
-        assert launches == [first, "merge_kernel", "forward_kernel"]
+        first = "conv.forward" if "S" in attentions else "tail.statistics"
+        assert launches == [first, "tail.merge", "coefficients.forward", "tail.forward"]
         launches.clear()
         torch.autograd.grad(outputs, [*features, *head.parameters()], cotangents)
-        assert launches[:3] == ["backward_sums_kernel", "add_kernel", "backward_maps_kernel"]
-        convolutions = [f"backward_{name}_kernel" for name in ("points", "predicted", "weight")] + ["add_kernel"]
-        assert launches[3:] == (convolutions if "S" in attentions else [])
+        tail = ["tail.backward_sums", "tail.add", "coefficients.backward", "coefficients.parameters"]
+        assert launches[:5] == [*tail, "tail.backward_maps"]
+        convolutions = [f"conv_backward.backward_{name}" for name in ("points", "predicted", "weight")] + ["tail.add"]
+        assert launches[5:] == (convolutions if "S" in attentions else [])
 
 
 def test_golden_block_of_one_level(golden):

@@ -1,0 +1,146 @@
+"""The coefficients of a block's tail under the interpreter: plain PyTorch's numbers, forward and every gradient."""
+
+import pytest
+import torch
+
+from kernels import block_coefficients
+from kernels.block_coefficients import coefficients, coefficients_reference
+
+GROUPS, EPS = 16, 1e-5
+# Four levels as a pyramid has them: the first has no finer neighbour, the last no coarser one.
+SHARE = torch.tensor([[1 / 2, 0, 1 / 2], [1 / 3, 1 / 3, 1 / 3], [1 / 3, 1 / 3, 1 / 3], [1 / 2, 1 / 2, 0]])
+
+
+@pytest.fixture(autouse=True)
+def poisoned(poison):
+    pass
+
+
+def make(levels=4, batch=2, channels=32, hidden=8, gate=True, network=True, biases=(False,) * 3, dtype=torch.float64):
+    """Statistics, share, and parameters as the functions take them; gates and hard sigmoids on both sides of kinks."""
+    generator = torch.Generator().manual_seed(5)
+
+    def new(*shape, scale=1.0):
+        return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+
+    share = (SHARE[:levels] if levels > 1 else torch.tensor([[1.0, 0, 0]])).to(
+        torch.promote_types(dtype, torch.float32)
+    )
+    statistics = torch.randn(3, levels, 3, batch, channels, generator=generator, dtype=torch.float64)
+    statistics[1].abs_()
+    statistics = (statistics * (share[None, :, :, None, None] > 0)).to(share.dtype).requires_grad_()
+    norms = [(new(channels), new(channels), new(channels) if biased else None) for biased in biases]
+    gate = (new(1, channels, scale=2 / channels**0.5), new(1)) if gate else None
+    shapes = ((hidden, channels), (hidden,), (4 * channels, hidden), (4 * channels,))
+    network = tuple(new(*shape) for shape in shapes) if network else None
+    return statistics, share[..., None, None], norms, gate, network
+
+
+def results(function, arguments):
+    """The coefficients and all gradients, by name; a parameter that got none is missing."""
+    statistics, _, norms, gate, network = arguments
+    out = function(*arguments, GROUPS, EPS)
+    named = {"statistics": statistics}
+    for prefix, tensors in (("norm 0", norms[0]), ("norm 1", norms[1]), ("norm 2", norms[2]), ("gate", gate or ())):
+        named |= {f"{prefix}, {i}": x for i, x in enumerate(tensors) if x is not None}
+    named |= {f"network, {i}": x for i, x in enumerate(network or ())}
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64).to(out.dtype)
+    grads = torch.autograd.grad(out, list(named.values()), cotangent, allow_unused=True)
+    found = {"coefficients": out.detach()} | dict(zip(named, grads, strict=True))
+    return {name: x for name, x in found.items() if x is not None}
+
+
+def check(arguments, absent=()):
+    found, expected = results(coefficients, arguments), results(coefficients_reference, arguments)
+    assert set(expected) - set(found) == set(absent)
+    for name, x in found.items():
+        y = expected[name]
+        assert x.shape == y.shape and x.dtype == y.dtype, name
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-12 * float(y.abs().max()), msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("network", [True, False], ids=["dynamic", "static"])
+@pytest.mark.parametrize("gate", [True, False], ids=["gate", "mean"])
+def test_gates_and_networks(gate, network):
+    check(make(gate=gate, network=network))
+
+
+def test_gates_and_hard_sigmoids_are_on_both_sides_of_their_kinks():
+    arguments = make()
+    out = results(coefficients_reference, arguments)["coefficients"]
+    assert all((out[:, :, 4] == y).any() for y in (0, 2)) and ((out[:, :, 4] > 0) & (out[:, :, 4] < 2)).any()
+    statistics, share, norms, (weight, bias), network = arguments
+    opened = coefficients_reference(statistics, share, norms, (weight, bias), network, GROUPS, EPS)[:, :, :3]
+    closed = coefficients_reference(statistics, share, norms, None, network, GROUPS, EPS)[:, :, :3]
+    weights = (opened / closed).mean(-1)
+    assert (weights < 0.5 + 1e-6).any() and (weights > 1 - 1e-6).any()
+    assert ((weights > 0.5 + 1e-6) & (weights < 1 - 1e-6)).any()
+
+
+@pytest.mark.parametrize("biases", [(True,) * 3, (False, True, False)], ids=["all", "one"])
+def test_biases_in_front_of_the_norms(biases):
+    check(make(biases=biases))
+
+
+def test_channels_and_hidden_units_that_are_no_powers_of_two():
+    check(make(levels=2, channels=48, hidden=12))
+
+
+def test_one_channel_a_group():
+    check(make(levels=2, channels=16, hidden=4, batch=1))
+
+
+def test_one_level_has_no_neighbours():
+    check(make(levels=1), absent=[f"norm {branch}, {i}" for branch in (1, 2) for i in (0, 1)])
+
+
+def test_more_of_everything_than_one_block(monkeypatch):
+    for name, value in {"_LINES": 64, "_ELEMENTS": 256, "_SLOTS": 16, "_COLUMNS": 16}.items():
+        monkeypatch.setattr(block_coefficients, name, value)
+    check(make(batch=5, channels=48, hidden=24))
+
+
+def double(x):
+    """The same in float64: tensors, and sequences of such."""
+    if isinstance(x, torch.Tensor):
+        return x.detach().double().requires_grad_(x.requires_grad)
+    return None if x is None else [double(y) for y in x]
+
+
+# The interpreter does not round to bfloat16 as a GPU does.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_loses_no_more_than_plain_pytorch(dtype):
+    arguments = make(levels=2, dtype=dtype)
+    exact = results(coefficients_reference, double(arguments))
+    plain, found = results(coefficients_reference, arguments), results(coefficients, arguments)
+    for name, x in exact.items():
+        assert found[name].dtype == plain[name].dtype, name
+        allowed = 2 * (plain[name] - x).abs().max() + 1e-6 * x.abs().max()
+        assert (found[name] - x).abs().max() <= allowed, name
+
+
+def test_statistics_far_from_zero_do_not_cancel():
+    statistics, share, norms, gate, network = make(levels=2, dtype=torch.float32)
+    with torch.no_grad():
+        statistics[0] += 1000
+        statistics[2] += 1000
+    exact = coefficients(statistics.double(), share.double(), norms, gate, network, GROUPS, EPS)
+    found = coefficients(statistics, share, norms, gate, network, GROUPS, EPS)
+    # D itself is about 1000 slopes; the gates and the lines see differences of numbers that are near each other.
+    for kinds in (slice(0, 3), slice(4, 8)):
+        torch.testing.assert_close(found[:, :, kinds].double(), exact[:, :, kinds], rtol=0, atol=2e-3)
+
+
+def test_nan_reaches_the_coefficients():
+    arguments = make(levels=2)
+    with torch.no_grad():
+        arguments[0][0, 0, 0, 1, 3] = torch.nan
+        out = coefficients(*arguments, GROUPS, EPS)
+    assert out[0, 1, 3:].isnan().any(-1).all() and out[0, 1, 4:].isnan().all()
+    assert not out[0, 0].isnan().any() and not out[1].isnan().any()
+
+
+def test_the_same_bits_twice():
+    arguments = make(dtype=torch.float32)
+    first, again = (results(coefficients, arguments) for _ in range(2))
+    assert all(torch.equal(x, again[name]) for name, x in first.items())
