@@ -1,6 +1,7 @@
 """One record for each operator: what its tests compare, its benchmarks time and its tables count."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -80,14 +81,21 @@ class Op:
         read, written = sum(x.nbytes for x in inputs.values()), output.nbytes
         return {"forward": read + written, "backward": 2 * read + written, "both": 3 * read + 2 * written}[mode]
 
-    def errors(self, function: Callable[..., Tensor], inputs: dict[str, Tensor]) -> dict[str, float]:
+    def errors(
+        self,
+        function: Callable[..., Tensor],
+        inputs: dict[str, Tensor],
+        within: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> dict[str, float]:
         """Largest error of the output and of every gradient, against the reference in float64.
 
         Each is relative to the largest magnitude of what it should be, so they are comparable across quantities. The
-        scalar differentiated is the output's product with fixed random numbers.
+        scalar differentiated is the output's product with fixed random numbers. `function`, forward and backward, runs
+        in the context that `within` makes, the reference outside of it.
         """
         cotangent = _cotangent(function, inputs)
-        found = _results(function, inputs, cotangent)
+        with within():
+            found = _results(function, inputs, cotangent)
         expected = self._expected(inputs, cotangent)
         return {name: _relative_error(found[name], expected[name]) for name in found}
 

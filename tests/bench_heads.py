@@ -69,19 +69,21 @@ class Case:
             return self.depth == 1 and self.batch == 8 and self.precision == "bf16"
         return self.batch == 8 or (self.depth == 6 and self.mode == "forward")
 
-    def make(self, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[DyHead, list[Tensor]]:
-        """A head with no parameter at its starting value, and a pyramid, the same numbers in every type."""
+    def head(self, dtype: torch.dtype, device: str) -> DyHead:
+        """A head with no parameter at its starting value, the same numbers, which the precision has, in every type."""
         torch.manual_seed(0)
         head = DyHead(self.channels, self.depth)
         with torch.no_grad():
             for parameter in head.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
+        return head.to(DTYPES[self.precision]).to(device, dtype, memory_format=torch.channels_last)
+
+    def features(self, dtype: torch.dtype, device: str, seed: int = 0) -> list[Tensor]:
+        """A pyramid, channels last, of such numbers."""
         torch.manual_seed(seed)
-        features = [torch.randn(self.batch, self.channels, *size) for size in self.sizes]
-        stored = DTYPES[self.precision]
-        layout = {"device": device, "memory_format": torch.channels_last}
-        features = [x.to(stored).to(dtype=dtype, **layout).requires_grad_(self.mode != "forward") for x in features]
-        return head.to(stored).to(dtype=dtype, **layout), features
+        features = [torch.randn(self.batch, self.channels, *size).to(DTYPES[self.precision]) for size in self.sizes]
+        features = [x.to(device, dtype, memory_format=torch.channels_last) for x in features]
+        return [x.requires_grad_(self.mode != "forward") for x in features]
 
 
 CPU_CASES = [
@@ -177,16 +179,16 @@ def exact_and_allowed(case: Case) -> tuple[tuple[list[Tensor], ...], list[float]
     longest side, so of all samples about that share crosses, by chance, and its root is what the norm changes by.
     """
     with use_backend("torch"):
-        exact = run(*case.make(torch.float64, case.device), case.mode)
+        wide, dtype = torch.float64, DTYPES[case.precision]
+        exact = run(case.head(wide, case.device), case.features(wide, case.device), case.mode)
         exact = tuple([x.detach() for x in part] for part in exact)
-        plain = run(*case.make(DTYPES[case.precision], case.device), case.mode)
+        plain = run(case.head(dtype, case.device), case.features(dtype, case.device), case.mode)
     crossing = (2 * max(map(max, case.sizes)) * torch.finfo(torch.float32).eps) ** 0.5
     return exact, [2 * error + floor for error, floor in zip(errors(plain, exact), (1e-6, crossing), strict=False)]
 
 
-def check(case: Case, head: DyHead, features: list[Tensor]) -> float:
-    """The largest error of what the case computes."""
-    exact, allowed = exact_and_allowed(replace(case, provider="eager"))
+def checked(case: Case, head: DyHead, features: list[Tensor], exact: tuple, allowed: list[float]) -> float:
+    """The largest error of what the case computes; the last two arguments are from `exact_and_allowed`."""
     if case.provider == "graph":
         found = replay(case, head, features)(), []
     else:
@@ -201,7 +203,7 @@ def check(case: Case, head: DyHead, features: list[Tensor]) -> float:
 def cost(case: Case) -> tuple[int, int, int]:
     """Operations, bytes that must move at least (see `kernels.op.Op.bytes_moved`), and bytes of the outputs."""
     # Counted on the separate operators: what is computed does not depend on how many launches compute it.
-    head, features = case.make(DTYPES[case.precision], "meta")
+    head, features = case.head(DTYPES[case.precision], "meta"), case.features(DTYPES[case.precision], "meta")
     with use_backend("torch"), FlopCounterMode(display=False) as counter:
         outputs = head(features)
         if case.mode == "both":
@@ -224,15 +226,16 @@ def figures(case: Case, call: Callable[[], list[Tensor]], seconds: list[float]) 
 @pytest.mark.benchmark(timer=synchronised_clock)
 def test_head(case, benchmark, record_property, monkeypatch):
     benchmark.group = f"{case.row['op']} {case.row['shape']} {case.precision} {case.mode}"
-    path = path_of(case.provider, monkeypatch)
-    with named_if_missing(case.row, record_property), float32_products(case.precision), path:
-        head, first = case.make(DTYPES[case.precision], case.device)
+    dtype, device = DTYPES[case.precision], case.device
+    with named_if_missing(case.row, record_property), float32_products(case.precision):
+        reference = exact_and_allowed(replace(case, provider="eager"))
+        head, first = case.head(dtype, device), case.features(dtype, device)
         if case.provider == "compiled":
             torch.compiler.reset()
             head.compile(fullgraph=True)
-        error = check(case, head, first)
-        seeds = range(1, copies_past_the_cache(first))
-        sets = [first, *(case.make(DTYPES[case.precision], case.device, seed)[1] for seed in seeds)]
-        call = in_turn([timed_call(case, head, features) for features in sets])
-        if seconds := measure(call, benchmark):
-            benchmark.extra_info |= case.row | figures(case, call, seconds) | {"error": error}
+        with path_of(case.provider, monkeypatch):
+            error = checked(case, head, first, *reference)
+            sets = [first, *(case.features(dtype, device, seed) for seed in range(1, copies_past_the_cache(first)))]
+            call = in_turn([timed_call(case, head, features) for features in sets])
+            if seconds := measure(call, benchmark):
+                benchmark.extra_info |= case.row | figures(case, call, seconds) | {"error": error}

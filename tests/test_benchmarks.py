@@ -12,7 +12,7 @@ import pytest
 import torch
 from timing import Missing, why_missing
 
-from kernels import OPS
+from kernels import OPS, deform_conv2d
 from kernels.goals import GOALS, Name
 from kernels.table import main as table
 
@@ -63,20 +63,21 @@ def test_a_wrong_operator_is_not_timed(op):
 @pytest.mark.parametrize("mode", ["forward", "both"])
 def test_a_wrong_block_is_not_timed(mode):
     case = next(case for case in bench_heads.CPU_CASES if case.mode == mode)
-    head, features = case.make(torch.float32, "cpu")
-    assert bench_heads.check(case, head, features) < 1e-5
+    head, features = case.head(torch.float32, "cpu"), case.features(torch.float32, "cpu")
+    reference = bench_heads.exact_and_allowed(case)
+    assert bench_heads.checked(case, head, features, *reference) < 1e-5
     with torch.no_grad():
         head.blocks[0].scale.gate.bias += 1e-3
     with pytest.raises(AssertionError, match="not timed"):
-        bench_heads.check(case, head, features)
+        bench_heads.checked(case, head, features, *reference)
 
 
-def test_a_wrong_gradient_of_a_block_is_not_timed(monkeypatch):
+def test_a_wrong_gradient_of_a_block_is_not_timed():
     case = next(case for case in bench_heads.CPU_CASES if case.mode == "both")
-    head, features = case.make(torch.float32, "cpu")
+    head, features = case.head(torch.float32, "cpu"), case.features(torch.float32, "cpu")
     head.blocks[0].spatial.offset.weight.register_hook(lambda gradient: 1.01 * gradient)
     with pytest.raises(AssertionError, match="not timed"):
-        bench_heads.check(case, head, features)
+        bench_heads.checked(case, head, features, *bench_heads.exact_and_allowed(case))
 
 
 def test_our_own_operator_is_never_merely_missing():
@@ -97,3 +98,23 @@ def test_the_headline_has_every_row_that_a_goal_needs():
             assert names <= headline or names <= cpu, f"{goal.what}: {quantity.label}"
     # Compiling decides how long the headline takes.
     assert len(headline) < 150 and sum(name.provider == "compiled" for name in headline) < 15
+
+
+def test_a_head_runs_on_torchvisions_operator_and_comes_back(monkeypatch):
+    calls = []
+
+    def operator(input, offset, weight, bias, mask, **settings):
+        calls.append(settings["stride"])
+        return deform_conv2d(input, offset, weight, bias, mask=mask, **settings)
+
+    monkeypatch.setattr(bench_heads, "torchvision_deform_conv2d", lambda: operator)
+    case = next(case for case in bench_heads.CPU_CASES if (case.provider, case.mode) == ("torchvision", "forward"))
+    head, features = case.head(torch.float32, "cpu"), case.features(torch.float32, "cpu")
+    reference = bench_heads.exact_and_allowed(case)
+    assert not calls
+    with bench_heads.path_of("torchvision", monkeypatch):
+        assert bench_heads.checked(case, head, features, *reference) < 1e-5
+    # Five levels sample themselves, four their finer and four their coarser neighbours.
+    assert sorted(calls) == [1] * 9 + [2] * 4
+    bench_heads.checked(case, head, features, *reference)
+    assert len(calls) == 13

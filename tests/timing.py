@@ -2,9 +2,11 @@
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -132,14 +134,15 @@ def memory(call: Callable[[], Iterable[Tensor | None]], device: str, beside: int
 
 
 @contextmanager
-def deterministic_algorithms(monkeypatch) -> Iterator[None]:
+def deterministic_algorithms() -> Iterator[None]:
     """PyTorch's deterministic algorithms, without the filling of fresh memory that is for finding mistakes."""
-    with monkeypatch.context() as patch:
-        # cuBLAS is asked for it by name; the check reads the variable at every call.
-        patch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-        torch.use_deterministic_algorithms(True)
-        try:
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True)
+    try:
+        # cuBLAS wants to be asked by name, too; whether it was is looked up at every call.
+        with patch.dict(os.environ, CUBLAS_WORKSPACE_CONFIG=":4096:8"):
             yield
-        finally:
-            torch.use_deterministic_algorithms(False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
