@@ -61,6 +61,17 @@ def test_16_bit_tensors_are_read_16_bytes_at_a_time():
             assert "128x" in compile_spec(spec, "sm_90").global_loads, spec.name
 
 
+def test_overlaps_of_boxes_are_rounded_as_in_pytorch(monkeypatch):
+    """A product and a sum in one operation, or an approximate division, would keep other boxes at the threshold."""
+    made = []
+    original = triton.compile
+    monkeypatch.setattr(triton, "compile", lambda *args, **kwargs: made.append(original(*args, **kwargs)) or made[-1])
+    compile_spec(next(spec for spec in all_specs() if spec.name == "nms overlaps"), "sm_90")
+    code = made[0].asm["ptx"]
+    assert "div.rn.f32" in code
+    assert "fma" not in code and "div.full" not in code
+
+
 # A warp of 32 threads has 255 registers each, one of 64 has 512.
 @pytest.mark.parametrize(("target", "size"), [("sm_90", 16384), ("gfx942", 32768)])
 def test_a_spill_is_a_problem(target, size):
