@@ -1,8 +1,9 @@
 """The gradients of a block's deformable convolutions, of all levels and branches together, as Triton kernels.
 
 They are the kernels of `kernels.deform_conv_triton` that recompute the samples, over the tables of
-`kernels.block_layout`. Every number but those of the pyramid's gradient is written by one program or summed in an order
-that shapes alone decide.
+`kernels.block_layout`. The pyramid's gradient is added up by atomics, or, by the kernels of
+`kernels.deform_conv_inverse_triton`, without; all other numbers are written by one program or summed in an order that
+shapes alone decide.
 """
 
 import triton
@@ -17,14 +18,17 @@ from kernels.block_layout import (
     FINER_ROW,
     LEVEL_COLUMNS,
     SAME_ROW,
+    SOURCE,
 )
 from kernels.block_tail_triton import _work
+from kernels.deform_conv_inverse_triton import bins_along, collect, store_samples
 from kernels.deform_conv_triton import (
     _add_rows,
     _corners,
     _load_gradient,
     _load_rows,
     _mix,
+    _pixels,
     _point_gradients,
 )
 
@@ -174,3 +178,53 @@ def backward_weight_kernel(
     c = step // 9 * BLOCK_C + tl.arange(0, BLOCK_C)
     rows = partial + (tl.program_id(2).to(tl.int64) * C + o) * (9 * C)
     tl.store(rows[:, None] + (step % 9 * C + c)[None, :], total, mask=(o < C)[:, None] & (c < C)[None, :])
+
+
+@triton.jit
+def bins_kernel(
+    predicted, keys, places, problems, work, level_bins, coarser_rows, sampled_rows, bins,
+    CROP: tl.constexpr, SIGMOID: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    BIN_H: tl.constexpr, BIN_W: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles, 9): `store_samples` for one tap; `level_bins` (L,) int32 has the first of a level's bins.
+
+    A sample's number is tap * Q + row, and a branch's taps follow those of the branch before: each has `bins`.
+    """
+    tap = tl.program_id(1)
+    row, H, W, _, stride, ho, wo, inside, place, own = _tile(
+        tl.program_id(0), problems, work, coarser_rows, CROP, TILE_H, TILE_W
+    )
+    y, x, factor = _sample(tap, predicted + own * CHANNELS, ho, wo, inside, stride, SIGMOID, REAL)
+    image = tl.load(work + tl.program_id(0) * 3 + 1)
+    first = (tl.load(row + BRANCH) * 9 + tap) * bins + tl.load(level_bins + tl.load(row + SOURCE))
+    first += image * bins_along(H, BIN_H) * bins_along(W, BIN_W)
+    sample = tap.to(tl.int64) * sampled_rows + place
+    store_samples(keys, places, sample, inside, y, x, factor, H, W, first, 27 * bins, BIN_H, BIN_W)
+
+
+@triton.jit
+def backward_pyramid_kernel(
+    grad, weight, order, places, starts, grad_pyramid, levels, work, level_bins, sampled_rows, bins,
+    C: tl.constexpr, TAPS: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, ENTRIES: tl.constexpr, REAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of levels, blocks of C): the gradient of the pyramid, from the first TAPS of its 27 taps.
+
+    `weight` is (3, 9, C, C), output channels last; `order`, `places` and `starts` are as in `collect`.
+    """
+    level, image, number = _work(work)
+    row = levels + level * LEVEL_COLUMNS
+    H, W = tl.load(row), tl.load(row + 1)
+    i, j, inside = _pixels(number, H, W, TILE_H, TILE_W)
+    across, pitch = tl.cdiv(W, TILE_W), bins_along(W, TILE_W)
+    starts += tl.load(level_bins + level) + image * bins_along(H, TILE_H) * pitch
+    starts += number // across * 2 * pitch + number % across * 2
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = collect(
+        grad, weight, order, places, starts, bins, pitch, tl.cast(sampled_rows, tl.int64), 0, i, j, c, c < C,
+        C, C, C, TAPS, 9, BLOCK_O, ENTRIES, REAL, PRECISION,
+    )  # fmt: skip
+    # The maps of the levels themselves are the first of the problems, in the order of the levels.
+    place = tl.load(row + SAME_ROW) + image.to(tl.int64) * H * W + i * W + j
+    pointers = grad_pyramid + place[:, None] * C + c[None, :]
+    tl.store(pointers, total.to(grad_pyramid.dtype.element_ty), mask=inside[:, None] & (c < C)[None, :])

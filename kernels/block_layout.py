@@ -39,6 +39,8 @@ TARGET_ROW = tl.constexpr(11)
 AXES = tl.constexpr(12)
 FIRST_TILE = tl.constexpr(13)
 TILES = tl.constexpr(14)
+# The level that it samples.
+SOURCE = tl.constexpr(15)
 PROBLEM_COLUMNS = tl.constexpr(16)
 
 # Columns of the table of levels; a row of -1 says that the level has no such neighbour.
@@ -140,7 +142,7 @@ class Layout:
         for i, p in enumerate(self.problems):
             source, target = self.sizes[p.source], self.level_rows[p.level]
             places = [self.level_rows[p.source], self.problem_rows[i], *p.target, target, self.axes_starts[i]]
-            rows.append([p.branch, p.level, p.stride, *source, *p.size, *places, first_tiles[i], tiles[i], 0])
+            rows.append([p.branch, p.level, p.stride, *source, *p.size, *places, first_tiles[i], tiles[i], p.source])
             slots[p.level, p.branch] = torch.tensor([[i, n] for n in range(self.batch)], dtype=torch.int32)
             levels[p.level][SAME_ROW.value + p.branch] = self.problem_rows[i]
             if p.branch == COARSER:
@@ -155,6 +157,17 @@ class Layout:
     def tiles(self, tile: tuple[int, int] | None = None) -> Tensor:
         """(tiles, 3) int32: problem, image and number of every tile of the sampled maps; by default of `self.tile`."""
         return self._work(self._tile_counts(tile or self.tile))
+
+    @cache  # noqa: B019
+    def level_tiles(self, tile: tuple[int, int], levels: range) -> Tensor:
+        """(tiles, 3) int32: level, image and number of every tile of `tile` pixels of some levels."""
+        counts = [_cdiv(h, tile[0]) * _cdiv(w, tile[1]) for h, w in self.sizes]
+        return self._work([n if i in levels else 0 for i, n in enumerate(counts)])
+
+    @cache  # noqa: B019
+    def level_starts(self, counts: tuple[int, ...]) -> Tensor:
+        """(L,) int32: where each level begins, if an image of it has so many entries."""
+        return torch.tensor(_starts([self.batch * n for n in counts])[:-1], dtype=torch.int32).to(self.device)
 
     @cache  # noqa: B019
     def splits(self, tile: tuple[int, int], count: int) -> tuple[Tensor, Tensor]:

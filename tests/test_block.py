@@ -1,5 +1,7 @@
 """Which DyHead runs fused, the tables of the fused block, and what it costs a CPU: nothing."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,6 +82,27 @@ def test_every_pixel_is_in_one_tile_and_one_run():
     assert count == [84] * 3 + [23] * 3 and first == [0, 84, 168, 252, 275, 298]
 
 
+def test_tiles_of_some_levels():
+    tables = made(((19, 35), (10, 18), (5, 9)), batch=2)
+    expected = [(level, n, k) for level, count in ((1, 4 * 3), (2, 2 * 2)) for n in range(2) for k in range(count)]
+    assert list(map(tuple, tables.level_tiles((3, 8), range(1, 3)).tolist())) == expected
+    assert tables.level_starts((7, 5, 3)).tolist() == [0, 14, 24]
+
+
+def test_pieces_of_a_branch_s_tiles():
+    tables = made(((19, 35), (10, 18), (5, 9)), batch=2)
+    # Tiles of 8 x 16 pixels: 9, 4 and 1 an image for the levels themselves, 4 and 1 for either kind of neighbour.
+    pieces, bounds = tables.splits((8, 16), 4)
+    work = tables.tiles((8, 16))
+    covered = [tile for first, end in pieces.tolist() for tile in range(first, min(first + 4, end))]
+    assert covered == list(range(len(work))) and len(work) == 2 * (14 + 5 + 5)
+    assert bounds.tolist() == [[0, 7], [7, 3], [10, 3]]
+    for branch, (first, count) in enumerate(bounds.tolist()):
+        for begin, end in pieces[first : first + count].tolist():
+            assert {tables.problems[i].branch for i in work[begin:end, 0].tolist()} == {branch}
+    assert made(((5, 9),)).splits((8, 16), 4)[1].tolist() == [[0, 1]]
+
+
 @pytest.mark.parametrize(("size", "target"), [(4, 7), (4, 8), (1, 2), (1, 1), (2, 3), (2, 4), (3, 3), (5, 2)])
 def test_interpolation_of_an_axis_is_pytorchs(size, target):
     _, share, first, span = layouts._axis(size, target, torch.float64)
@@ -96,3 +119,20 @@ def test_tables_are_made_once():
     assert made() is made() and made().runs(8) is made().runs(8)
     with torch.inference_mode():
         assert not layouts.layout(((3, 3),), 1, torch.device("cpu"), torch.float32).share.is_inference()
+
+
+@pytest.mark.parametrize(("name", "gathers"), [("points", 4), ("weight", 8), ("finest level", 1)])
+def test_backward_of_the_convolutions_gathers_16_bytes_at_a_time(name, gathers):
+    from kernels.block_conv import compile_specs
+    from kernels.compile import compile_spec
+
+    spec = next(s for s in compile_specs() if s.name == f"block convolutions backward {name}" and s.dtype == "bf16")
+    row = compile_spec(spec, "sm_90")
+    # What a thread gathers for a tile and block of channels: corners, also ahead of the loop; or gradients of entries.
+    sizes = spec.constexprs
+    if name == "finest level":
+        elements = sizes["ENTRIES"] * sizes["BLOCK_O"]
+    else:
+        elements = sizes["TILE_H"] * sizes["TILE_W"] * sizes["BLOCK_C"]
+    pieces = gathers * elements * 2 // (16 * 32 * spec.num_warps)
+    assert int(re.search(r"\b128x(\d+)", row.global_loads)[1]) - row.async_copies >= pieces

@@ -7,7 +7,7 @@ from torch import nn
 
 from heads import DyHead
 from heads.dyhead import ATTENTIONS
-from kernels import block_conv, block_tail, use_backend
+from kernels import block_conv, block_conv_backward, block_maps, block_tail, use_backend
 from kernels.block_layout import join, layout
 from kernels.launch import Launch
 from kernels.tiles import Tiles
@@ -128,9 +128,10 @@ def test_16_bits_lose_no_more_than_the_separate_operators(autocast):
 
 def test_tiles_that_divide_nothing(monkeypatch):
     # As on a GPU without TF32: several blocks of input and of output channels, several tiles in both directions.
-    monkeypatch.setattr(block_conv, "fit", lambda *_: Tiles(4, 4, 32, 32, 4, 2))
-    monkeypatch.setattr(block_conv, "_PREDICTED_PIXELS", 8)
-    monkeypatch.setattr(block_conv, "_WEIGHT_PROGRAMS", 9 * 2 * 2 * 2)
+    for module in (block_conv, block_maps):
+        monkeypatch.setattr(module, "fit", lambda *_: Tiles(4, 4, 32, 32, 4, 2))
+    monkeypatch.setattr(block_conv_backward, "_PREDICTED_PIXELS", 8)
+    monkeypatch.setattr(block_conv_backward, "_WEIGHT_PROGRAMS", 9 * 2 * 2 * 2)
     check(*make("S", sizes=((5, 6), (3, 3)), channels=48, batch=1))
 
 
