@@ -271,11 +271,14 @@ def _split_by_settings(rows: list[dict]) -> list[list[dict]]:
     """Split rows by the settings that take several values within one detector.
 
     A setting that differs only between detectors, a learning rate say, belongs to the detector: they share a table.
+    Rows from before a setting existed differ in it from later ones.
     """
+    names = {name for row in rows for name in _settings(row)}
     values = defaultdict(set)
     for row in rows:
-        for name, value in _settings(row).items():
-            values[row["cell"]["detector"], name].add(value)
+        settings = _settings(row)
+        for name in names:
+            values[row["cell"]["detector"], name].add(settings.get(name, ""))
     splitting = sorted({name for (_, name), seen in values.items() if len(seen) > 1})
     parts = defaultdict(list)
     for row in rows:

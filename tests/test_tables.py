@@ -163,6 +163,11 @@ def test_another_schedule_or_data_set_is_another_table():
     assert [len(section.rows) for section in make_sections([*make_rows(), other])] == [17, 1]
 
 
+def test_rows_from_before_a_setting_existed_are_another_table():
+    later = make_row("LSC", 1, cell={"optimizer": "sgd"}, key="later", started="2027")
+    assert [len(section.rows) for section in make_sections([*make_rows(), later])] == [17, 1]
+
+
 def test_detectors_with_schedules_of_their_own_share_a_table():
     rows = [make_row(name, 1) for name in ("baseline", "LSC")]
     rows += [make_row(name, 1, cell={"detector": "detr", "steps": 4000}) for name in ("baseline", "LSC")]
