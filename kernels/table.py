@@ -33,15 +33,15 @@ NUMBERS = {
     "workspace_MB": "workspace MB",
 }
 OURS = ("ours", "graph")
-RIVALS = {"torchvision": "torchvision ÷", "compiled": "compiled ÷", "dense": "dense ÷"}
+RIVALS = ("torchvision", "plain", "eager", "compiled", "dense")
 NOTES = """\
 - ms: percentiles of a call's time. error: the largest difference from float64 of outputs and gradients, each relative
   to the largest value it should have; rows whose error is beyond its limit are not reported.
 - TFLOP/s and GB/s count what must be computed and moved. % of roof: the least time, by this machine's copy bandwidth
   and its dense 3x3 convolution as measured in the same run, over the time.
 - peak MB: memory beyond what lies there before the call; workspace MB: that beyond the results, too. GPU only.
-- torchvision ÷, compiled ÷, dense ÷: the rival's time over ours, at the same shape, precision and mode; dense is a
-  channels-last convolution without sampling, the bound and no rival. Deterministic modes stand beside plain ones.
+- torchvision ÷ and so on: the rival's time over ours, at the same shape, precision and mode; dense is a channels-last
+  convolution without sampling, the bound and no rival. Deterministic modes stand beside the rivals' ordinary ones.
 """
 
 
@@ -159,7 +159,7 @@ def _table(found: Measurement, names: list[Name]) -> str:
         else:
             ratios = [_ratio(found, name, rival) if name.provider in OURS else "" for rival in RIVALS]
             lines.append(line + [_number(row.get(key)) for key in NUMBERS] + ratios)
-    headers = ["shape", "precision", "mode", "provider", *NUMBERS.values(), *RIVALS.values()]
+    headers = ["shape", "precision", "mode", "provider", *NUMBERS.values(), *(f"{rival} ÷" for rival in RIVALS)]
     # A CPU's memory is not measured, and an operator may have no such rival.
     filled = [i for i in range(len(headers)) if any(line[i] for line in lines)]
     return _markdown([[line[i] for i in filled] for line in lines], [headers[i] for i in filled])
