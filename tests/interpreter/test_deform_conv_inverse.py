@@ -13,6 +13,9 @@ PLAIN = CASES[0]
 NEEDS = [True, False, False, False, False]
 # A batch of maps of four tiles each, whose offsets reach from tile to tile.
 TILES = Case("tiles", "", batch=2, size=(17, 18), channels=2, outputs=3, kernel=(2, 1), padding=(0, 0), spread=3.0)
+# As many samples for a tap as are multiplied at a time.
+HEIGHT = deform_conv_inverse.entries(torch.float64, torch.device("cpu")) // 8
+FULL = Case("full", "", batch=1, channels=2, outputs=3, size=(HEIGHT, 9), kernel=(1, 2), padding=(0, 0), spread=0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +61,7 @@ def check_input(inputs: dict[str, Tensor | None], geometry: dict) -> None:
     assert found.dtype == dtype and error <= limit, f"error {error:.3g}, allowed {limit:.3g}"
 
 
-@pytest.mark.parametrize("case", [*CASES, TILES], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [*CASES, TILES, FULL], ids=lambda case: case.id)
 def test_odd_shapes_follow_float64(case):
     check_input(case.inputs(torch.float64), case.geometry)
 
