@@ -9,6 +9,7 @@ from heads import DyHead, fused
 from heads.dyhead import ATTENTIONS
 from kernels import deform_conv2d
 from kernels.op import rounding
+from kernels.roofline import float32_products
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -22,9 +23,10 @@ CASES = (
 
 
 @pytest.fixture
-def exact_products(monkeypatch):
+def exact_products():
     """Products of float32 as they are; the separate operators' as well."""
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    with float32_products("fp32"):
+        yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
