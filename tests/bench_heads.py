@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from math import isnan
 
 import pytest
 import torch
@@ -194,8 +195,11 @@ def checked(case: Case, head: DyHead, features: list[Tensor], exact: tuple, allo
     else:
         found = run(head, features, case.mode)
     measured = errors(found, exact)
-    beyond = [(error, limit) for error, limit in zip(measured, allowed, strict=True) if not error <= limit]
-    assert not beyond, f"errors beyond twice plain PyTorch's in this precision, not timed: {beyond}"
+    if case.provider in UNFUSED:
+        # Rivals may round as they like in 16 bits, where the error stands beside their time.
+        allowed = [0.01 if DTYPES[case.precision] == torch.float32 else float("inf")] * len(measured)
+    beyond = [(error, limit) for error, limit in zip(measured, allowed, strict=True) if error > limit or isnan(error)]
+    assert not beyond, f"errors beyond what this precision allows, not timed: {beyond}"
     return max(measured)
 
 
