@@ -86,6 +86,10 @@ class Case:
         features = [x.to(device, dtype, memory_format=torch.channels_last) for x in features]
         return [x.requires_grad_(self.mode != "forward") for x in features]
 
+    def cotangents(self, dtype: torch.dtype, device: str) -> list[Tensor]:
+        """What the gradients are taken for; a 64th, so that sums over all pixels of a batch are fp16 numbers."""
+        return [x.detach() / 64 for x in self.features(dtype, device, seed=-1)]
+
 
 CPU_CASES = [
     Case(1, 64, 8, CPU_SIZES, "fp32", mode, provider, "cpu")
@@ -126,26 +130,27 @@ def path_of(provider: str, monkeypatch) -> Iterator[None]:
         yield
 
 
-def run(head: DyHead, features: list[Tensor], mode: str) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs of a head; and in the mode `both` the gradients of features and parameters, for ones."""
-    if mode == "forward":
+def run(
+    head: DyHead, features: list[Tensor], cotangents: list[Tensor] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs of a head; and where there are cotangents, the gradients of features and parameters for them."""
+    if cotangents is None:
         with torch.no_grad():
             return head(features), []
     outputs = head(features)
-    ones = [torch.ones_like(y) for y in outputs]
-    return outputs, list(torch.autograd.grad(outputs, [*features, *head.parameters()], ones))
+    return outputs, list(torch.autograd.grad(outputs, [*features, *head.parameters()], cotangents))
 
 
-def replay(case: Case, head: DyHead, features: list[Tensor]) -> Callable[[], list[Tensor]]:
+def replay(head: DyHead, features: list[Tensor]) -> Callable[[], list[Tensor]]:
     """A call on these features as a CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        run(head, features, case.mode)
+        run(head, features)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs, _ = run(head, features, case.mode)
+        outputs, _ = run(head, features)
 
     def call() -> list[Tensor]:
         graph.replay()
@@ -157,8 +162,11 @@ def replay(case: Case, head: DyHead, features: list[Tensor]) -> Callable[[], lis
 def timed_call(case: Case, head: DyHead, features: list[Tensor]) -> Callable[[], list[Tensor]]:
     """A call without arguments that returns the outputs, or the gradients."""
     if case.provider == "graph":
-        return replay(case, head, features)
-    return lambda: run(head, features, case.mode)[case.mode == "both"]
+        return replay(head, features)
+    if case.mode == "forward":
+        return lambda: run(head, features)[0]
+    cotangents = case.cotangents(DTYPES[case.precision], case.device)
+    return lambda: run(head, features, cotangents)[1]
 
 
 def errors(found: tuple[list[Tensor], ...], exact: tuple[list[Tensor], ...]) -> list[float]:
@@ -167,9 +175,18 @@ def errors(found: tuple[list[Tensor], ...], exact: tuple[list[Tensor], ...]) -> 
     A gradient has single wild elements where rounding has moved a sample across a pixel, see `exact_and_allowed`.
     """
     scale = max(e.abs().max() for e in exact[0])
-    outputs = [(f.detach().double() - e).abs().max() / scale for f, e in zip(found[0], exact[0], strict=True)]
+    outputs = [(f.double() - e).abs().max() / scale for f, e in zip(found[0], exact[0], strict=True)]
     gradients = [(f.double() - e).norm() / e.norm() for f, e in zip(found[1], exact[1], strict=True) if e.any()]
     return [float(torch.stack(kind).max()) for kind in (outputs, gradients) if kind]
+
+
+def results(case: Case, head: DyHead, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs, and in the mode `both` the gradients, of a case as it is checked."""
+    features = case.features(dtype, case.device)
+    if case.provider == "graph":
+        return replay(head, features)(), []
+    outputs, gradients = run(head, features, case.cotangents(dtype, case.device) if case.mode == "both" else None)
+    return [y.detach() for y in outputs], gradients
 
 
 @lru_cache(maxsize=1)
@@ -180,21 +197,15 @@ def exact_and_allowed(case: Case) -> tuple[tuple[list[Tensor], ...], list[float]
     longest side, so of all samples about that share crosses, by chance, and its root is what the norm changes by.
     """
     with use_backend("torch"):
-        wide, dtype = torch.float64, DTYPES[case.precision]
-        exact = run(case.head(wide, case.device), case.features(wide, case.device), case.mode)
-        exact = tuple([x.detach() for x in part] for part in exact)
-        plain = run(case.head(dtype, case.device), case.features(dtype, case.device), case.mode)
+        exact = results(case, case.head(torch.float64, case.device), torch.float64)
+        plain = results(case, case.head(DTYPES[case.precision], case.device), DTYPES[case.precision])
     crossing = (2 * max(map(max, case.sizes)) * torch.finfo(torch.float32).eps) ** 0.5
     return exact, [2 * error + floor for error, floor in zip(errors(plain, exact), (1e-6, crossing), strict=False)]
 
 
-def checked(case: Case, head: DyHead, features: list[Tensor], exact: tuple, allowed: list[float]) -> float:
+def checked(case: Case, head: DyHead, exact: tuple, allowed: list[float]) -> float:
     """The largest error of what the case computes; the last two arguments are from `exact_and_allowed`."""
-    if case.provider == "graph":
-        found = replay(case, head, features)(), []
-    else:
-        found = run(head, features, case.mode)
-    measured = errors(found, exact)
+    measured = errors(results(case, head, DTYPES[case.precision]), exact)
     if case.provider in UNFUSED:
         # Rivals may round as they like in 16 bits, where the error stands beside their time.
         allowed = [0.01 if DTYPES[case.precision] == torch.float32 else float("inf")] * len(measured)
@@ -233,12 +244,13 @@ def test_head(case, benchmark, record_property, monkeypatch):
     dtype, device = DTYPES[case.precision], case.device
     with named_if_missing(case.row, record_property), float32_products(case.precision):
         reference = exact_and_allowed(replace(case, provider="eager"))
-        head, first = case.head(dtype, device), case.features(dtype, device)
+        head = case.head(dtype, device)
         if case.provider == "compiled":
             torch.compiler.reset()
             head.compile(fullgraph=True)
         with path_of(case.provider, monkeypatch):
-            error = checked(case, head, first, *reference)
+            error = checked(case, head, *reference)
+            first = case.features(dtype, device)
             sets = [first, *(case.features(dtype, device, seed) for seed in range(1, copies_past_the_cache(first)))]
             call = in_turn([timed_call(case, head, features) for features in sets])
             if seconds := measure(call, benchmark):

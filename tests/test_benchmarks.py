@@ -63,21 +63,21 @@ def test_a_wrong_operator_is_not_timed(op):
 @pytest.mark.parametrize("mode", ["forward", "both"])
 def test_a_wrong_block_is_not_timed(mode):
     case = next(case for case in bench_heads.CPU_CASES if case.mode == mode)
-    head, features = case.head(torch.float32, "cpu"), case.features(torch.float32, "cpu")
+    head = case.head(torch.float32, "cpu")
     reference = bench_heads.exact_and_allowed(case)
-    assert bench_heads.checked(case, head, features, *reference) < 1e-5
+    assert bench_heads.checked(case, head, *reference) < 1e-5
     with torch.no_grad():
         head.blocks[0].scale.gate.bias += 1e-3
     with pytest.raises(AssertionError, match="not timed"):
-        bench_heads.checked(case, head, features, *reference)
+        bench_heads.checked(case, head, *reference)
 
 
 def test_a_wrong_gradient_of_a_block_is_not_timed():
     case = next(case for case in bench_heads.CPU_CASES if case.mode == "both")
-    head, features = case.head(torch.float32, "cpu"), case.features(torch.float32, "cpu")
+    head = case.head(torch.float32, "cpu")
     head.blocks[0].spatial.offset.weight.register_hook(lambda gradient: 1.01 * gradient)
     with pytest.raises(AssertionError, match="not timed"):
-        bench_heads.checked(case, head, features, *bench_heads.exact_and_allowed(case))
+        bench_heads.checked(case, head, *bench_heads.exact_and_allowed(case))
 
 
 def test_our_own_operator_is_never_merely_missing():
@@ -109,12 +109,12 @@ def test_a_head_runs_on_torchvisions_operator_and_comes_back(monkeypatch):
 
     monkeypatch.setattr(bench_heads, "torchvision_deform_conv2d", lambda: operator)
     case = next(case for case in bench_heads.CPU_CASES if (case.provider, case.mode) == ("torchvision", "forward"))
-    head, features = case.head(torch.float32, "cpu"), case.features(torch.float32, "cpu")
+    head = case.head(torch.float32, "cpu")
     reference = bench_heads.exact_and_allowed(case)
     assert not calls
     with bench_heads.path_of("torchvision", monkeypatch):
-        assert bench_heads.checked(case, head, features, *reference) < 1e-5
+        assert bench_heads.checked(case, head, *reference) < 1e-5
     # Five levels sample themselves, four their finer and four their coarser neighbours.
     assert sorted(calls) == [1] * 9 + [2] * 4
-    bench_heads.checked(case, head, features, *reference)
+    bench_heads.checked(case, head, *reference)
     assert len(calls) == 13
