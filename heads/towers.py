@@ -36,9 +36,13 @@ class ConvTowers(nn.Module):
             layers = []
             for _ in range(depth):
                 conv = nn.Conv2d(channels, channels, 3, padding=1, bias=bias or not norm)
-                # 0.01 at the published 256 channels. Behind a GroupNorm the scale sets the effective learning rate, so
-                # narrower towers start with the same variance of a sum over their inputs.
-                nn.init.normal_(conv.weight, std=0.01 * math.sqrt(256 / channels))
+                if norm:
+                    # 0.01 at the published 256 channels. Before a GroupNorm the scale sets the effective learning rate,
+                    # so narrower towers start with the same variance of a sum over their inputs.
+                    nn.init.normal_(conv.weight, std=0.01 * math.sqrt(256 / channels))
+                else:
+                    # By the published 0.01 only a third of the signal, and of the gradient, passes a convolution.
+                    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
                 if conv.bias is not None:
                     nn.init.zeros_(conv.bias)
                 layers += [conv, *([nn.GroupNorm(groups, channels)] if norm else []), nn.ReLU(inplace=True)]

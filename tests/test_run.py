@@ -90,6 +90,13 @@ def test_detectors_and_backbones_train_as_published_where_that_is_not_sgd(data):
     assert schedules("swin_t") == {("atss", "adamw", 5e-5, 1.0, 0.05), (*detr, 0.05)}
 
 
+@pytest.mark.parametrize("preset", ["tiny", "small"])
+def test_retinanet_has_half_the_rate_unless_its_backbone_has_one(preset):
+    preset = PRESETS[preset]
+    assert preset.own_fields("retinanet", preset.backbone) == {"lr": preset.lr / 2}
+    assert preset.own_fields("retinanet", "swin_t") == preset.own_fields("atss", "swin_t")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

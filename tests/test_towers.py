@@ -1,5 +1,6 @@
 """The trunk of a detector without DyHead."""
 
+import pytest
 import torch
 
 from heads.towers import ConvTowers
@@ -23,3 +24,12 @@ def test_towers_without_norm_have_biases_and_no_groups():
     assert sum(p.numel() for p in towers.parameters()) == 8 * (256 * 256 * 9 + 256)
     assert not any(isinstance(m, torch.nn.GroupNorm) for m in towers.modules())
     assert sum(p.numel() for p in ConvTowers(256, depth=3).parameters()) == 6 * (256 * 256 * 9 + 512)
+
+
+@pytest.mark.parametrize("channels", [64, 256])
+def test_towers_without_norm_start_by_keeping_the_size_of_a_signal(channels):
+    """By convolutions that start at 0.01 less than a fiftieth would come through."""
+    torch.manual_seed(0)
+    (x,), (y,) = ConvTowers(channels, norm=False)([torch.randn(1, channels, 24, 24)])
+    for out in (x, y):
+        assert 0.5 < out.square().mean().sqrt() < 2
