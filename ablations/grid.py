@@ -130,7 +130,7 @@ PRESETS = {
         own={
             "retinanet": WITHOUT_NORM,
             "swin": ADAMW | {"lr": 5e-4, "weight_decay": 0.05},
-            "detr": ADAMW | {"lr": 1e-3},
+            "detr": ADAMW | {"lr": 5e-4},
         },
     ),
     "small": Preset(
@@ -152,7 +152,7 @@ PRESETS = {
         own={
             "retinanet": WITHOUT_NORM,
             "swin": ADAMW | {"lr": 5e-4, "weight_decay": 0.05},
-            "detr": ADAMW | {"lr": 1e-3},
+            "detr": ADAMW | {"lr": 5e-4},
         },
     ),
     # The paper's ablation: 1x of 90,000 steps, batch 16; lr as in the released ATSS configuration.
