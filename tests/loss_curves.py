@@ -1,6 +1,7 @@
 """Loss curves of a small detector on generated scenes, and whether two of them differ by more than chance."""
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import combinations
 
 import numpy as np
@@ -15,6 +16,7 @@ from kernels import use_backend
 WINDOWS = 20
 
 
+@cache
 def scenes(count: int) -> list[tuple[Tensor, dict]]:
     """Images and targets of the easiest generated set; the same ones in every call."""
     found = []
