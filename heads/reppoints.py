@@ -17,9 +17,10 @@ DyHead takes the place of the towers; both stages read its maps.
 
 Deviations: the pyramid has no GroupNorm, as in all other detectors here. A box that overlaps no box of the first stage
 gets none in the second; mmdetection gives it every one that overlaps it not at all. The 3×3 convolutions of the head
-start at the published variance for the published 256 channels and keep the variance of a sum for fewer. Suppression
-compares class labels instead of shifting boxes by class, and the 1.2e-7 that mmdetection adds to every normaliser is
-left out.
+start by He's rule (He et al., ICCV 2015), not with the published standard deviation of 0.01, by which a third of the
+signal passes: behind a tower that ends in a GroupNorm that is enough, but a DyHead's maps are a third of that size, and
+the second stage waits for the first. Suppression compares class labels instead of shifting boxes by class, and the
+1.2e-7 that mmdetection adds to every normaliser is left out.
 """
 
 import math
@@ -160,7 +161,7 @@ class RepPointsHead(nn.Module):
         self.transfer = nn.Parameter(torch.zeros(2))
         self.register_buffer("taps", torch.tensor(_TAPS).view(1, 18, 1, 1), persistent=False)
         for weight in (self.first_conv.weight, self.cls_weight, self.second_weight):
-            nn.init.normal_(weight, std=0.01 * math.sqrt(256 / in_channels))
+            nn.init.kaiming_normal_(weight, nonlinearity="relu")
         for out in (self.first_out, self.cls_out, self.second_out):
             nn.init.normal_(out.weight, std=0.01)
             nn.init.zeros_(out.bias)
@@ -226,7 +227,9 @@ class RepPointsHead(nn.Module):
         background = torch.tensor([self.num_classes], device=matched.device)
         # Cells without a box read the last entry: background.
         labels = torch.cat([*(t["labels"] for t in targets), background])[matched.clamp(min=-1)]
-        counted = matched != IGNORED if valid is None else (matched != IGNORED) & valid
+        counted = matched != IGNORED
+        if valid is not None:
+            counted &= valid
         return first, self._stage(matched, boxes), labels, counted
 
     def loss(

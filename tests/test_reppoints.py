@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from golden_scene import (
     CASES,
     CLASSES,
@@ -196,3 +197,10 @@ def test_losses_are_finite_at_the_edges(name):
 def test_an_untrained_head_predicts_the_prior():
     zeros = [torch.zeros(1, 8, 2, 2) for _ in STRIDES]
     torch.testing.assert_close(head(prior=0.02)(zeros, zeros).logits.sigmoid(), torch.full((1, 20, CLASSES), 0.02))
+
+
+def test_the_stages_start_by_keeping_the_size_of_a_signal():
+    torch.manual_seed(0)
+    model, x = head(in_channels=64), torch.randn(1, 64, 24, 24)
+    for weight in (model.first_conv.weight, model.cls_weight, model.second_weight):
+        assert 0.7 < F.conv2d(x, weight, padding=1).relu().square().mean().sqrt() < 1.4
