@@ -32,9 +32,10 @@ def reason_against(blocks: Sequence[nn.Module], features: list[Tensor]) -> str |
         ):
             return f"a block is made of {', '.join(type(part).__name__ for part in parts)}"
         layers = [block.scale.gate, *(getattr(block.task, name, None) for name in ("reduce", "expand"))]
-        replaced = [type(layer).__name__ for layer in layers if layer is not None and type(layer) is not nn.Linear]
-        if replaced:
-            return f"a linear layer of a block is a {replaced[0]}"
+        pairs = [(layer, nn.Linear) for layer in layers] + [(block.spatial.offset, nn.Conv2d)]
+        for layer, kind in pairs:
+            if layer is not None and type(layer) is not kind:
+                return f"a layer of a block is a {type(layer).__name__} and not a {kind.__name__}"
         if len({branch.norm.eps for branch in block.spatial.branches}) > 1:
             return "the GroupNorms of a block differ in eps"
     from kernels.block_layout import pyramid_mismatch
@@ -78,21 +79,23 @@ def _convolve(spatial: SpatialAttention, pyramid: Tensor, tables) -> tuple[Tenso
     """The sampled maps, without the convolutions' biases, and what `statistics` needs of them where it is known."""
     from kernels.block_conv import convolve
     from kernels.block_layout import join
+    from kernels.block_offset import predict
 
-    features = tables.split(pyramid)
     same, finer, coarser = spatial.branches
     if spatial.offset is None:
+        features = tables.split(pyramid)
         maps = same.convolve(features, None, None, None) + finer.convolve(features[:-1], None, None, None)
         return join(maps + coarser.convolve(features[1:], None, None, None)), None
-    predicted = [spatial.offset(x) for x in features]
+    predicted = predict(pyramid, spatial.offset.weight, spatial.offset.bias, tables)
     crop = spatial.coarse_offsets == "crop"
     # Offsets and masks of a coarser neighbour that are no corner of the level's get rows of their own.
     if not crop:
-        offsets, masks = [p[:, : 2 * TAPS] for p in predicted], [p[:, 2 * TAPS :].sigmoid() for p in predicted]
-        extra = spatial.for_coarser(offsets, masks)
-        predicted = [torch.cat(pair, 1) for pair in zip(offsets + extra[0], masks + extra[1], strict=True)]
+        offsets, masks = predicted[:, : 2 * TAPS], predicted[:, 2 * TAPS :].sigmoid()
+        coarser_maps = zip(*spatial.for_coarser(tables.split(offsets), tables.split(masks)), strict=True)
+        own = tables.split(torch.cat([offsets, masks], 1))
+        predicted = join(own + [torch.cat(pair, 1) for pair in coarser_maps])
     weights = [branch.weight for branch in spatial.branches]
-    return convolve(pyramid, join(predicted), weights, crop, crop, tables)
+    return convolve(pyramid, predicted, weights, crop, crop, tables)
 
 
 def _coefficients(block: nn.Module, numbers: Tensor, share: Tensor) -> Tensor:

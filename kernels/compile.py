@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 from kernels import (
     block_coefficients,
     block_conv,
+    block_offset,
     block_tail,
     border_align_triton,
     deform_conv_launch,
@@ -45,6 +46,7 @@ TRITON_MODULES = (
     block_tail,
     block_coefficients,
     block_conv,
+    block_offset,
     roi_align_triton,
     border_align_triton,
     nms_triton,

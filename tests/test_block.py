@@ -40,7 +40,7 @@ def test_reasons_against_fusing(as_if_interpreted):
         assert head.unfused_reason(features(dtype=torch.float16)) is None
     assert "batch" in head.unfused_reason([x[:0] for x in features()])
     gate, head.blocks[0].scale.gate = head.blocks[0].scale.gate, torch.nn.Sequential()
-    assert "a Sequential" in head.unfused_reason(features())
+    assert "a Sequential and not a Linear" in head.unfused_reason(features())
     head.blocks[0].scale.gate = gate
     head.blocks[0].spatial.from_finer.norm.eps = 0
     assert "eps" in head.unfused_reason(features())

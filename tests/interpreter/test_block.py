@@ -9,7 +9,6 @@ from heads import DyHead
 from heads.dyhead import ATTENTIONS
 from kernels import block_conv, block_conv_backward, block_maps, block_tail, use_backend
 from kernels.block_layout import join, layout
-from kernels.launch import Launch
 from kernels.tiles import Tiles
 
 # Odd, even and one-pixel sizes; the last two levels upsample from one row or one pixel.
@@ -133,30 +132,6 @@ def test_tiles_that_divide_nothing(monkeypatch):
     monkeypatch.setattr(block_conv_backward, "_PREDICTED_PIXELS", 8)
     monkeypatch.setattr(block_conv_backward, "_WEIGHT_PROGRAMS", 9 * 2 * 2 * 2)
     check(*make("S", sizes=((5, 6), (3, 3)), channels=48, batch=1))
-
-
-def test_launches_of_a_block(monkeypatch):
-    launches = []
-    run = Launch.run
-
-    def record(launch):
-        module = launch.kernel.fn.__module__.removeprefix("kernels.block_").removesuffix("_triton")
-        launches.append(f"{module}.{launch.kernel.__name__.removesuffix('_kernel')}")
-        run(launch)
-
-    monkeypatch.setattr(Launch, "run", record)
-    for attentions in ("LSC", "C"):
-        launches.clear()
-        head, features, cotangents = make(attentions, sizes=((3, 2), (2, 1)), batch=1)
-        outputs = head(features)
-        first = "conv.forward" if "S" in attentions else "tail.statistics"
-        assert launches == [first, "tail.merge", "coefficients.forward", "tail.forward"]
-        launches.clear()
-        torch.autograd.grad(outputs, [*features, *head.parameters()], cotangents)
-        tail = ["tail.backward_sums", "tail.add", "coefficients.backward", "coefficients.parameters"]
-        assert launches[:5] == [*tail, "tail.backward_maps"]
-        convolutions = [f"conv_backward.backward_{name}" for name in ("points", "predicted", "weight")] + ["tail.add"]
-        assert launches[5:] == (convolutions if "S" in attentions else [])
 
 
 def test_golden_block_of_one_level(golden):

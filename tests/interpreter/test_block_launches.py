@@ -1,0 +1,85 @@
+"""What a fused block launches: every kernel, and every operator of PyTorch that a GPU would launch something for."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from heads import DyHead
+from kernels import use_backend
+from kernels.launch import Launch
+
+# Neither views nor work: memory, and questions about types.
+FREE = {"empty", "empty_like", "new_empty", "new_empty_strided", "detach", "_unsafe_view", "promote_types"}
+
+
+class Seen(TorchDispatchMode):
+    """Names of kernels, as part.kernel, and of PyTorch's operators, in the order of their launches."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def kernel(self, launch, run):
+        part = launch.kernel.fn.__module__.removeprefix("kernels.block_").split("_")[0]
+        self.names.append(f"{part}.{launch.kernel.__name__.removesuffix('_kernel')}")
+        # What the interpreter does to run it is none of PyTorch's launches.
+        with _disable_current_modes():
+            run(launch)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in FREE:
+            self.names.append(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """A function: letters -> what a head of two blocks on two levels launches, forward and backward.
+
+    Tables are made by the block that runs first, so the end of a list is what every other call launches.
+    """
+
+    def count(attentions):
+        head = DyHead(16, 2, attentions)
+        features = [torch.randn(1, 16, *size).to(memory_format=torch.channels_last) for size in ((3, 2), (2, 1))]
+        forward, backward, run = Seen(), Seen(), Launch.run
+        with use_backend("triton"):
+            monkeypatch.setattr(Launch, "run", lambda launch: forward.kernel(launch, run))
+            with forward:
+                outputs = head([x.requires_grad_() for x in features])
+            cotangents = [torch.randn_like(x) for x in outputs]
+            monkeypatch.setattr(Launch, "run", lambda launch: backward.kernel(launch, run))
+            with backward:
+                torch.autograd.backward(outputs, cotangents)
+        return forward.names, backward.names
+
+    return count
+
+
+def test_launches_of_a_block(launches):
+    forward, backward = launches("LSC")
+    # Each of the two copies packs weights.
+    block = ["copy_", "offset.forward", "stack", "conv.forward", "tail.merge", "coefficients.forward", "tail.forward"]
+    assert [name for name in forward if "." in name] == [name for name in block * 2 if "." in name]
+    assert forward[-7:] == block
+
+    block = backward[max(i for i, name in enumerate(backward) if name == "tail.backward_sums") :]
+    first = ["tail.backward_sums", "tail.add", "coefficients.backward", "coefficients.parameters", "tail.backward_maps"]
+    # Two parts of the pyramid's gradient are added; the last copy is the offset's weight, in the parameter's order.
+    last = ["offset.backward_input", "offset.backward_weight", "sum", "add", "copy_"]
+    assert block[:5] == first and block[-5:] == last
+    convolutions = [name for name in block[5:-5] if "." in name]
+    names = ("conv.backward_points", "conv.backward_predicted", "conv.backward_weight", "tail.add")
+    assert convolutions == list(names)
+    assert len(block) <= 20, block
+
+
+def test_launches_of_a_block_without_spatial_attention(launches):
+    forward, backward = launches("C")
+    tail = ["tail.statistics", "tail.merge", "coefficients.forward", "tail.forward"]
+    # Four convolutions on two levels, which PyTorch makes.
+    assert forward[-9:] == [*["convolution"] * 4, "cat", *tail]
+    assert [name for name in backward if "." in name][-5:] == [
+        *("tail.backward_sums", "tail.add", "coefficients.backward", "coefficients.parameters", "tail.backward_maps")
+    ]

@@ -1,0 +1,102 @@
+"""The grouped convolution of a block's offsets under the interpreter: PyTorch's numbers, forward and every gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import block_offset
+from kernels.block_layout import join, layout
+from kernels.block_offset import predict
+from kernels.launch import real
+from kernels.tiles import Tiles
+
+# Odd, even and one-pixel sizes: every tile and every run of pixels ends in the middle of a level, or beyond it.
+SIZES = ((7, 10), (4, 5), (2, 3), (1, 2), (1, 1))
+
+
+@pytest.fixture(autouse=True)
+def poisoned(poison):
+    pass
+
+
+def make(sizes=SIZES, batch=2, channels=16, outputs=27, dtype=torch.float64, parameters=None):
+    """The pyramid's levels, weight and bias, and what the outputs are multiplied with."""
+    generator = torch.Generator().manual_seed(7)
+
+    def new(*shape, dtype=dtype):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    levels = [new(batch, channels, *size) for size in sizes]
+    cotangents = [new(batch, outputs, *size) for size in sizes]
+    parameters = parameters or dtype
+    return levels, new(outputs, channels, 3, 3, dtype=parameters), new(outputs, dtype=parameters), cotangents
+
+
+def ours(levels, weight, bias, cotangents, wanted=(0, 1, 2)):
+    """The matrix of predictions, and the wanted gradients of pyramid, weight and bias."""
+    tables = layout(tuple(x.shape[2:] for x in levels), len(levels[0]), torch.device("cpu"), real(weight.dtype))
+    inputs = [x.detach().requires_grad_(i in wanted) for i, x in enumerate((join(levels), weight, bias))]
+    out = predict(*inputs, tables)
+    return out.detach(), *torch.autograd.grad(out, [inputs[i] for i in wanted], join(cotangents))
+
+
+def pytorchs(levels, weight, bias, cotangents):
+    """The same from one convolution a level, in the type of the levels."""
+    levels, weight, bias = [x.requires_grad_() for x in levels], weight.requires_grad_(), bias.requires_grad_()
+    outputs = [F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=1) for x in levels]
+    grads = torch.autograd.grad(outputs, [*levels, weight, bias], cotangents)
+    return join([y.detach() for y in outputs]), join(list(grads[:-2])), *grads[-2:]
+
+
+def check(arguments):
+    for found, expected in zip(ours(*arguments), pytorchs(*arguments), strict=True):
+        assert found.shape == expected.shape and found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-13 * float(expected.abs().max()))
+
+
+def test_levels_of_every_size():
+    check(make())
+
+
+def test_one_level_of_one_image():
+    check(make(sizes=((5, 3),), batch=1))
+
+
+def test_channels_that_are_no_power_of_two():
+    check(make(sizes=((3, 4), (2, 2)), channels=48, outputs=5))
+
+
+def test_several_blocks_of_everything(monkeypatch):
+    # Blocks of 16 of 48 channels, of 16 of 27 outputs and of 243 columns, tiles of 2 x 4, runs of 16 pixels.
+    monkeypatch.setattr(block_offset, "fit", lambda *_: Tiles(2, 4, 16, 16, 4, 2))
+    monkeypatch.setattr(block_offset, "_RUNS", 3)
+    check(make(sizes=((3, 5), (2, 3)), channels=48, batch=1))
+
+
+def test_places_of_64_bits(monkeypatch):
+    common = block_offset._common
+    monkeypatch.setattr(block_offset, "_common", lambda *a: common(*a) | {"INDEX": block_offset.tl.int64})
+    check(make(sizes=((3, 2),)))
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,)], ids=["pyramid", "weight", "bias"])
+def test_single_gradients(wanted):
+    arguments = make(sizes=((3, 2),))
+    assert torch.equal(ours(*arguments, wanted)[1], ours(*arguments)[1 + wanted[0]])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "parameters"), [(torch.float32,) * 2, (torch.float16,) * 2, (torch.float16, torch.float32)], ids=str
+)
+def test_loses_no_more_than_pytorch(dtype, parameters):
+    arguments = make(channels=32, dtype=dtype, parameters=parameters)
+    exact = pytorchs(*(x.double() if isinstance(x, torch.Tensor) else [y.double() for y in x] for x in arguments))
+    for found, plain, x in zip(ours(*arguments), pytorchs(*arguments), exact, strict=True):
+        assert found.dtype == plain.dtype
+        allowed = 2 * (plain - x).abs().max() + 1e-6 * x.abs().max()
+        assert (found - x).abs().max() <= allowed
+
+
+def test_the_same_bits_twice():
+    arguments = make(dtype=torch.float32)
+    assert all(torch.equal(x, y) for x, y in zip(ours(*arguments), ours(*arguments), strict=True))
