@@ -173,7 +173,9 @@ def _backward_launch(
     arguments |= {"grad": gradients[0], "grad_statistics": gradients[1], "partial": partial}
     arguments |= {"coefficients": coefficients, "pooled": pooled}
     constants |= {"BLOCK_O": triton.next_power_of_2(4 * constants["C"]), "COLUMNS": partial.shape[1]}
-    return Launch(kernels.backward_kernel, (partial.shape[0],), arguments, constants, _WARPS)
+    # Without the network there is little to share, and eight warps leave some bytes on the stack.
+    warps = _WARPS if constants["KINDS"] == 8 else max(1, groups * constants["SPAN"] // 256)
+    return Launch(kernels.backward_kernel, (partial.shape[0],), arguments, constants, warps)
 
 
 def _parameters_launch(partial: Tensor, grads: Tensor, channels: int, hidden: int) -> Launch:

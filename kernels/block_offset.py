@@ -28,7 +28,7 @@ _INPUT = Table(
 )
 _WEIGHT = Table(
     "block offsets backward weight",
-    {"16": Tiles(4, 8, 256, 128, 8, 2), "32": Tiles(4, 8, 256, 64, 8, 2), "exact": Tiles(4, 8, 32, 32, 4, 2)},
+    {"16": Tiles(4, 8, 128, 128, 8, 2), "32": Tiles(4, 8, 256, 64, 8, 2), "exact": Tiles(4, 8, 32, 32, 4, 2)},
 )
 # Runs over which the sum of the weight's gradient is spread; the interpreter's time is that of its programs' number.
 _RUNS = 4 if INTERPRET else 128
