@@ -53,6 +53,8 @@ class _Convolve(torch.autograd.Function):
         partial = pyramid.new_empty((len(layout.tiles()), 3, channels), dtype=layout.real)
         _launch(Maps(pyramid, predicted.contiguous(), sigmoid, crop, layout), packed, sampled, partial).run()
         ctx.mark_non_differentiable(partial)
+        # Otherwise zeros would be made for the gradient that `partial` does not have.
+        ctx.set_materialize_grads(False)
         return sampled, partial
 
     @staticmethod
