@@ -1,4 +1,4 @@
-"""A one-stage detector is backbone → FPN → trunk → prediction head."""
+"""A detector is backbone → FPN → trunk → prediction head; what a second stage does is its head's affair."""
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,10 @@ class Detector(nn.Module):
     """The parts of a detector in a row, with torchvision's calling convention.
 
     Args:
-        backbone: (N, 3, H, W) -> C3, C4, C5.
-        fpn: C3, C4, C5 -> a pyramid of (N, C, H_l, W_l).
-        trunk: The detector's own towers (pyramid -> classification maps, regression maps) or a `DyHead` (pyramid ->
-            pyramid, which serves both).
+        backbone: (N, 3, H, W) -> C3, C4, C5, and C2 before them for pyramids that begin with it.
+        fpn: These maps -> a pyramid of (N, C, H_l, W_l).
+        trunk: The detector's own towers (pyramid -> classification maps, regression maps), or a `DyHead` or nothing
+            (pyramid -> pyramid, which serves both).
         head: Prediction head with `forward`, `loss` and `predict`; see `heads/atss.py`.
         divisor: Batches are padded to a multiple of this many pixels.
         mean, std: What the channels are normalised with, in the order red, green, blue, for pixels in 0…1.
@@ -53,7 +53,7 @@ class Detector(nn.Module):
 
         Returns:
             In training a dict of scalar losses whose sum is minimised. In evaluation one dict an image: `boxes` (K, 4)
-            xyxy in pixels of that image, `scores` (K,), `labels` (K,).
+            xyxy in pixels of that image, `scores` (K,), `labels` (K,), and `masks` where the head has them.
         """
         sizes = [tuple(image.shape[-2:]) for image in images]
         outputs = self.raw(self.batch(images))

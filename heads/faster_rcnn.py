@@ -15,11 +15,11 @@ stages stay as they are. `placement="around_roi"`, the paper's Fig. 2(c): the ta
 behind RoIAlign and takes the place of the two layers; the flattened 7×7 bins go to the two linear layers that predict.
 The baseline has nothing between pyramid and heads.
 
-Deviations: at 256 channels of the pyramid all numbers are the published ones; below, the width of the layers falls with
-the channels, and the numbers of candidates, proposals and regions with their square, down to 64 proposals and 32
-regions, so that the second stage of a small model costs no more than the rest of it. Boxes that clipping leaves without
-area are dropped. Suppression compares labels instead of shifting boxes by class. The sample is drawn from random keys
-(`heads/sample.py`).
+Deviations: at 256 channels of the pyramid all numbers are the published ones; below, the width of the layers and the
+number of anchors in the first stage's sample fall with the channels, and the numbers of candidates, proposals and
+regions with their square, down to 64 proposals and 32 regions, so that the second stage of a small model costs no more
+than the rest of it. Boxes that clipping leaves without area are dropped. Suppression compares labels instead of
+shifting boxes by class. The sample is drawn from random keys (`heads/sample.py`).
 """
 
 from collections.abc import Callable, Sequence

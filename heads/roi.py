@@ -114,6 +114,7 @@ def pool(features: Sequence[Tensor], strides: Sequence[int], boxes: Sequence[Ten
         features: maps (N, C, H_l, W_l).
         strides: pixels per cell, by level.
         boxes: for each image (r_i, 4) in pixels.
+        bins: of a region, along each side.
 
     Returns:
         (sum r_i, C, bins, bins), image by image.

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def padding_mask(sizes: Sequence[tuple[int, int]], padded: tuple[int, int], cells: tuple[int, int], device) -> Tensor:
+def padding_mask(
+    sizes: Sequence[tuple[int, int]], padded: tuple[int, int], cells: tuple[int, int], device: torch.device | str
+) -> Tensor:
     """Which cells of a map hold nothing but padding: (N, h, w) bool.
 
     Args:
