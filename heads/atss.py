@@ -22,12 +22,14 @@ Two releases of ATSS with DyHead differ in details that move losses and detectio
 
 They also differ in settings that have arguments of their own: the official model centres anchors in their cells
 (`anchor_offset=0.5`, as does mmdetection's "r50-caffe" DyHead configuration) and predicts with 1×1 convolutions;
-mmdetection's ATSS and its "r50" DyHead configuration use offset 0 and 3×3 convolutions.
+mmdetection's ATSS and its "r50" DyHead configuration use offset 0 and 3×3 convolutions. `build_detector("atss")`
+follows "mmdet" with the anchors and predictors of the official model.
 
 Deviations: an image without boxes raises an error in the official code and is all background here. Suppression compares
 class labels instead of shifting boxes by class, and ties go by order (see `kernels/nms.py`, `heads/assign.py`). Targets
 stay boxes; the official code encodes and decodes them. mmdetection's pad_shape is recomputed from the image's size, and
-the 1.2e-7 it adds to every normaliser is left out.
+the 1.2e-7 it adds to every normaliser is left out. Towers of fewer than 256 channels start with the published variance
+of a sum, not of a weight (`heads/towers.py`).
 """
 
 import math
@@ -42,8 +44,12 @@ from heads.anchors import Grid, Sizes, anchor_grid, cell_anchors, outside_paddin
 from heads.assign import assign_atss
 from heads.boxes import DeltaCoder, centerness_of, encode_distances
 from heads.dense import best_per_level, detections, predict_rows
+from heads.detector import Detector
+from heads.dyhead import DyHead
+from heads.fpn import FPN
 from heads.losses import centerness_loss, giou_loss, sigmoid_focal_loss
-from heads.towers import Scale
+from heads.resnet import ResNet
+from heads.towers import ConvTowers, Scale
 
 
 @dataclass(frozen=True)
@@ -284,3 +290,9 @@ class ATSSHead(nn.Module):
                 )
             )
         return results
+
+
+def atss(body: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
+    """ATSS; DyHead takes the place of both towers. Either is followed by the 1×1 predictors of the authors' code."""
+    head = ATSSHead(in_channels=channels, num_classes=num_classes, strides=FPN.strides)
+    return Detector(body, FPN(body.channels, channels), dyhead or ConvTowers(channels), head)

@@ -2,27 +2,17 @@
 
 from torch import nn
 
-from heads.atss import ATSSHead
+from heads.atss import atss
 from heads.borderdet import borderdet
 from heads.cascade_rcnn import cascade_rcnn
-from heads.detector import Detector
 from heads.detr import detr
 from heads.dyhead import DyHead
 from heads.faster_rcnn import PLACEMENTS, faster_rcnn
 from heads.fcos import fcos
-from heads.fpn import FPN
 from heads.mask_rcnn import mask_rcnn
 from heads.reppoints import reppoints
-from heads.resnet import BACKBONES, ResNet
+from heads.resnet import BACKBONES
 from heads.retinanet import retinanet
-from heads.towers import ConvTowers
-
-
-def atss(body: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
-    """ATSS; see `heads/atss.py`. Both trunks are followed by the 1×1 predictors of the authors' DyHead code."""
-    head = ATSSHead(in_channels=channels, num_classes=num_classes, strides=FPN.strides, kernel_size=1)
-    return Detector(body, FPN(body.channels, channels), dyhead or ConvTowers(channels), head)
-
 
 # Name -> (backbone, number of classes, channels of the pyramid, DyHead or None for the detector's own towers) -> model.
 DETECTORS = {
