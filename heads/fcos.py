@@ -27,7 +27,8 @@ the suffixes), in which points in the padding are background.
 Deviations: the authors' own code ranks the candidates of a level by probability × centerness and takes the root of that
 product as the score; mmdetection does neither. Suppression compares class labels instead of shifting boxes by class.
 The 1.2e-7 that mmdetection adds to every normaliser is left out, and overlaps are computed in pixels, not in strides,
-which matters to the guard of their divisions alone.
+which matters to the guard of their divisions alone. Towers of fewer than 256 channels start with the published variance
+of a sum, not of a weight (`heads/towers.py`).
 """
 
 import math
