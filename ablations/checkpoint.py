@@ -18,7 +18,7 @@ import torch
 from ablations.coco import Split, read_split
 from ablations.evaluate import evaluate
 from ablations.loader import EvalLoader
-from ablations.machine import machine_info
+from ablations.machine import device_name, machine_info
 from ablations.store import atomic_write_text
 from heads.detector import Detector
 from heads.release_layouts import LAYOUTS, open_released
@@ -44,16 +44,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--max-size", type=int, metavar="N", help="most pixels of the longer (default: the layout's)")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images padded together (default: 1)")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
-    )
+    parser.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="of the operators (default: auto)")
     parser.add_argument("--out", type=Path, metavar="JSON", help="(default: runs/checkpoint-<file>-<layout>.json)")
     options = parser.parse_args(arguments)
-    if options.device.split(":")[0] not in ("cpu", "cuda"):
-        parser.error(f"unknown device {options.device!r}; it is cpu, cuda or cuda:N")
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {options.device}: torch sees no GPU here")
     options.short_side = options.short_side or LAYOUTS[options.layout].short_side
     options.max_size = options.max_size or LAYOUTS[options.layout].max_size
     options.out = options.out or Path("runs") / f"checkpoint-{options.file.stem}-{options.layout}.json"

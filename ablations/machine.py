@@ -1,5 +1,6 @@
 """Which machine, which software and which commit made a number: the part of every row that says where it is from."""
 
+import argparse
 import functools
 import importlib.metadata
 import os
@@ -15,6 +16,20 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("kernels", "heads", "ablations")
+
+
+def device_name(text: str) -> str:
+    """`cpu`, `cuda` or `cuda:N` of a device that is here, for argparse; `auto` is the GPU, or the CPU without one."""
+    if text == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    # `cpu:0` is PyTorch's as well, but no row may say that it comes from another device than `cpu`.
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"unknown device {text!r}; it is auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if text != "cpu" and int(found[1] or 0) >= count:
+        raise argparse.ArgumentTypeError(f"{text} is not here: torch sees {count} GPUs")
+    return text
 
 
 def machine_info(device: str | torch.device | None = None, command: str | None = None) -> dict:

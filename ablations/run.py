@@ -18,7 +18,7 @@ import torch
 from ablations.coco import Dataset, read_dataset
 from ablations.generate import generate
 from ablations.grid import GRIDS, PRESETS, Cell, Preset, build_grid, only
-from ablations.machine import machine_info
+from ablations.machine import device_name, machine_info
 from ablations.pool import run_cells
 from ablations.progress import TRAINING_SHARE, Progress, clock
 from ablations.report import write_report
@@ -67,7 +67,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     what.add_argument("--test-flip", action="store_true", help="test on the mirrored image, too")
     how = parser.add_argument_group("how to run it")
     how.add_argument("--out", type=Path, metavar="DIR", help="rows, tables, report (default: runs/<preset>)")
-    how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    how.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     how.add_argument("--backend", choices=BACKENDS, default="auto", help="of the operators (default: auto)")
     how.add_argument("--workers", type=positive, metavar="N", help="processes (default: one per core; 1 on a GPU)")
     how.add_argument("--dry-run", action="store_true", help="list the cells, what is done and the cost; run nothing")
@@ -84,12 +84,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             parser.error(f"unknown detector {name!r}; the detectors are {', '.join(DETECTORS)}")
     if "mask_rcnn" in options.detector and (options.test_flip or len(options.test_sizes or ()) > 1):
         parser.error("--test-flip and several --test-sizes merge boxes, not masks: name a --detector without mask_rcnn")
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif options.device.split(":")[0] not in ("cpu", "cuda"):
-        parser.error(f"unknown device {options.device!r}; it is auto, cpu, cuda or cuda:N")
-    elif options.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
     if options.backend == "triton" and options.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("--backend triton on a CPU needs TRITON_INTERPRET=1 in the environment, and hours of patience")
     return options

@@ -105,6 +105,8 @@ def test_retinanet_has_half_the_rate_unless_its_backbone_has_one(preset):
         (["--grid", "--detector", "atss,yolo"], "unknown detector 'yolo'; the detectors are atss, "),
         (["--grid", "--seeds", "0"], "from 1 on"),
         (["--grid", "--device", "tpu"], "cuda:N"),
+        (["--grid", "--device", "cpu:0"], "cuda:N"),
+        (["--grid", "--device", "cuda:99"], "torch sees"),
         (["--grid", "--backend", "triton", "--device", "cpu"], "TRITON_INTERPRET=1"),
         (["--grid", "detectors", "--test-flip"], "without mask_rcnn"),
         (["--grid", "--detector", "mask_rcnn", "--test-sizes", "96,128"], "without mask_rcnn"),
