@@ -20,6 +20,7 @@ def conv(inputs: int, outputs: int, kernel: int) -> int:
 TOWER = 256 * 256 * 9
 # Weights that are applied at every cell of the pyramid, and parameters besides: biases, norms, scales.
 TRUNK_AND_HEAD = {
+    "atss": (8 * TOWER + conv(256, 85, 1), 8 * 512 + 85 + 5),
     "retinanet": (8 * TOWER + conv(256, 9 * 84, 3), 8 * 256 + 9 * 84),
     "fcos": (8 * TOWER + conv(256, 85, 3), 8 * 512 + 85 + 5),
     # Six convolutions of the towers, three of the stages, and their outputs.
