@@ -7,6 +7,7 @@ from torch import nn
 from heads import build_detector
 from heads.build import DETECTORS, TWO_STAGE
 from heads.detector import MEAN, STD
+from heads.dyhead import ATTENTIONS, FORMULATIONS
 from heads.fpn import FPN
 from heads.resnet import BACKBONES, FrozenBatchNorm2d, load_imagenet
 
@@ -156,6 +157,17 @@ def test_odd_images_train_and_are_detected(name, attentions, placement):
     with torch.inference_mode():
         for found in model.eval()(images((64, 64), (40, 33))):
             assert len(found["boxes"]) > 0 and all(value.isfinite().all() for value in found.values())
+
+
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+@pytest.mark.parametrize("name", DETECTORS)
+def test_every_subset_and_depth_goes_into_every_detector(name, formulation):
+    for attentions, depth in [*((subset, 1) for subset in ATTENTIONS), ("LSC", 0), ("LSC", 2)]:
+        torch.manual_seed(0)
+        model = build_detector(name, 3, "tiny", attentions, depth, formulation, channels=16)
+        assert len(model.trunk.blocks) == depth and model.trunk.attentions == attentions
+        sum(model(images((64, 64)), [crowd(ONE)]).values()).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.trunk.parameters())
 
 
 @pytest.mark.parametrize(("argument", "message"), [({"name": "yolo"}, "atss"), ({"backbone": "vgg"}, "resnet50")])
