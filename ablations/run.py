@@ -46,7 +46,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         choices=GRIDS,
         required=True,
         help="default: baseline + 8 subsets × depths; combinations: baseline + 8 subsets at one depth; depth: baseline "
-        "+ LSC × depths; detectors: baseline + LSC for every detector; full: all of it in both formulations",
+        "+ LSC × depths; detectors: baseline + LSC for every detector; full: baseline + 8 subsets × depths in both "
+        "formulations, with every treatment of coarse offsets and every placement",
     )
     sizes = "; ".join(f"{name}: {preset.description}" for name, preset in PRESETS.items())
     what.add_argument("--preset", choices=PRESETS, default="tiny", help=f"{sizes} (default: tiny)")
@@ -143,6 +144,7 @@ def base_cell(options: argparse.Namespace, preset: Preset, data: Dataset) -> Cel
         optimizer="sgd",
         lr=preset.lr,
         backbone_lr=1.0,
+        offset_lr=preset.offset_lr,
         weight_decay=preset.weight_decay,
         warmup=preset.warmup,
         seed=0,
@@ -179,6 +181,9 @@ def main(arguments: list[str] | None = None) -> int:
         return USAGE
 
     out = options.out or RUNS / (options.preset if options.data == "generated" else f"{base.data}-{options.preset}")
+    if not next(place for place in (out, *out.parents) if place.exists()).is_dir():
+        print(f"error: --out {out} is not a directory and cannot be made one", file=sys.stderr)
+        return USAGE
     rows = {cell: read_row(out, cell.key) for cell in cells}
     todo = [
         c for c, row in rows.items() if row is None or options.fresh or (options.retry_failed and row["status"] != "ok")

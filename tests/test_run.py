@@ -145,6 +145,13 @@ def test_bad_data_ends_with_2_before_anything_is_written(data, tmp_path, capsys)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("place", ["file", "file/out"])
+def test_a_file_where_results_should_go_is_a_usage_error(place, data, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert run.main(["--grid", "--data", str(data), "--out", str(tmp_path / place)]) == 2
+    assert f"--out {tmp_path / place} is not a directory" in capsys.readouterr().err
+
+
 def test_weights_are_checked_before_anything_is_written(brief, data, tmp_path, capsys):
     arguments = ["--grid", "--data", str(data), "--out", str(tmp_path / "out"), "--weights"]
     assert run.main([*arguments, str(tmp_path / "absent.pth")]) == 2
