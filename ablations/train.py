@@ -40,13 +40,16 @@ def parameter_groups(model: nn.Module, cell: Cell) -> list[dict]:
     """Trained parameters in groups with a `weight_decay` and an `lr_share` each.
 
     Weight decay is for weights, not for biases, norms and scales, nor for Swin's biases of relative positions, as
-    published. `lr_share`, of the cell's learning rate, is less than 1 only in the backbone.
+    published. `lr_share`, of the cell's learning rate, may differ in the backbone and where offsets are predicted.
     """
     groups = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not name.endswith("relative_position_bias_table")
             share = cell.backbone_lr if name.startswith("backbone.") else 1.0
+            # DyHead's layer is called `offset`, a backbone's `conv_offset`.
+            if name.rpartition(".")[0].endswith("offset"):
+                share *= cell.offset_lr
             groups[cell.weight_decay if decays else 0.0, share].append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "lr_share": share}

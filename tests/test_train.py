@@ -8,14 +8,16 @@ from torch import nn
 
 from ablations.grid import PRESETS, Cell
 from ablations.train import MAX_GRADIENT_NORM, Diverged, learning_rate, parameter_groups, train
+from heads import DyHead
+from heads.deform import DeformConv
 from heads.swin import WindowAttention
 
 CELL = Cell(
     data="none", data_fingerprint="", image_size=(8,), max_size=8, test_size=(8,),
     test_flip=False, detector="atss", backbone="tiny", weights="none",
     channels=16, attentions="baseline", depth=None, formulation=None, coarse_offsets=None, placement="trunk", steps=100,
-    batch_size=2, optimizer="sgd", lr=0.1, backbone_lr=1.0, weight_decay=1e-4, warmup=10, seed=3, precision="fp32",
-    device_kind="cpu", backend="auto",
+    batch_size=2, optimizer="sgd", lr=0.1, backbone_lr=1.0, offset_lr=1.0, weight_decay=1e-4, warmup=10, seed=3,
+    precision="fp32", device_kind="cpu", backend="auto",
 )  # fmt: skip
 
 
@@ -65,6 +67,17 @@ def test_the_backbone_can_have_a_rate_of_its_own(tmp_path):
     train(cell, model, batch, torch.device("cpu"), tmp_path)
     assert model["head"].weight.item() == pytest.approx(1e-2, rel=1e-4)
     assert model["backbone"].weight.item() == pytest.approx(1e-3, rel=1e-4)
+
+
+def test_what_predicts_offsets_can_learn_more_slowly():
+    model = nn.ModuleDict({"backbone": DeformConv(4, 4), "trunk": DyHead(16, 1), "head": Line()})
+    groups = parameter_groups(model, replace(CELL, backbone_lr=0.5, offset_lr=0.1))
+    shares = {parameter: group["lr_share"] for group in groups for parameter in group["params"]}
+    found = {name: shares[parameter] for name, parameter in model.named_parameters()}
+    slow = {"backbone.conv_offset.weight": 0.05, "backbone.conv_offset.bias": 0.05}
+    slow |= dict.fromkeys(("trunk.blocks.0.spatial.offset.weight", "trunk.blocks.0.spatial.offset.bias"), 0.1)
+    assert {name: found.pop(name) for name in slow} == pytest.approx(slow)
+    assert set(found.values()) == {0.5, 1.0} and found["backbone.weight"] == 0.5
 
 
 def test_an_unknown_optimizer_is_named(tmp_path):
