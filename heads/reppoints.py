@@ -18,10 +18,9 @@ DyHead takes the place of the towers; both stages read its maps.
 Deviations: the pyramid has no GroupNorm, as in all other detectors here. A box that overlaps no box of the first stage
 gets none in the second; mmdetection gives it every one that overlaps it not at all. The 3×3 convolutions of the head
 start by He's rule (He et al., ICCV 2015), not with the published standard deviation of 0.01, by which a third of the
-signal passes: behind a tower that ends in a GroupNorm that is enough, but a DyHead's maps are a third of that size, and
-the second stage waits for the first. Towers of fewer than 256 channels start with the published variance of a sum, not
-of a weight (`heads/towers.py`). Suppression compares class labels instead of shifting boxes by class, and the
-1.2e-7 that mmdetection adds to every normaliser is left out.
+signal passes each; in a short schedule the second stage waits for the first. Towers of fewer than 256 channels start
+with the published variance of a sum, not of a weight (`heads/towers.py`). Suppression compares class labels instead of
+shifting boxes by class, and the 1.2e-7 that mmdetection adds to every normaliser is left out.
 """
 
 import math
