@@ -78,7 +78,7 @@ def read(path: Path) -> Measurement:
         rows = {_name(row): row for row in good}
         missing = {_name(row): row["reason"] for row in content["missing"]}
         found = Measurement(info["machine"], info["commands"], content["datetime"], rows, missing, content["failed"])
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no rows of this project's benchmarks: {error!r} in them") from error
     if not all(isinstance(row.get("ms_p50"), float) for row in rows.values()):
         raise ValueError(f"{path}: a row has no time; was it written with --benchmark-only?")

@@ -166,6 +166,7 @@ def test_goals_are_ratios_of_the_rows_they_name(tmp_path):
         ("{", "Expecting property name"),
         ("[]", "no rows of this project's benchmarks"),
         ('{"machine_info": {"node": "x"}, "benchmarks": []}', "no rows of this project's benchmarks"),
+        ('{"machine_info": {}, "benchmarks": ["x"], "failed": []}', "no rows of this project's benchmarks"),
     ],
 )
 def test_a_file_that_is_none_is_one_error_that_names_it(tmp_path, capsys, content, message):
