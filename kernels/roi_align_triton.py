@@ -24,7 +24,8 @@ def _axis(first, last, bins, RATIO: tl.constexpr, ALIGNED: tl.constexpr):
         first -= 0.5
     else:
         size = tl.maximum(size, 1.0)
-    step = divide(size, bins.to(size.dtype))
+    # A number of bins of 1 is compiled in and no tensor, so it has no method `to`.
+    step = divide(size, tl.cast(bins, size.dtype))
     if RATIO > 0:
         samples = tl.full((), RATIO, tl.int32)
     else:

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 import triton
 import triton.language as tl
 
 import kernels.compile
+from kernels import roi_align_triton
 from kernels.compile import TARGETS, all_specs, compile_spec
 from kernels.compile_spec import CompileSpec
 
@@ -107,6 +109,17 @@ def test_more_shared_memory_than_the_gpu_has_is_a_problem():
 def test_a_kernel_that_does_not_compile_is_a_problem():
     broken = replace(PRODUCT, constexprs={"SIZE": 63, "PRECISION": "tf32"})
     assert compile_spec(broken, "sm_80").problem.startswith("does not compile")
+
+
+@pytest.mark.parametrize("kernel", [roi_align_triton.forward_kernel, roi_align_triton.backward_kernel])
+def test_roi_align_of_a_single_bin_compiles(kernel):
+    """The launcher compiles a number in that is 1, here every size there is: in the kernel it is no tensor then."""
+    boxes, rows, x = (torch.empty(shape, device="meta") for shape in ((1, 4), (1, 1, 1, 1), (1, 1, 1, 1)))
+    ends = torch.empty(1, dtype=torch.int32, device="meta")
+    forward = kernel is roi_align_triton.forward_kernel
+    maps, results = ({"x": x}, {"out": rows}) if forward else ({"grad": rows}, {"grad_x": x})
+    launch = roi_align_triton._launch(kernel, maps, results, x, boxes, ends, (1, 1), 0, True)
+    assert compile_spec(launch.spec("single bin", torch.float32), "sm_80").problem == ""
 
 
 def test_a_spec_must_describe_every_argument():
