@@ -182,7 +182,8 @@ def _add_launch(partial: Tensor, total: Tensor, bounds: Tensor, most: int) -> La
     block, rows = min(64, triton.next_power_of_2(size)), 32
     constants = {"SIZE": size, "STEPS": steps(most, rows), "BLOCK_T": rows, "BLOCK_C": block}
     constants["REAL"] = triton_real(partial.dtype)
-    grid = (len(bounds), triton.cdiv(size, block))
+    # The second axis of a grid ends at 65,535, which the blocks of a wide convolution's weight are beyond.
+    grid = (triton.cdiv(size, block), len(bounds))
     return Launch(kernels.add_kernel, grid, {"partial": partial, "total": total, "bounds": bounds}, constants)
 
 

@@ -340,11 +340,12 @@ def add_kernel(
     partial, total, bounds,
     SIZE: tl.constexpr, STEPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows of `bounds`, blocks of SIZE): the sum of some consecutive rows of `partial` (runs, SIZE), in order."""
-    first, count = tl.load(bounds + tl.program_id(0) * 2), tl.load(bounds + tl.program_id(0) * 2 + 1)
-    c, known = _channels(SIZE, BLOCK_C)
+    """Grid (blocks of SIZE, rows of `bounds`): the sum of some consecutive rows of `partial` (runs, SIZE), in order."""
+    first, count = tl.load(bounds + tl.program_id(1) * 2), tl.load(bounds + tl.program_id(1) * 2 + 1)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    known = c < SIZE
     s_total = tl.zeros((BLOCK_T, BLOCK_C), dtype=REAL)
     for step in range(STEPS):
         run = step * BLOCK_T + tl.arange(0, BLOCK_T)
         s_total += _rows(partial, (first + run).to(tl.int64), run < count, c, known, SIZE, REAL)
-    tl.store(total + tl.program_id(0) * SIZE + c, tl.sum(s_total, 0), mask=known)
+    tl.store(total + tl.program_id(1) * SIZE + c, tl.sum(s_total, 0), mask=known)

@@ -121,6 +121,15 @@ def test_tables_are_made_once():
         assert not layouts.layout(((3, 3),), 1, torch.device("cpu"), torch.float32).share.is_inference()
 
 
+def test_a_wide_weight_fits_a_grid():
+    from kernels.block_tail import _add_launch
+
+    partial, total = (torch.empty(n, 1024, 9, 1024, device="meta") for n in (8, 3))
+    grid = _add_launch(partial, total, torch.empty(3, 2, dtype=torch.int32, device="meta"), 4).grid
+    # CUDA's limits: 2**31 - 1, then twice 65,535.
+    assert 65_535 < max(grid) == grid[0]
+
+
 @pytest.mark.parametrize(("name", "gathers"), [("points", 4), ("weight", 8), ("finest level", 1)])
 def test_backward_of_the_convolutions_gathers_16_bytes_at_a_time(name, gathers):
     from kernels.block_conv import compile_specs
