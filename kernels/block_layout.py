@@ -11,8 +11,9 @@ Tables depend on shapes alone and are made once for each set of them; making one
 graph cannot capture, so a block runs once on its shapes before it is captured.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache, wraps
 from itertools import pairwise
 
 import torch
@@ -77,6 +78,19 @@ def pyramid_mismatch(sizes: tuple[tuple[int, int], ...]) -> str | None:
     return None
 
 
+def _kept(make: Callable) -> Callable:
+    """A method whose results the layout keeps. `functools.cache` would keep them, and every layout, for ever."""
+
+    @wraps(make)
+    def method(self, *arguments):
+        key = make.__name__, *arguments
+        if key not in self.kept:
+            self.kept[key] = make(self, *arguments)
+        return self.kept[key]
+
+    return method
+
+
 class Layout:
     """Rows and tables for `batch` images with levels of `sizes`, on `device`; `real` is the type of the sums.
 
@@ -95,6 +109,7 @@ class Layout:
         span: How many rows or columns of a target take of one pixel, at most.
         slots: (L * 3 * N, 2) int32: problem and image, or -1, of every level, branch and image.
         share: (L, 3, 1, 1) real: one divided by the level's number of maps, 0 for a map it has not.
+        kept: The tables that methods have made, by method and arguments.
     """
 
     def __init__(
@@ -107,6 +122,7 @@ class Layout:
     ):
         count = len(sizes)
         self.sizes, self.batch, self.device, self.real, self.tile = sizes, batch, device, real, tile
+        self.kept: dict[tuple, Tensor | tuple[Tensor, ...]] = {}
         self.problems = [
             *(Problem(SAME, i, i, sizes[i], sizes[i]) for i in range(count)),
             *(Problem(FINER, i, i - 1, sizes[i], sizes[i]) for i in range(1, count)),
@@ -153,23 +169,23 @@ class Layout:
         self.table = torch.tensor(rows, dtype=torch.int32).to(self.device)
         self.levels = torch.tensor(levels, dtype=torch.int32).to(self.device)
 
-    @cache  # noqa: B019
+    @_kept
     def tiles(self, tile: tuple[int, int] | None = None) -> Tensor:
         """(tiles, 3) int32: problem, image and number of every tile of the sampled maps; by default of `self.tile`."""
-        return self._work(self._tile_counts(tile or self.tile))
+        return self._work(self._tile_counts(tile)) if tile else self.tiles(self.tile)
 
-    @cache  # noqa: B019
+    @_kept
     def level_tiles(self, tile: tuple[int, int], levels: range) -> Tensor:
         """(tiles, 3) int32: level, image and number of every tile of `tile` pixels of some levels."""
         counts = [_cdiv(h, tile[0]) * _cdiv(w, tile[1]) for h, w in self.sizes]
         return self._work([n if i in levels else 0 for i, n in enumerate(counts)])
 
-    @cache  # noqa: B019
+    @_kept
     def level_starts(self, counts: tuple[int, ...]) -> Tensor:
         """(L,) int32: where each level begins, if an image of it has so many entries."""
         return torch.tensor(_starts([self.batch * n for n in counts])[:-1], dtype=torch.int32).to(self.device)
 
-    @cache  # noqa: B019
+    @_kept
     def splits(self, tile: tuple[int, int], count: int) -> tuple[Tensor, Tensor]:
         """Every branch's part of `tiles(tile)` in pieces of `count` tiles.
 
@@ -186,17 +202,17 @@ class Layout:
         bounds = list(zip(_starts(counts), counts, strict=False))
         return tuple(torch.tensor(x, dtype=torch.int32).to(self.device) for x in (pieces, bounds))
 
-    @cache  # noqa: B019
+    @_kept
     def sampled_runs(self, pixels: int) -> Tensor:
         """(runs, 3) int32: problem, image and number of every run of `pixels` pixels of the sampled maps."""
         return self._work([_cdiv(p.size[0] * p.size[1], pixels) for p in self.problems])
 
-    @cache  # noqa: B019
+    @_kept
     def runs(self, pixels: int) -> Tensor:
         """(runs, 3) int32: level, image and number of every run of `pixels` pixels of the pyramid."""
         return self._work([_cdiv(h * w, pixels) for h, w in self.sizes])
 
-    @cache  # noqa: B019
+    @_kept
     def run_bounds(self, pixels: int) -> Tensor:
         """(L * N, 2) int32: the first run of every level and image, and how many it has."""
         counts = [_cdiv(h * w, pixels) for h, w in self.sizes]

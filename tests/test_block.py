@@ -1,6 +1,8 @@
 """Which DyHead runs fused, the tables of the fused block, and what it costs a CPU: nothing."""
 
+import gc
 import re
+import weakref
 
 import pytest
 import torch
@@ -119,6 +121,15 @@ def test_tables_are_made_once():
     assert made() is made() and made().runs(8) is made().runs(8)
     with torch.inference_mode():
         assert not layouts.layout(((3, 3),), 1, torch.device("cpu"), torch.float32).share.is_inference()
+
+
+def test_a_layout_that_nobody_uses_is_let_go():
+    tables = layouts.Layout(SIZES, 2, torch.device("cpu"), torch.float32, (8, 16))
+    assert tables.tiles() is tables.tiles((8, 16))
+    tables.runs(8), tables.splits((8, 16), 4)
+    tables = weakref.ref(tables)
+    gc.collect()
+    assert tables() is None
 
 
 def test_a_wide_weight_fits_a_grid():
