@@ -22,7 +22,11 @@ def reason_against(blocks: Sequence[nn.Module], features: list[Tensor]) -> str |
         return "torch.compile traces the separate operators"
     if any(x.shape[:2] != features[0].shape[:2] or x.device != device or x.numel() == 0 for x in features):
         return "the levels differ in batch, channels or device, or are empty"
-    kinds = {x.dtype for x in features} | {p.dtype for block in blocks for p in block.parameters()}
+    parameters = [p for block in blocks for p in block.parameters()]
+    # A kernel would read the memory of another device; PyTorch's operators say what is wrong.
+    if any(p.device != device for p in parameters):
+        return "parameters are on another device than the levels"
+    kinds = {x.dtype for x in features} | {p.dtype for p in parameters}
     if not torch.is_autocast_enabled(device.type) and len(kinds) > 1:
         return f"levels and parameters have several types: {', '.join(sorted(map(str, kinds)))}"
     for block in blocks:

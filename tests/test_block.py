@@ -41,6 +41,7 @@ def test_reasons_against_fusing(as_if_interpreted):
     with torch.autocast("cpu", torch.bfloat16):
         assert head.unfused_reason(features(dtype=torch.float16)) is None
     assert "batch" in head.unfused_reason([x[:0] for x in features()])
+    assert "another device" in DyHead(16, 1).to("meta").unfused_reason(features())
     gate, head.blocks[0].scale.gate = head.blocks[0].scale.gate, torch.nn.Sequential()
     assert "a Sequential and not a Linear" in head.unfused_reason(features())
     head.blocks[0].scale.gate = gate
