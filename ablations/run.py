@@ -65,6 +65,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     sides = "shorter sides in pixels (default: the preset's one)"
     what.add_argument("--train-sizes", type=pixels, metavar="N[,N]", help=f"multi-scale training: {sides}")
     what.add_argument("--test-sizes", type=pixels, metavar="N[,N]", help=f"multi-scale testing: {sides}")
+    longest = "most pixels of the longer side, whatever the shorter one then is (default: the preset's)"
+    what.add_argument("--max-size", type=positive, metavar="N", help=longest)
     what.add_argument("--test-flip", action="store_true", help="test on the mirrored image, too")
     how = parser.add_argument_group("how to run it")
     how.add_argument("--out", type=Path, metavar="DIR", help="rows, tables, report (default: runs/<preset>)")
@@ -78,6 +80,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     preset = PRESETS[options.preset]
     options.backbone = options.backbone or preset.backbone
     options.weights = options.weights or ("none" if preset.weights == "none" else options.backbone)
+    options.max_size = options.max_size or preset.max_size
+    shorter = max(*(options.train_sizes or preset.image_size), *(options.test_sizes or preset.image_size))
+    if shorter > options.max_size:
+        parser.error(f"a shorter side of {shorter} pixels needs a --max-size of as many; it is {options.max_size}")
     every = ",".join(DETECTORS) if options.grid == "detectors" else "atss"
     options.detector = list(dict.fromkeys((options.detector or every).split(",")))
     for name in options.detector:
@@ -127,7 +133,7 @@ def base_cell(options: argparse.Namespace, preset: Preset, data: Dataset) -> Cel
         data=f"generated-{preset.difficulty}" if options.data == "generated" else Path(options.data).resolve().name,
         data_fingerprint=data.fingerprint,
         image_size=options.train_sizes or preset.image_size,
-        max_size=preset.max_size,
+        max_size=options.max_size,
         test_size=options.test_sizes or preset.image_size,
         test_flip=options.test_flip,
         detector=options.detector[0],

@@ -110,6 +110,7 @@ def test_retinanet_has_half_the_rate_unless_its_backbone_has_one(preset):
         (["--grid", "--backend", "triton", "--device", "cpu"], "TRITON_INTERPRET=1"),
         (["--grid", "detectors", "--test-flip"], "without mask_rcnn"),
         (["--grid", "--detector", "mask_rcnn", "--test-sizes", "96,128"], "without mask_rcnn"),
+        (["--grid", "--test-sizes", "96,400"], "a --max-size of as many; it is 160"),
         ([], "--grid"),
     ],
 )
@@ -212,8 +213,9 @@ def test_a_grid_runs_to_tables_and_a_second_call_runs_nothing(brief, data, tmp_p
 def test_multi_scale_training_and_testing_are_cells_of_their_own(brief, data, tmp_path):
     out = tmp_path / "out"
     arguments = ["--grid", "--data", str(data), "--out", str(out), "--only", "LSC,depth=1", "--test-flip"]
-    assert run.main([*arguments, "--train-sizes", "96,128", "--test-sizes", "96,128"]) == 0
+    assert run.main([*arguments, "--train-sizes", "96,128", "--test-sizes", "96,128", "--max-size", "150"]) == 0
     (row,) = read_rows(out)
+    assert row["cell"]["max_size"] == 150
     assert row["cell"]["image_size"] == [96, 128] and row["cell"]["test_size"] == [96, 128]
     assert row["cell"]["test_flip"] and row["status"] == "ok"
 
