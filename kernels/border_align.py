@@ -182,8 +182,10 @@ def border_align(features: Tensor, boxes: Tensor, pool_size: int = 10) -> Tensor
         (N, C, n, 4): top, left, bottom, right. It can be differentiated once, in `features`.
 
     Raises:
-        ValueError: a shape does not fit, or `pool_size` is out of range.
+        ValueError: a shape or a device does not fit, or `pool_size` is out of range.
     """
+    if boxes.device != features.device:
+        raise ValueError(f"boxes must be on the features' device, {features.device}; they are on {boxes.device}")
     if features.ndim != 4 or features.shape[1] % 4:
         raise ValueError(f"features must be (N, 4 * C, H, W); got {tuple(features.shape)}")
     if boxes.ndim != 3 or boxes.shape[0] != features.shape[0] or boxes.shape[2] != 4:

@@ -207,7 +207,12 @@ def roi_align(
 
     Returns:
         (sum r_i, C, P, Q), image by image. Samples more than a cell outside the map count as 0.
+
+    Raises:
+        ValueError: boxes and features are on different devices.
     """
+    if any(b.device != features.device for b in boxes):
+        raise ValueError(f"boxes must be on the features' device, {features.device}")
     dtype = torch.promote_types(features.dtype, torch.float32)
     corners = torch.cat(boxes).detach().to(dtype) * spatial_scale
     # Not `len`, which would be a constant to torch.export.

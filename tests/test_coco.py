@@ -1,7 +1,6 @@
 """Data directories: what the reader makes of good ones, and what it says about bad files and folders."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -9,14 +8,9 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from tiny_coco import annotation, documents, edited, json_path, problem, write
+from tiny_coco import REAL, annotation, documents, edited, json_path, needs_coco, problem, write
 
 from ablations.coco import DataError, find_root, read_dataset, read_image, read_split
-
-REAL = Path(os.environ.get("DYHEAD_COCO") or Path(__file__).parents[2] / "shared" / "coco")
-needs_coco = pytest.mark.skipif(
-    not (REAL / "annotations").is_dir(), reason=f"no slice of COCO in {REAL}; set DYHEAD_COCO to a directory with one"
-)
 
 
 def test_a_sound_directory(tmp_path):

@@ -207,3 +207,8 @@ def test_deterministic_algorithms_give_the_same_bits(golden):
 def test_the_pytorch_path_runs_on_a_gpu_too(golden):
     with use_backend("torch"):
         check_vectors(golden("pieces_roi_align"), True, 0, (7, 7), torch.float64, "cuda")
+
+
+def test_boxes_on_another_device_are_refused():
+    with pytest.raises(ValueError, match="device, cpu"):
+        roi_align(torch.zeros(1, 1, 2, 2), [torch.zeros(1, 4, device="meta")], (1, 1), 1.0)

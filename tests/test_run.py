@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from synthetic_rows import make_row
+from tiny_coco import REAL, needs_coco
 
 from ablations import run
 from ablations.generate import generate
@@ -21,7 +22,6 @@ from ablations.progress import TRAINING_SHARE, clock
 from ablations.store import read_rows, write_row
 
 ROOT = Path(__file__).parent.parent
-COCO = Path(os.environ.get("DYHEAD_COCO", ROOT.parent / "shared" / "coco"))
 
 # The tiny preset with hardly any steps; in the child processes of the kill test it is applied before anything runs.
 BRIEF = {"steps": 10, "batch_size": 2, "warmup": 2, "channels": 16}
@@ -86,6 +86,7 @@ def test_detectors_and_backbones_train_as_published_where_that_is_not_sgd(data):
 
     detr = ("detr", "adamw", 1e-4, 0.1)
     assert schedules("resnet50") == {("atss", "sgd", 0.01, 1.0, 1e-4), (*detr, 1e-4)}
+    assert PRESETS["paper"].own_fields("cascade_rcnn", "resnet50") == {"lr": 0.02}
     # What DETR does not say for itself is the backbone's.
     assert schedules("swin_t") == {("atss", "adamw", 5e-5, 1.0, 0.05), (*detr, 0.05)}
 
@@ -295,11 +296,11 @@ def test_kill_9_costs_nothing(data, tmp_path):
             assert torch.equal(weights(killed, key)[name], value), name
 
 
-@pytest.mark.skipif(not COCO.is_dir(), reason=f"no COCO images at {COCO}; set DYHEAD_COCO")
+@needs_coco
 def test_real_coco_trains_and_evaluates(brief, tmp_path):
     out = tmp_path / "out"
     assert (
-        run.main(["--grid", "--data", str(COCO), "--preset", "tiny", "--only", "LSC,depth=1", "--out", str(out)]) == 0
+        run.main(["--grid", "--data", str(REAL), "--preset", "tiny", "--only", "LSC,depth=1", "--out", str(out)]) == 0
     )
     (row,) = read_rows(out)
     assert row["status"] == "ok" and row["cell"]["data"] == "coco"

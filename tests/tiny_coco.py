@@ -1,6 +1,7 @@
 """A data directory of five small images in COCO layout, made from plain dicts so that a test can spoil any part."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,12 @@ import pytest
 from PIL import Image
 
 from ablations.coco import DataError, read_dataset
+
+# A slice of the real COCO, for the few tests that want one.
+REAL = Path(os.environ.get("DYHEAD_COCO", "not set"))
+needs_coco = pytest.mark.skipif(
+    not (REAL / "annotations").is_dir(), reason="DYHEAD_COCO names no directory in COCO layout"
+)
 
 # Sparse ids, out of order, with 0 nowhere: an id taken for an index is found out.
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 90, "name": "bird"}]
