@@ -9,7 +9,7 @@ shapes alone decide.
 import triton
 import triton.language as tl
 
-from kernels.block_conv_triton import CHANNELS, MASKS, _sample, _step, _tile
+from kernels.block_conv_triton import CHANNELS, MASKS, locate_sample, locate_step, locate_tile
 from kernels.block_layout import (
     BRANCH,
     COARSER_HEIGHT,
@@ -20,16 +20,16 @@ from kernels.block_layout import (
     SAME_ROW,
     SOURCE,
 )
-from kernels.block_tail_triton import _work
+from kernels.block_tail_triton import work_item
 from kernels.deform_conv_inverse_triton import bins_along, collect, store_samples
 from kernels.deform_conv_triton import (
-    _add_rows,
-    _corners,
-    _load_gradient,
-    _load_rows,
-    _mix,
-    _pixels,
-    _point_gradients,
+    add_rows,
+    find_corners,
+    load_gradient,
+    load_rows,
+    mix_corners,
+    point_gradients,
+    tile_pixels,
 )
 
 
@@ -47,7 +47,7 @@ def backward_points_kernel(
     """
     # The taps of a tile run side by side: they read the same gradients and neighbouring pixels.
     tap = tl.program_id(0) % 9
-    row, H, W, source, stride, ho, wo, inside, place, own = _tile(
+    row, H, W, source, stride, ho, wo, inside, place, own = locate_tile(
         tl.program_id(0) // 9, problems, work, coarser_rows, CROP, TILE_H, TILE_W
     )
     pyramid += source * C
@@ -59,9 +59,9 @@ def backward_points_kernel(
     whole: tl.constexpr = BLOCK_O >= C
     if whole:
         o = tl.arange(0, BLOCK_O)
-        gradient = _load_gradient(grad_rows, o, inside, o < C)
-    y, x, factor = _sample(tap, predicted, ho, wo, inside, stride, SIGMOID, REAL)
-    p00, p01, p10, p11, w00, w01, w10, w11 = _corners(y, x, factor, H, W, INDEX)
+        gradient = load_gradient(grad_rows, o, inside, o < C)
+    y, x, factor = locate_sample(tap, predicted, ho, wo, inside, stride, SIGMOID, REAL)
+    p00, p01, p10, p11, w00, w01, w10, w11 = find_corners(y, x, factor, H, W, INDEX)
     # The products of the sample's gradient with its four corners, over all channels.
     s00 = tl.zeros((TILE_H * TILE_W,), dtype=REAL)
     s01 = tl.zeros((TILE_H * TILE_W,), dtype=REAL)
@@ -73,23 +73,23 @@ def backward_points_kernel(
         for start in range(0, C, BLOCK_O):
             o = start + tl.arange(0, BLOCK_O)
             if not whole:
-                gradient = _load_gradient(grad_rows, o, inside, o < C)
+                gradient = load_gradient(grad_rows, o, inside, o < C)
             weights = tl.load(
                 weight + (tap * C + c)[None, :] * C + o[:, None],
                 mask=(c < C)[None, :] & (o < C)[:, None],
                 other=0.0,
             )
             column = tl.dot(gradient, weights, column, input_precision=PRECISION, out_dtype=REAL)
-        s00 += tl.sum(_load_rows(pyramid, p00, c, c < C, C, even).to(REAL) * column, 1)
-        s01 += tl.sum(_load_rows(pyramid, p01, c, c < C, C, even).to(REAL) * column, 1)
-        s10 += tl.sum(_load_rows(pyramid, p10, c, c < C, C, even).to(REAL) * column, 1)
-        s11 += tl.sum(_load_rows(pyramid, p11, c, c < C, C, even).to(REAL) * column, 1)
+        s00 += tl.sum(load_rows(pyramid, p00, c, c < C, C, even).to(REAL) * column, 1)
+        s01 += tl.sum(load_rows(pyramid, p01, c, c < C, C, even).to(REAL) * column, 1)
+        s10 += tl.sum(load_rows(pyramid, p10, c, c < C, C, even).to(REAL) * column, 1)
+        s11 += tl.sum(load_rows(pyramid, p11, c, c < C, C, even).to(REAL) * column, 1)
         if TO_PYRAMID:
-            _add_rows(grad_pyramid, p00, w00, column, c, c < C, C)
-            _add_rows(grad_pyramid, p01, w01, column, c, c < C, C)
-            _add_rows(grad_pyramid, p10, w10, column, c, c < C, C)
-            _add_rows(grad_pyramid, p11, w11, column, c, c < C, C)
-    down, right, along = _point_gradients(s00, s01, s10, s11, y, x, factor, H, W)
+            add_rows(grad_pyramid, p00, w00, column, c, c < C, C)
+            add_rows(grad_pyramid, p01, w01, column, c, c < C, C)
+            add_rows(grad_pyramid, p10, w10, column, c, c < C, C)
+            add_rows(grad_pyramid, p11, w11, column, c, c < C, C)
+    down, right, along = point_gradients(s00, s01, s10, s11, y, x, factor, H, W)
     if SIGMOID:
         along *= factor * (1 - factor)
     # Neighbouring pixels lie side by side: a whole row of `predicted` is never at hand.
@@ -104,7 +104,7 @@ def backward_predicted_kernel(
     partial, grad_predicted, levels, work, sampled_rows, CROP: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """Grid (runs,): adds up what the problems of a level give to its rows of `predicted`, in the order of branches."""
-    level, image, number = _work(work)
+    level, image, number = work_item(work)
     row = levels + level * LEVEL_COLUMNS
     H, W = tl.load(row), tl.load(row + 1)
     pixel = number * PIXELS + tl.arange(0, PIXELS)
@@ -136,10 +136,10 @@ def _tile_step(
     BLOCK_C: tl.constexpr, REAL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """The corners of one step of a tile and their weights; then the rows of its pixels, and which of them exist."""
-    _, H, W, source, stride, ho, wo, inside, place, own = _tile(
+    _, H, W, source, stride, ho, wo, inside, place, own = locate_tile(
         tile, problems, work, coarser_rows, CROP, TILE_H, TILE_W
     )
-    v00, v01, v10, v11, w00, w01, w10, w11 = _step(
+    v00, v01, v10, v11, w00, w01, w10, w11 = locate_step(
         step, pyramid + source * C, predicted + own * CHANNELS, ho, wo, inside, stride, H, W,
         C, SIGMOID, BLOCK_C, REAL, INDEX,
     )  # fmt: skip
@@ -167,9 +167,9 @@ def backward_weight_kernel(
         C, CROP, SIGMOID, TILE_H, TILE_W, BLOCK_C, REAL, INDEX,
     )  # fmt: skip
     for i in range(TILES):
-        samples = _mix(v00, v01, v10, v11, w00, w01, w10, w11, REAL).to(pyramid.dtype.element_ty)
+        samples = mix_corners(v00, v01, v10, v11, w00, w01, w10, w11, REAL).to(pyramid.dtype.element_ty)
         # The last split of a branch may have fewer tiles: what it computes beyond them has no gradient.
-        gradient = _load_gradient((grad + place * C)[:, None], o, inside & (first + i < end), o < C)
+        gradient = load_gradient((grad + place * C)[:, None], o, inside & (first + i < end), o < C)
         v00, v01, v10, v11, w00, w01, w10, w11, place, inside = _tile_step(
             tl.minimum(first + i + 1, end - 1), step, pyramid, predicted, problems, work, coarser_rows,
             C, CROP, SIGMOID, TILE_H, TILE_W, BLOCK_C, REAL, INDEX,
@@ -191,10 +191,10 @@ def bins_kernel(
     A sample's number is tap * Q + row, and a branch's taps follow those of the branch before: each has `bins`.
     """
     tap = tl.program_id(1)
-    row, H, W, _, stride, ho, wo, inside, place, own = _tile(
+    row, H, W, _, stride, ho, wo, inside, place, own = locate_tile(
         tl.program_id(0), problems, work, coarser_rows, CROP, TILE_H, TILE_W
     )
-    y, x, factor = _sample(tap, predicted + own * CHANNELS, ho, wo, inside, stride, SIGMOID, REAL)
+    y, x, factor = locate_sample(tap, predicted + own * CHANNELS, ho, wo, inside, stride, SIGMOID, REAL)
     image = tl.load(work + tl.program_id(0) * 3 + 1)
     first = (tl.load(row + BRANCH) * 9 + tap) * bins + tl.load(level_bins + tl.load(row + SOURCE))
     first += image * bins_along(H, BIN_H) * bins_along(W, BIN_W)
@@ -212,10 +212,10 @@ def backward_pyramid_kernel(
 
     `weight` is (3, 9, C, C), output channels last; `order`, `places` and `starts` are as in `collect`.
     """
-    level, image, number = _work(work)
+    level, image, number = work_item(work)
     row = levels + level * LEVEL_COLUMNS
     H, W = tl.load(row), tl.load(row + 1)
-    i, j, inside = _pixels(number, H, W, TILE_H, TILE_W)
+    i, j, inside = tile_pixels(number, H, W, TILE_H, TILE_W)
     across, pitch = tl.cdiv(W, TILE_W), bins_along(W, TILE_W)
     starts += tl.load(level_bins + level) + image * bins_along(H, TILE_H) * pitch
     starts += number // across * 2 * pitch + number % across * 2

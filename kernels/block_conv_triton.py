@@ -25,15 +25,15 @@ from kernels.block_layout import (
     TARGET_WIDTH,
     WIDTH,
 )
-from kernels.block_tail_triton import _store_sums
-from kernels.deform_conv_triton import _corners, _load_rows, _mix, _pixels
+from kernels.block_tail_triton import store_sums
+from kernels.deform_conv_triton import find_corners, load_rows, mix_corners, tile_pixels
 
 CHANNELS = tl.constexpr(27)
 MASKS = tl.constexpr(18)
 
 
 @triton.jit
-def _tile(tile, problems, work, coarser_rows, CROP: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+def locate_tile(tile, problems, work, coarser_rows, CROP: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
     """What a tile is made of.
 
     Its problem's row of the table; height, width and first row of the map it samples, and the stride; its pixels'
@@ -46,7 +46,7 @@ def _tile(tile, problems, work, coarser_rows, CROP: tl.constexpr, TILE_H: tl.con
     image, number = tl.load(entry + 1).to(tl.int64), tl.load(entry + 2)
     H, W = tl.load(row + HEIGHT), tl.load(row + WIDTH)
     HO, WO = tl.load(row + OUT_HEIGHT), tl.load(row + OUT_WIDTH)
-    ho, wo, inside = _pixels(number, HO, WO, TILE_H, TILE_W)
+    ho, wo, inside = tile_pixels(number, HO, WO, TILE_H, TILE_W)
     place = tl.load(row + OUTPUT_ROW) + image * HO * WO + ho * WO + wo
     target_w = tl.load(row + TARGET_WIDTH)
     own = tl.load(row + TARGET_ROW) + image * tl.load(row + TARGET_HEIGHT) * target_w + ho * target_w + wo
@@ -56,7 +56,7 @@ def _tile(tile, problems, work, coarser_rows, CROP: tl.constexpr, TILE_H: tl.con
 
 
 @triton.jit
-def _sample(tap, predicted, ho, wo, inside, stride, SIGMOID: tl.constexpr, REAL: tl.constexpr):
+def locate_sample(tap, predicted, ho, wo, inside, stride, SIGMOID: tl.constexpr, REAL: tl.constexpr):
     """Where a tap samples, y and x, and its mask; `predicted` points to the rows of the pixels."""
     dy = tl.load(predicted + 2 * tap, mask=inside, other=0.0).to(REAL)
     dx = tl.load(predicted + (2 * tap + 1), mask=inside, other=0.0).to(REAL)
@@ -68,19 +68,19 @@ def _sample(tap, predicted, ho, wo, inside, stride, SIGMOID: tl.constexpr, REAL:
 
 
 @triton.jit
-def _step(
+def locate_step(
     step, x, predicted, ho, wo, inside, stride, H, W,
     C: tl.constexpr, SIGMOID: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """The corners (PIXELS, BLOCK_C) of one tap and block of channels, and their weights (PIXELS,)."""
     c = step // 9 * BLOCK_C + tl.arange(0, BLOCK_C)
-    y, xx, factor = _sample(step % 9, predicted, ho, wo, inside, stride, SIGMOID, REAL)
-    p00, p01, p10, p11, w00, w01, w10, w11 = _corners(y, xx, factor, H, W, INDEX)
+    y, xx, factor = locate_sample(step % 9, predicted, ho, wo, inside, stride, SIGMOID, REAL)
+    p00, p01, p10, p11, w00, w01, w10, w11 = find_corners(y, xx, factor, H, W, INDEX)
     even: tl.constexpr = C % BLOCK_C == 0
-    v00 = _load_rows(x, p00, c, c < C, C, even)
-    v01 = _load_rows(x, p01, c, c < C, C, even)
-    v10 = _load_rows(x, p10, c, c < C, C, even)
-    v11 = _load_rows(x, p11, c, c < C, C, even)
+    v00 = load_rows(x, p00, c, c < C, C, even)
+    v01 = load_rows(x, p01, c, c < C, C, even)
+    v10 = load_rows(x, p10, c, c < C, C, even)
+    v11 = load_rows(x, p11, c, c < C, C, even)
     return v00, v01, v10, v11, w00, w01, w10, w11
 
 
@@ -91,7 +91,7 @@ def forward_kernel(
     BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, REAL: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, blocks of C). `predicted` is (rows, 27), `weight` (3, C, 9, C), `partial` (tiles, 3, C)."""
-    row, H, W, source, stride, ho, wo, inside, place, own = _tile(
+    row, H, W, source, stride, ho, wo, inside, place, own = locate_tile(
         tl.program_id(0), problems, work, coarser_rows, CROP, TILE_H, TILE_W
     )
     predicted += own * CHANNELS
@@ -100,12 +100,12 @@ def forward_kernel(
     rows = weight + (tl.load(row + BRANCH) * C + o) * (9 * C)
     total = tl.zeros((TILE_H * TILE_W, BLOCK_O), dtype=REAL)
     steps: tl.constexpr = 9 * ((C + BLOCK_C - 1) // BLOCK_C)
-    v00, v01, v10, v11, w00, w01, w10, w11 = _step(
+    v00, v01, v10, v11, w00, w01, w10, w11 = locate_step(
         0, x, predicted, ho, wo, inside, stride, H, W, C, SIGMOID, BLOCK_C, REAL, INDEX
     )
     for step in range(steps):
-        samples = _mix(v00, v01, v10, v11, w00, w01, w10, w11, REAL).to(pyramid.dtype.element_ty)
-        v00, v01, v10, v11, w00, w01, w10, w11 = _step(
+        samples = mix_corners(v00, v01, v10, v11, w00, w01, w10, w11, REAL).to(pyramid.dtype.element_ty)
+        v00, v01, v10, v11, w00, w01, w10, w11 = locate_step(
             tl.minimum(step + 1, steps - 1), x, predicted, ho, wo, inside, stride, H, W,
             C, SIGMOID, BLOCK_C, REAL, INDEX,
         )  # fmt: skip
@@ -117,4 +117,4 @@ def forward_kernel(
     # The statistics are those of what is stored, so that the normalised maps have mean 0 and variance 1.
     rounded = total.to(sampled.dtype.element_ty)
     tl.store(sampled + place[:, None] * C + o[None, :], rounded, mask=inside[:, None] & (o < C)[None, :])
-    _store_sums(rounded.to(REAL), inside, ho, wo, partial, axes, row, o, o < C, C, REAL)
+    store_sums(rounded.to(REAL), inside, ho, wo, partial, axes, row, o, o < C, C, REAL)

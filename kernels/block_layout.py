@@ -272,7 +272,7 @@ def layout(
     batch: int,
     device: torch.device,
     real: torch.dtype,
-    tile: tuple[int, int] = (8, 16),
+    tile: tuple[int, int] = (8, 8),
 ) -> Layout:
     """The layout for these shapes, kept for the next call; one that a CUDA graph was captured with is never let go."""
     # A tensor made in inference mode could not be part of a graph later on.

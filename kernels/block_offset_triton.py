@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 
 from kernels.block_layout import HEIGHT, INPUT_ROW, PROBLEM_COLUMNS, WIDTH
-from kernels.block_tail_triton import _work
-from kernels.deform_conv_triton import _pixels
+from kernels.block_tail_triton import work_item
+from kernels.deform_conv_triton import tile_pixels
 
 
 @triton.jit
@@ -47,9 +47,9 @@ def forward_kernel(
     BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, REAL: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, blocks of OUT): `pyramid` is (P, C), `weight` (OUT, 9, C), `predicted` (P, OUT)."""
-    level, image, number = _work(work)
+    level, image, number = work_item(work)
     H, W, first = _level(problems, level, image)
-    ho, wo, inside = _pixels(number, H, W, TILE_H, TILE_W)
+    ho, wo, inside = tile_pixels(number, H, W, TILE_H, TILE_W)
     x = pyramid + first * C
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     total = tl.zeros((TILE_H * TILE_W, BLOCK_O), dtype=REAL)
@@ -86,9 +86,9 @@ def backward_input_kernel(
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, blocks of C): `grad` is (P, OUT), `weight` (OUT, 9, C), `grad_pyramid` (P, C)."""
-    level, image, number = _work(work)
+    level, image, number = work_item(work)
     H, W, first = _level(problems, level, image)
-    y, x, inside = _pixels(number, H, W, TILE_H, TILE_W)
+    y, x, inside = tile_pixels(number, H, W, TILE_H, TILE_W)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((TILE_H * TILE_W, BLOCK_C), dtype=REAL)
     for step in range((9 * OUT + BLOCK_K - 1) // BLOCK_K):
@@ -111,7 +111,7 @@ def backward_weight_kernel(
 
     A row of `partial` is the gradient of the weight (9, OUT, C), then that of the bias (OUT,), from one run.
     """
-    level, image, number = _work(work)
+    level, image, number = work_item(work)
     H, W, first = _level(problems, level, image)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -42,7 +42,7 @@ LEVEL_WIDTH = tl.constexpr(1)
 
 
 @triton.jit
-def _work(work):
+def work_item(work):
     """Problem or level, image and number of what this program is to do."""
     base = work + tl.program_id(0) * 3
     return tl.load(base), tl.load(base + 1), tl.load(base + 2)
@@ -103,7 +103,7 @@ def forward_kernel(
     PIXELS: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """Grid (runs of PIXELS, blocks of C). `coefficients` is (L, N, KINDS, C), `out` (P, C)."""
-    level, image, number = _work(work)
+    level, image, number = work_item(work)
     c, known = _channels(C, BLOCK_C)
     row = levels + level * LEVEL_COLUMNS
     pixels = tl.load(row + LEVEL_HEIGHT) * tl.load(row + LEVEL_WIDTH)
@@ -136,7 +136,7 @@ def backward_sums_kernel(
 
     `grad` is (P, C), `grad_m` (P, C), `partial` (runs, KINDS, C): gradients of the coefficients from one run.
     """
-    level, image, number = _work(work)
+    level, image, number = work_item(work)
     c, known = _channels(C, BLOCK_C)
     row = levels + level * LEVEL_COLUMNS
     pixels = tl.load(row + LEVEL_HEIGHT) * tl.load(row + LEVEL_WIDTH)
@@ -211,7 +211,7 @@ def backward_maps_kernel(
     `statistics` and `grad_statistics` are (3, slots, C): mean, variance, upsampled mean; a slot is a level, a branch
     and an image. A pixel of a coarser neighbour gathers from the SPAN * SPAN target pixels that may take of it.
     """
-    problem, image, number = _work(work)
+    problem, image, number = work_item(work)
     c, known = _channels(C, BLOCK_C)
     row = problems + problem * PROBLEM_COLUMNS
     height, width = tl.load(row + OUT_HEIGHT), tl.load(row + OUT_WIDTH)
@@ -255,7 +255,7 @@ def backward_maps_kernel(
 
 
 @triton.jit
-def _store_sums(
+def store_sums(
     b_value, inside, ho, wo, partial, axes, row, c, known, C: tl.constexpr, REAL: tl.constexpr
 ):  # fmt: skip
     """Of one tile of a sampled map: the sum, the squared distances from the tile's mean, the sum after upsampling."""
@@ -278,7 +278,7 @@ def statistics_kernel(
     C: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of the sampled maps, blocks of C): `partial` (tiles, 3, C), for maps that come without it."""
-    problem, image, number = _work(work)
+    problem, image, number = work_item(work)
     c, known = _channels(C, BLOCK_C)
     row = problems + problem * PROBLEM_COLUMNS
     height, width = tl.load(row + OUT_HEIGHT), tl.load(row + OUT_WIDTH)
@@ -289,7 +289,7 @@ def statistics_kernel(
     inside = (ho < height) & (wo < width)
     place = tl.load(row + OUTPUT_ROW) + image.to(tl.int64) * height * width + ho * width + wo
     b_value = _rows(sampled, place, inside, c, known, C, REAL)
-    _store_sums(b_value, inside, ho, wo, partial, axes, row, c, known, C, REAL)
+    store_sums(b_value, inside, ho, wo, partial, axes, row, c, known, C, REAL)
 
 
 @triton.jit

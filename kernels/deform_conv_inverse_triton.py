@@ -23,7 +23,7 @@ type, as samples are in the forward pass. A gradient that is not finite spreads 
 import triton
 import triton.language as tl
 
-from kernels.deform_conv_triton import _block, _locate, _pixels
+from kernels.deform_conv_triton import locate_block, locate_point, tile_pixels
 
 
 @triton.jit
@@ -171,7 +171,7 @@ def bin_kernel(
     high, wide = ho.to(INDEX), wo.to(INDEX)
     offset += image * offset_n + high * offset_h + wide * offset_w
     mask += image * mask_n + high * mask_h + wide * mask_w
-    y, x, factor = _locate(
+    y, x, factor = locate_point(
         offset, mask, offset_c, mask_c, ho, wo, known, point, KW, TAPS, GEOMETRY, HAS_MASK, REAL, INDEX
     )
     image_bins = bins_along(H, TILE_H) * bins_along(W, TILE_W)
@@ -196,9 +196,9 @@ def gather_kernel(
     tiles = tl.cdiv(H, TILE_H) * across
     image = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
-    i, j, inside = _pixels(tile, H, W, TILE_H, TILE_W)
+    i, j, inside = tile_pixels(tile, H, W, TILE_H, TILE_W)
     pitch = bins_along(W, TILE_W)
-    within, known = _block(tl.program_id(1), SPAN, BLOCK_C)
+    within, known = locate_block(tl.program_id(1), SPAN, BLOCK_C)
     # All channels of a block lie in one weight group and one offset group.
     channel = tl.program_id(1) // tl.cdiv(SPAN, BLOCK_C) * SPAN
     group, point = channel // C, (channel // SHARE * TAPS).to(tl.int64)

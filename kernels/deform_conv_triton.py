@@ -19,7 +19,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _pixels(tile, HO, WO, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+def tile_pixels(tile, HO, WO, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
     """Output coordinates of a tile's pixels, and which of them exist."""
     across = tl.cdiv(WO, TILE_W)
     number = tl.arange(0, TILE_H * TILE_W)
@@ -29,7 +29,7 @@ def _pixels(tile, HO, WO, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
 
 
 @triton.jit
-def _locate(
+def locate_point(
     offset, mask, offset_c, mask_c, ho, wo, inside, point,
     KW: tl.constexpr, TAPS: tl.constexpr, GEOMETRY: tl.constexpr, HAS_MASK: tl.constexpr,
     REAL: tl.constexpr, INDEX: tl.constexpr,
@@ -63,7 +63,7 @@ def _neighbours(place, size):
 
 
 @triton.jit
-def _corners(y, x, factor, H, W, INDEX: tl.constexpr):
+def find_corners(y, x, factor, H, W, INDEX: tl.constexpr):
     """The four pixels around a sample, as places in the map, and their weights: zero where there is no pixel."""
     y0, y1, has_y0, has_y1, fy = _neighbours(y, H)
     x0, x1, has_x0, has_x1, fx = _neighbours(x, W)
@@ -77,7 +77,7 @@ def _corners(y, x, factor, H, W, INDEX: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(base, place, channels, known, STRIDE: tl.constexpr, EVEN: tl.constexpr):
+def load_rows(base, place, channels, known, STRIDE: tl.constexpr, EVEN: tl.constexpr):
     """(PIXELS, BLOCK_C): the channels of one pixel of the map for each row."""
     pointers = base + (place * STRIDE)[:, None] + channels[None, :]
     if EVEN:
@@ -86,7 +86,7 @@ def _load_rows(base, place, channels, known, STRIDE: tl.constexpr, EVEN: tl.cons
 
 
 @triton.jit
-def _step(
+def locate_step(
     step, group, x, offset, mask, offset_c, mask_c, ho, wo, inside, H, W,
     C: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr, SPAN: tl.constexpr,
     KW: tl.constexpr, TAPS: tl.constexpr, GEOMETRY: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -94,23 +94,23 @@ def _step(
 ):  # fmt: skip
     """The corners (PIXELS, BLOCK_C) of one step of a weight group, and their weights (PIXELS,)."""
     tap = step % TAPS
-    c, known = _block(step // TAPS, SPAN, BLOCK_C)
+    c, known = locate_block(step // TAPS, SPAN, BLOCK_C)
     first = group * C + c
     point = (group * C + step // TAPS // tl.cdiv(SPAN, BLOCK_C) * SPAN) // SHARE * TAPS + tap
-    y, xx, factor = _locate(
+    y, xx, factor = locate_point(
         offset, mask, offset_c, mask_c, ho, wo, inside, point, KW, TAPS, GEOMETRY, HAS_MASK, REAL, INDEX
     )
-    p00, p01, p10, p11, w00, w01, w10, w11 = _corners(y, xx, factor, H, W, INDEX)
+    p00, p01, p10, p11, w00, w01, w10, w11 = find_corners(y, xx, factor, H, W, INDEX)
     even: tl.constexpr = SPAN % BLOCK_C == 0
-    v00 = _load_rows(x, p00, first, known, C * GROUPS, even)
-    v01 = _load_rows(x, p01, first, known, C * GROUPS, even)
-    v10 = _load_rows(x, p10, first, known, C * GROUPS, even)
-    v11 = _load_rows(x, p11, first, known, C * GROUPS, even)
+    v00 = load_rows(x, p00, first, known, C * GROUPS, even)
+    v01 = load_rows(x, p01, first, known, C * GROUPS, even)
+    v10 = load_rows(x, p10, first, known, C * GROUPS, even)
+    v11 = load_rows(x, p11, first, known, C * GROUPS, even)
     return v00, v01, v10, v11, w00, w01, w10, w11
 
 
 @triton.jit
-def _block(number, SPAN: tl.constexpr, BLOCK_C: tl.constexpr):
+def locate_block(number, SPAN: tl.constexpr, BLOCK_C: tl.constexpr):
     """The channels of a block, counted from the group's first, and which of them exist: blocks do not cross spans."""
     blocks: tl.constexpr = (SPAN + BLOCK_C - 1) // BLOCK_C
     within = (number % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -118,7 +118,7 @@ def _block(number, SPAN: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _mix(v00, v01, v10, v11, w00, w01, w10, w11, REAL: tl.constexpr):
+def mix_corners(v00, v01, v10, v11, w00, w01, w10, w11, REAL: tl.constexpr):
     """The samples (PIXELS, BLOCK_C)."""
     upper = v00.to(REAL) * w00[:, None] + v01.to(REAL) * w01[:, None]
     return upper + v10.to(REAL) * w10[:, None] + v11.to(REAL) * w11[:, None]
@@ -139,7 +139,7 @@ def forward_kernel(
     blocks: tl.constexpr = (OUT + BLOCK_O - 1) // BLOCK_O
     group = tl.program_id(1) // blocks
     o = (tl.program_id(1) % blocks) * BLOCK_O + tl.arange(0, BLOCK_O)
-    ho, wo, inside = _pixels(tl.program_id(0) % tiles, HO, WO, TILE_H, TILE_W)
+    ho, wo, inside = tile_pixels(tl.program_id(0) % tiles, HO, WO, TILE_H, TILE_W)
     high, wide = ho.to(INDEX), wo.to(INDEX)
     x += image * H * W * (C * GROUPS)
     offset += image * offset_n + high * offset_h + wide * offset_w
@@ -147,17 +147,17 @@ def forward_kernel(
     rows = weight + (group * OUT + o) * (TAPS * C)
     total = tl.zeros((TILE_H * TILE_W, BLOCK_O), dtype=REAL)
     steps: tl.constexpr = TAPS * (C // SPAN) * ((SPAN + BLOCK_C - 1) // BLOCK_C)
-    v00, v01, v10, v11, w00, w01, w10, w11 = _step(
+    v00, v01, v10, v11, w00, w01, w10, w11 = locate_step(
         0, group, x, offset, mask, offset_c, mask_c, ho, wo, inside, H, W,
         C, GROUPS, SHARE, SPAN, KW, TAPS, GEOMETRY, HAS_MASK, BLOCK_C, REAL, INDEX,
     )  # fmt: skip
     for step in range(steps):
-        samples = _mix(v00, v01, v10, v11, w00, w01, w10, w11, REAL).to(x.dtype.element_ty)
-        v00, v01, v10, v11, w00, w01, w10, w11 = _step(
+        samples = mix_corners(v00, v01, v10, v11, w00, w01, w10, w11, REAL).to(x.dtype.element_ty)
+        v00, v01, v10, v11, w00, w01, w10, w11 = locate_step(
             tl.minimum(step + 1, steps - 1), group, x, offset, mask, offset_c, mask_c, ho, wo, inside, H, W,
             C, GROUPS, SHARE, SPAN, KW, TAPS, GEOMETRY, HAS_MASK, BLOCK_C, REAL, INDEX,
         )  # fmt: skip
-        c, known = _block(step // TAPS, SPAN, BLOCK_C)
+        c, known = locate_block(step // TAPS, SPAN, BLOCK_C)
         # Not a row of weights that is not there, whatever memory holds in its place.
         weights = tl.load(
             rows[None, :] + (step % TAPS * C + c)[:, None], mask=known[:, None] & (o < OUT)[None, :], other=0.0
@@ -193,14 +193,14 @@ def backward_points_kernel(
     tap = point % TAPS
     tile = tl.program_id(0) // points
     image = (tile // tiles).to(tl.int64)
-    ho, wo, inside = _pixels(tile % tiles, HO, WO, TILE_H, TILE_W)
+    ho, wo, inside = tile_pixels(tile % tiles, HO, WO, TILE_H, TILE_W)
     high, wide = ho.to(INDEX), wo.to(INDEX)
     offset += image * offset_n + high * offset_h + wide * offset_w
     mask += image * mask_n + high * mask_h + wide * mask_w
-    y, xx, factor = _locate(
+    y, xx, factor = locate_point(
         offset, mask, offset_c, mask_c, ho, wo, inside, point, KW, TAPS, GEOMETRY, HAS_MASK, REAL, INDEX
     )
-    p00, p01, p10, p11, w00, w01, w10, w11 = _corners(y, xx, factor, H, W, INDEX)
+    p00, p01, p10, p11, w00, w01, w10, w11 = find_corners(y, xx, factor, H, W, INDEX)
     x += image * H * W * (C * GROUPS)
     grad_x += image * H * W * (C * GROUPS)
     grad += image * HO * WO * (OUT * GROUPS)
@@ -214,9 +214,9 @@ def backward_points_kernel(
     whole: tl.constexpr = GROUPS == 1 and BLOCK_O >= OUT
     if whole:
         o = tl.arange(0, BLOCK_O)
-        gradient = _load_gradient(grad_rows, o, inside, o < OUT)
+        gradient = load_gradient(grad_rows, o, inside, o < OUT)
     for block in range((SHARE // SPAN) * ((SPAN + BLOCK_C - 1) // BLOCK_C)):
-        within, known = _block(block, SPAN, BLOCK_C)
+        within, known = locate_block(block, SPAN, BLOCK_C)
         channel = point // TAPS * SHARE + within
         # All channels of a block lie in one weight group.
         group = (point // TAPS * SHARE + block // tl.cdiv(SPAN, BLOCK_C) * SPAN) // C
@@ -224,7 +224,7 @@ def backward_points_kernel(
         for start in range(0, OUT, BLOCK_O):
             o = start + tl.arange(0, BLOCK_O)
             if not whole:
-                gradient = _load_gradient(grad_rows, group * OUT + o, inside, o < OUT)
+                gradient = load_gradient(grad_rows, group * OUT + o, inside, o < OUT)
             weights = tl.load(
                 weight + ((group * TAPS + tap) * C + channel - group * C)[None, :] * OUT + o[:, None],
                 mask=known[None, :] & (o < OUT)[:, None],
@@ -232,16 +232,16 @@ def backward_points_kernel(
             )
             column = tl.dot(gradient, weights, column, input_precision=PRECISION, out_dtype=REAL)
         if TO_OFFSET or TO_MASK:
-            s00 += tl.sum(_load_rows(x, p00, channel, known, C * GROUPS, even).to(REAL) * column, 1)
-            s01 += tl.sum(_load_rows(x, p01, channel, known, C * GROUPS, even).to(REAL) * column, 1)
-            s10 += tl.sum(_load_rows(x, p10, channel, known, C * GROUPS, even).to(REAL) * column, 1)
-            s11 += tl.sum(_load_rows(x, p11, channel, known, C * GROUPS, even).to(REAL) * column, 1)
+            s00 += tl.sum(load_rows(x, p00, channel, known, C * GROUPS, even).to(REAL) * column, 1)
+            s01 += tl.sum(load_rows(x, p01, channel, known, C * GROUPS, even).to(REAL) * column, 1)
+            s10 += tl.sum(load_rows(x, p10, channel, known, C * GROUPS, even).to(REAL) * column, 1)
+            s11 += tl.sum(load_rows(x, p11, channel, known, C * GROUPS, even).to(REAL) * column, 1)
         if TO_X:
-            _add_rows(grad_x, p00, w00, column, channel, known, C * GROUPS)
-            _add_rows(grad_x, p01, w01, column, channel, known, C * GROUPS)
-            _add_rows(grad_x, p10, w10, column, channel, known, C * GROUPS)
-            _add_rows(grad_x, p11, w11, column, channel, known, C * GROUPS)
-    down, right, along = _point_gradients(s00, s01, s10, s11, y, xx, factor, H, W)
+            add_rows(grad_x, p00, w00, column, channel, known, C * GROUPS)
+            add_rows(grad_x, p01, w01, column, channel, known, C * GROUPS)
+            add_rows(grad_x, p10, w10, column, channel, known, C * GROUPS)
+            add_rows(grad_x, p11, w11, column, channel, known, C * GROUPS)
+    down, right, along = point_gradients(s00, s01, s10, s11, y, xx, factor, H, W)
     if TO_OFFSET:
         target = grad_offset + image * grad_offset_n + high * grad_offset_h + wide * grad_offset_w
         target += (2 * point).to(INDEX) * grad_offset_c
@@ -254,7 +254,7 @@ def backward_points_kernel(
 
 
 @triton.jit
-def _point_gradients(s00, s01, s10, s11, y, x, factor, H, W):
+def point_gradients(s00, s01, s10, s11, y, x, factor, H, W):
     """Gradients of dy, dx and the mask, from the products of the sample's gradient with the four corners."""
     _, _, has_y0, has_y1, fy = _neighbours(y, H)
     _, _, has_x0, has_x1, fx = _neighbours(x, W)
@@ -274,13 +274,13 @@ def _point_gradients(s00, s01, s10, s11, y, x, factor, H, W):
 
 
 @triton.jit
-def _load_gradient(rows, o, inside, known):
+def load_gradient(rows, o, inside, known):
     """(PIXELS, BLOCK_O) of the output's gradient."""
     return tl.load(rows + o[None, :], mask=inside[:, None] & known[None, :], other=0.0)
 
 
 @triton.jit
-def _add_rows(base, place, factor, column, channels, known, STRIDE: tl.constexpr):
+def add_rows(base, place, factor, column, channels, known, STRIDE: tl.constexpr):
     """Add to the channels of one pixel of the map for each row; a row whose factor is zero is left out."""
     pointers = base + (place * STRIDE)[:, None] + channels[None, :]
     tl.atomic_add(pointers, column * factor[:, None], mask=(factor != 0)[:, None] & known[None, :], sem="relaxed")
@@ -294,12 +294,12 @@ def _tile_step(
     KW: tl.constexpr, TAPS: tl.constexpr, GEOMETRY: tl.constexpr, HAS_MASK: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """`_step` for one of the tiles of all images."""
+    """`locate_step` for one of the tiles of all images."""
     tiles = tl.cdiv(HO, TILE_H) * tl.cdiv(WO, TILE_W)
     image = (tile // tiles).to(tl.int64)
-    ho, wo, inside = _pixels(tile % tiles, HO, WO, TILE_H, TILE_W)
+    ho, wo, inside = tile_pixels(tile % tiles, HO, WO, TILE_H, TILE_W)
     high, wide = ho.to(INDEX), wo.to(INDEX)
-    return _step(
+    return locate_step(
         step, group, x + image * H * W * (C * GROUPS),
         offset + image * offset_n + high * offset_h + wide * offset_w,
         mask + image * mask_n + high * mask_h + wide * mask_w,
@@ -336,18 +336,18 @@ def backward_weight_kernel(
     )  # fmt: skip
     for i in range(TILES):
         tile = split * TILES + i
-        samples = _mix(v00, v01, v10, v11, w00, w01, w10, w11, REAL).to(x.dtype.element_ty)
+        samples = mix_corners(v00, v01, v10, v11, w00, w01, w10, w11, REAL).to(x.dtype.element_ty)
         v00, v01, v10, v11, w00, w01, w10, w11 = _tile_step(
             tl.minimum(tile + 1, tiles - 1), step, group, x, offset, mask,
             offset_n, offset_c, offset_h, offset_w, mask_n, mask_c, mask_h, mask_w,
             H, W, HO, WO, C, GROUPS, SHARE, SPAN, KW, TAPS, GEOMETRY, HAS_MASK, TILE_H, TILE_W, BLOCK_C, REAL, INDEX,
         )  # fmt: skip
-        ho, wo, inside = _pixels(tile % per_image, HO, WO, TILE_H, TILE_W)
+        ho, wo, inside = tile_pixels(tile % per_image, HO, WO, TILE_H, TILE_W)
         image = (tile // per_image).to(tl.int64)
         rows = grad + (image * HO * WO + ho.to(INDEX) * WO + wo) * (OUT * GROUPS)
         # The last split may have fewer tiles: what it computes beyond them has no gradient.
-        gradient = _load_gradient(rows[:, None], group * OUT + o, inside & (tile < tiles), o < OUT)
+        gradient = load_gradient(rows[:, None], group * OUT + o, inside & (tile < tiles), o < OUT)
         total = tl.dot(tl.trans(gradient), samples, total, input_precision=PRECISION, out_dtype=REAL)
-    c, known = _block(step // TAPS, SPAN, BLOCK_C)
+    c, known = locate_block(step // TAPS, SPAN, BLOCK_C)
     rows = partial + ((split.to(tl.int64) * GROUPS + group) * OUT + o) * (TAPS * C)
     tl.store(rows[:, None] + (step % TAPS * C + c)[None, :], total, mask=(o < OUT)[:, None] & known[None, :])
