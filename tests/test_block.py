@@ -57,7 +57,7 @@ def test_compilation_traces_the_separate_operators(as_if_interpreted, monkeypatc
 
 
 def made(sizes=SIZES, batch=2, real=torch.float64):
-    return layouts.layout(sizes, batch, torch.device("cpu"), real)
+    return layouts.layout(sizes, batch, torch.device("cpu"), real, (8, 16))
 
 
 def test_rows_of_the_matrices_follow_each_other():
