@@ -1,4 +1,14 @@
-"""GPU operators of DyHead in Triton, each with a plain PyTorch path."""
+"""GPU operators of DyHead in Triton, each with a plain PyTorch path.
+
+What holds for all of them, on both paths:
+
+- Arguments are checked once, before a path is chosen, and no check reads what a tensor holds (`kernels/checks.py`). A
+  ValueError, or a TypeError for a wrong Python type, names the argument, what it is and what is wanted.
+- A coordinate (an offset, a side of a box, the index of a box's image) that is NaN, infinite or of no image samples
+  nothing: its samples count as 0 and have a gradient of 0, and no other sample, image or box is touched.
+- A NaN or an infinity anywhere else, in a map, a mask, a weight or a gradient, spreads as in plain PyTorch: to what is
+  computed from it, 0 × NaN included, and to nothing else.
+"""
 
 from kernels.backend import use_backend
 from kernels.border_align import border_align
