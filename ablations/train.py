@@ -111,7 +111,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(cell, step) * group["lr_share"]
             with autocast:
-                losses = model(images, targets)
+                losses = model(images, targets, check_targets=False)
             loss = sum(losses.values())
             # Asking a GPU for the value waits for it, so there it is asked only now and then.
             step += 1

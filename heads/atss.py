@@ -44,7 +44,7 @@ from heads.anchors import Grid, Sizes, anchor_grid, cell_anchors, outside_paddin
 from heads.assign import assign_atss
 from heads.boxes import DeltaCoder, centerness_of, encode_distances
 from heads.dense import best_per_level, detections, predict_rows
-from heads.detector import Detector
+from heads.detector import Detector, PredictionHead
 from heads.dyhead import DyHead
 from heads.fpn import FPN
 from heads.losses import centerness_loss, giou_loss, sigmoid_focal_loss
@@ -111,7 +111,7 @@ class ATSSTargets(NamedTuple):
     valid: Tensor | None
 
 
-class ATSSHead(nn.Module):
+class ATSSHead(PredictionHead):
     """Predicts class, box and centerness for one anchor per cell; see the top of this file.
 
     Args:

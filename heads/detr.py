@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heads.boxes import clip_boxes, giou, pairwise_giou
-from heads.detector import Detector
+from heads.detector import Detector, PredictionHead
 from heads.dyhead import DyHead
 from heads.fpn import FPN
 from heads.hungarian import least_cost_assignment
@@ -104,7 +104,7 @@ class SingleMap(nn.Module):
         return [self.projection(features[-1])]
 
 
-class DETRHead(nn.Module):
+class DETRHead(PredictionHead):
     """Decoder and predictors; see the top of this file.
 
     Args:
@@ -268,14 +268,6 @@ class DETR(Detector):
         levels = len(getattr(fpn, "strides", (32,)))
         self.levels = nn.Parameter(torch.zeros(levels, channels)) if levels > 1 else None
         self.norm = nn.LayerNorm(channels) if isinstance(trunk, DyHead) else None
-
-    def forward(self, images: list[Tensor], targets: list[dict] | None = None) -> dict[str, Tensor] | list[dict]:
-        """As in `Detector`; the transformer knows what of the batch is padding."""
-        sizes = [tuple(image.shape[-2:]) for image in images]
-        outputs = self.raw(self.batch(images), sizes)
-        if self.training:
-            return self.head.loss(outputs, targets, sizes)
-        return self.head.predict(outputs, sizes)
 
     def raw(self, batch: Tensor, sizes: list[tuple[int, int]] | None = None) -> DETROutputs:
         """Head outputs for a normalised, padded batch (N, 3, H, W) of images of these sizes; None says all are full."""

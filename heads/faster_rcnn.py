@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from heads.attention import TaskAttention
 from heads.boxes import DeltaCoder
-from heads.detector import Detector
+from heads.detector import Detector, PredictionHead
 from heads.dyhead import DyHead
 from heads.fpn_p2 import FPNFromC2
 from heads.resnet import ResNet
@@ -48,7 +48,7 @@ class TwoStageOutputs(NamedTuple):
     rpn: RPNOutputs
 
 
-class TwoStageHead(nn.Module):
+class TwoStageHead(PredictionHead):
     """A region proposal network, and the numbers of boxes that pass between the two stages.
 
     Args:

@@ -43,7 +43,7 @@ from heads.anchors import Grid, Sizes, point_grid
 from heads.assign_points import assign_centre
 from heads.boxes import centerness_of, decode_distances, encode_distances
 from heads.dense import best_per_level, detections, predict_rows
-from heads.detector import Detector
+from heads.detector import Detector, PredictionHead
 from heads.dyhead import DyHead
 from heads.fpn import FPN
 from heads.losses import centerness_loss, giou_loss, iou_loss, sigmoid_focal_loss
@@ -107,7 +107,7 @@ class FCOSTargets(NamedTuple):
     centerness: Tensor
 
 
-class FCOSHead(nn.Module):
+class FCOSHead(PredictionHead):
     """Predicts class, distances and centerness for one point per cell; see the top of this file.
 
     Args:

@@ -35,7 +35,7 @@ from heads.anchors import Grid, Sizes, outside_padding, point_grid
 from heads.assign import IGNORED, assign_max_iou
 from heads.assign_points import assign_nearest
 from heads.dense import best_per_level, detections, flatten_levels
-from heads.detector import Detector
+from heads.detector import Detector, PredictionHead
 from heads.dyhead import DyHead
 from heads.fpn import FPN
 from heads.losses import sigmoid_focal_loss, smooth_l1_loss
@@ -93,7 +93,7 @@ class StageTargets(NamedTuple):
     normaliser: Tensor
 
 
-class RepPointsHead(nn.Module):
+class RepPointsHead(PredictionHead):
     """Predicts class and two sets of nine points for every cell; see the top of this file.
 
     Args:

@@ -42,7 +42,7 @@ from heads.anchors import Grid, Sizes, anchor_grid, cell_anchors, outside_paddin
 from heads.assign import IGNORED, assign_max_iou
 from heads.boxes import DeltaCoder
 from heads.dense import best_per_level, detections, predict_rows
-from heads.detector import Detector
+from heads.detector import Detector, PredictionHead
 from heads.dyhead import DyHead
 from heads.fpn import FPN
 from heads.losses import sigmoid_focal_loss, smooth_l1_loss
@@ -100,7 +100,7 @@ class RetinaNetTargets(NamedTuple):
     counted: Tensor
 
 
-class RetinaNetHead(nn.Module):
+class RetinaNetHead(PredictionHead):
     """Predicts class and box for nine anchors per cell; see the top of this file.
 
     Args:

@@ -136,7 +136,7 @@ def crowd(boxes: torch.Tensor) -> dict:
 CORNERS = torch.rand(1100, 2, generator=torch.Generator().manual_seed(0)) * 40
 EMPTY, ONE = torch.zeros(0, 4), BOXES[:1]
 MANY = torch.cat([CORNERS, CORNERS + 4 + CORNERS.flip(0) / 2], 1)
-THIN = torch.tensor([[30.2, 5.0, 30.5, 60.0], [4.0, 33.0, 60.0, 33.001], [50.0, 50.0, 50.0, 50.0]])
+THIN = torch.tensor([[30.2, 5.0, 30.5, 60.0], [4.0, 33.0, 60.0, 33.001], [50.0, 50.0, 50.001, 50.001]])
 VARIANTS = [(name, attentions, "trunk") for name in DETECTORS for attentions in (None, "LSC")]
 VARIANTS += [(name, "LSC", "around_roi") for name in TWO_STAGE]
 

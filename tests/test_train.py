@@ -22,7 +22,7 @@ CELL = Cell(
 
 
 class Line(nn.Module):
-    """Fits y = wx; called as a detector is."""
+    """Fits y = wx; called as a detector is whose loader has checked the targets."""
 
     def __init__(self, scale=1.0):
         super().__init__()
@@ -30,7 +30,8 @@ class Line(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
         self.scale = scale
 
-    def forward(self, images, targets):
+    def forward(self, images, targets, *, check_targets):
+        assert not check_targets
         x = torch.stack(images)
         y = torch.stack([t["y"] for t in targets])
         return {"loss_fit": self.scale * (x * self.weight + self.bias - y).square().mean()}
@@ -61,8 +62,8 @@ def test_the_backbone_can_have_a_rate_of_its_own(tmp_path):
     """With AdamW the first step of every weight is as long as its rate."""
     cell = replace(CELL, steps=1, warmup=0, weight_decay=0.0, optimizer="adamw", lr=1e-2, backbone_lr=0.1)
     model = nn.ModuleDict({"backbone": Line(), "head": Line()})
-    model.forward = lambda images, targets: (
-        model["backbone"](images, targets) | {"loss_head": model["head"](images, targets)["loss_fit"]}
+    model.forward = lambda *batch, **options: (
+        model["backbone"](*batch, **options) | {"loss_head": model["head"](*batch, **options)["loss_fit"]}
     )
     train(cell, model, batch, torch.device("cpu"), tmp_path)
     assert model["head"].weight.item() == pytest.approx(1e-2, rel=1e-4)
