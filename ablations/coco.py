@@ -1,27 +1,27 @@
 """A data directory in COCO layout, checked as a whole before anything trains on it.
 
     DIR/annotations/instances_{train,val}2017.json     (or the same below DIR/coco)
-    DIR/{train,val}2017/                               the images, JPEG or PNG
+    DIR/{train,val}2017/                               the images, of any format that Pillow decodes
 
-Reading checks both instances files (`ablations/check.py`) and every image they name: presence, header, declared size
-and end marker, without decoding. What cannot be used is a `DataError` that lists all problems of the file.
+Reading checks both instances files (`ablations/check.py`) and every image they name (`ablations/image_files.py`):
+presence, header, declared size and end marker, and all pixels where that takes no more than seconds. What cannot be
+used is a `DataError` that lists all problems of the file.
 """
 
-import errno
 import gc
 import hashlib
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from ablations.check import Annotations, DataError, ImageEntry, quote, read_instances
-from ablations.images import Header, ImageError, applied_orientation, decode, read_header
+from ablations.check import BAD_ANNOTATIONS, Annotations, DataError, ImageEntry, quote, read_instances
+from ablations.image_files import ImageFiles
+from ablations.images import Header, ImageError, applied_orientation, decode, limit_pixels
 
 __all__ = ["DataError", "Dataset", "ImageRecord", "Split", "find_root", "read_dataset", "read_image", "read_split"]
 
@@ -40,12 +40,12 @@ class ImageRecord:
         boxes: (n, 4) float32, x1, y1, x2, y2 in pixels, clipped to the image, of positive size, without the crowd
             regions; n may be 0.
         labels: (n,) int64, 0-based and contiguous.
-        area: (n,) float64, square pixels, as given.
+        area: (n,) float64, square pixels, as given, or width × height of the box.
         segmentations: n values: a list of polygons, (2m,) float64 each, a run-length dict, or None.
         crowd_boxes: (m, 4) float32, regions that training ignores.
     """
 
-    image_id: int
+    image_id: int | str
     path: str
     width: int
     height: int
@@ -69,33 +69,43 @@ class Split:
         category_names: The name of each label.
         annotations: The columns that `ground_truth` is made of.
         fingerprint: Hash of the instances file and of every image's name and size in bytes.
-        notes: One line for each thing that was dropped or clipped, with the count.
+        notes: One line for each thing that was dropped, clipped or read leniently, with the count.
+        dropped: How many annotations were left out of training and ground truth, by reason; empty without any.
     """
 
     name: str
     path: Path
     images: list[ImageRecord]
-    category_ids: tuple[int, ...]
+    category_ids: tuple[int | str, ...]
     category_names: tuple[str, ...]
     annotations: Annotations
     fingerprint: str
     notes: list[str]
+    dropped: dict[str, int]
 
     @property
     def ground_truth(self) -> dict:
         """A new COCO-format dict, ready to be a `pycocotools.coco.COCO().dataset`.
 
         Boxes, areas and crowd flags are as given, boxes of no size included, so that the result is pycocotools' own on
-        the original file. Annotation ids count from 1: an annotation of id 0 can never be found in pycocotools.
+        the original file, less the annotations that `dropped` counts. Segmentations are there where they are usable.
+        Annotation ids count from 1: an annotation of id 0 can never be found in pycocotools.
         """
         columns = self.annotations
         ids = [record.image_id for record in self.images]
         annotations = [
-            {"id": number, "image_id": ids[image], "category_id": category, "bbox": box, "area": area, "iscrowd": crowd}
+            {
+                "id": number,
+                "image_id": ids[image],
+                "category_id": self.category_ids[category],
+                "bbox": box,
+                "area": area,
+                "iscrowd": crowd,
+            }
             for number, (image, category, box, area, crowd) in enumerate(
                 zip(
                     columns.image.tolist(),
-                    columns.category_id.tolist(),
+                    columns.category.tolist(),
                     columns.bbox.tolist(),
                     columns.area.tolist(),
                     columns.crowd.astype(int).tolist(),
@@ -125,13 +135,13 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Both parts of a data set, with the same categories.
+    """Both parts of a data set, with the same categories, those of the training part.
 
     Attributes:
         root: The directory that holds `annotations`.
         train, val: The parts.
         fingerprint: Hash of both parts' fingerprints: equal for equal content wherever it lies.
-        notes: What was dropped or clipped in both, one line each, naming the file.
+        notes: What was dropped, clipped or read leniently in both, one line each, naming the file.
     """
 
     root: Path
@@ -166,17 +176,34 @@ def find_root(directory: str | os.PathLike) -> Path:
     )
 
 
-def read_dataset(directory: str | os.PathLike) -> Dataset:
+def read_dataset(
+    directory: str | os.PathLike,
+    *,
+    masks: bool = False,
+    bad_annotations: Literal["refuse", "drop"] = "drop",
+    max_image_pixels: int | None = None,
+) -> Dataset:
     """Read and check both parts.
+
+    The validation part takes the categories of the training part, so that a label means the same in both. It may lack
+    some of them; one that only it has is left out if nothing is annotated with it.
+
+    Args:
+        masks, bad_annotations, max_image_pixels: as in `read_split`.
 
     Raises:
         DataError: lists the problems of both instances files, and categories that differ between the two.
+        ValueError: an argument is out of range.
     """
+    _check_arguments(bad_annotations, max_image_pixels)
     root = find_root(directory)
     parts, problems = [], []
     for name in SPLITS:
         try:
-            parts.append(read_split(root, name))
+            part = read_split(
+                root, name, masks=masks, bad_annotations=bad_annotations, max_image_pixels=max_image_pixels
+            )
+            parts.append(part)
         except DataError as error:
             failed = error
             problems += [f"{os.path.relpath(error.path, root)}: {problem}" for problem in error.problems]
@@ -185,53 +212,114 @@ def read_dataset(directory: str | os.PathLike) -> Dataset:
     if problems:
         raise DataError(root, problems)
     train, val = parts
-    _check_same_categories(train, val)
+    val = _with_categories_of(train, val)
     fingerprint = hashlib.sha256(f"{train.fingerprint} {val.fingerprint}".encode()).hexdigest()[:32]
-    notes = [f"{part.path.name}: {note}" for part in parts for note in part.notes]
+    notes = [f"{part.path.name}: {note}" for part in (train, val) for note in part.notes]
     return Dataset(root, train, val, fingerprint, notes)
 
 
-def _check_same_categories(train: Split, val: Split) -> None:
-    ours, theirs = (dict(zip(part.category_ids, part.category_names, strict=True)) for part in (train, val))
-    problems = []
-    for category in sorted(ours.keys() | theirs.keys()):
-        a, b = ours.get(category), theirs.get(category)
-        if a != b:
-            here, there = ("absent" if name is None else quote(name) for name in (b, a))
-            problems.append(f"category id {category} is {here}, but {there} in {train.path.name}")
+def _check_arguments(bad_annotations: str, max_image_pixels: int | None) -> int:
+    """The most pixels of an image."""
+    if bad_annotations not in BAD_ANNOTATIONS:
+        raise ValueError(f"bad_annotations is {bad_annotations!r}, expected {' or '.join(BAD_ANNOTATIONS)}")
+    return limit_pixels(max_image_pixels)
+
+
+def _with_categories_of(train: Split, val: Split) -> Split:
+    """The validation part with the categories and label numbers of the training part.
+
+    Raises:
+        DataError: an id has two names, or an annotated category is unknown to the training part.
+    """
+    if (train.category_ids, train.category_names) == (val.category_ids, val.category_names):
+        return val
+    names = dict(zip(train.category_ids, train.category_names, strict=True))
+    labels = {category: label for label, category in enumerate(train.category_ids)}
+    annotated = np.bincount(val.annotations.category, minlength=len(val.category_ids)).tolist()
+    problems, unused = [], []
+    for category, name, count in zip(val.category_ids, val.category_names, annotated, strict=True):
+        here = f"category id {quote(category)} is {quote(name)}"
+        if category not in names:
+            if count:
+                problems.append(f"{here}, with {count} annotations, but absent in {train.path.name}")
+            else:
+                unused.append(quote(name))
+        elif names[category] != name:
+            problems.append(f"{here}, but {quote(names[category])} in {train.path.name}")
     if problems:
         raise DataError(val.path, problems)
+    notes = list(val.notes)
+    if unused:
+        notes.append(f"categories without annotations that the training split lacks, left out: {', '.join(unused)}")
+    lacking = len(names.keys() - set(val.category_ids))
+    if lacking:
+        notes.append(f"categories of the training split that this one lacks: {lacking}")
+    # A category that is left out labels nothing.
+    relabel = np.array([labels.get(category, -1) for category in val.category_ids], dtype=np.int64)
+    return replace(
+        val,
+        images=[replace(record, labels=relabel[record.labels]) for record in val.images],
+        category_ids=train.category_ids,
+        category_names=train.category_names,
+        annotations=replace(val.annotations, category=relabel[val.annotations.category]),
+        notes=notes,
+    )
 
 
-def read_split(directory: str | os.PathLike, split: Literal["train", "val"]) -> Split:
+def read_split(
+    directory: str | os.PathLike,
+    split: Literal["train", "val"],
+    *,
+    masks: bool = False,
+    bad_annotations: Literal["refuse", "drop"] = "drop",
+    max_image_pixels: int | None = None,
+) -> Split:
     """Read and check one part of a data directory.
+
+    Every image file is opened. If the declared pixels of all are at most `image_files.DECODED_PIXELS`, every one is
+    decoded too, so that training on small data never meets a broken file; of more, only those that are neither JPEG
+    nor PNG.
+
+    Args:
+        masks: Whether segmentations are needed. Without, odd ones are read as none; `loader.check_segmentations` can
+            still list them.
+        bad_annotations: What becomes of boxes outside their image, of negative size or not finite, and of annotations
+            of an unknown category: a problem, or left out of training and ground truth, and counted.
+        max_image_pixels: The most pixels of an image; None for 178,956,970, Pillow's own limit.
 
     Raises:
         DataError: lists every problem of the instances file, or, where that is sound, every problem of its images.
-        ValueError: `split` is neither train nor val.
+        ValueError: an argument is out of range.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
+    most_pixels = _check_arguments(bad_annotations, max_image_pixels)
     root = find_root(directory)
-    path = root / "annotations" / f"instances_{split}2017.json"
+    path, folder = root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"
+    files = ImageFiles(path, folder, most_pixels)
     with _no_garbage_collection():
-        instances = read_instances(path)
-        headers = _check_files(path, root, root / f"{split}2017", instances.images)
-        category_ids = tuple(category for category, _ in instances.categories)
+        instances = read_instances(
+            path,
+            masks=masks,
+            training=split == "train",
+            bad_annotations=bad_annotations,
+            most_pixels=most_pixels,
+            measure=files.sizes,
+        )
+        headers = files.check(instances.images)
         hashed = hashlib.sha256(instances.digest.encode())
         for entry, header in zip(instances.images, headers, strict=True):
             hashed.update(f"{entry.file_name}\0{header.file_bytes}\0".encode())
         return Split(
             name=split,
             path=path,
-            images=list(
-                _records(root / f"{split}2017", instances.images, headers, instances.annotations, category_ids)
-            ),
-            category_ids=category_ids,
+            images=list(_records(folder, instances.images, headers, instances.annotations)),
+            category_ids=tuple(category for category, _ in instances.categories),
             category_names=tuple(name for _, name in instances.categories),
             annotations=instances.annotations,
             fingerprint=hashed.hexdigest()[:32],
             notes=instances.notes,
+            dropped=instances.dropped,
         )
 
 
@@ -248,9 +336,8 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _records(
-    folder: Path, entries: list[ImageEntry], headers: list[Header], columns: Annotations, category_ids: tuple[int, ...]
+    folder: Path, entries: list[ImageEntry], headers: list[Header], columns: Annotations
 ) -> Iterator[ImageRecord]:
-    labels = np.searchsorted(np.array(category_ids, dtype=np.int64), columns.category_id)
     whole = (columns.corners[:, 2:] > columns.corners[:, :2]).all(1)
     places = np.arange(len(entries) + 1)
 
@@ -258,8 +345,8 @@ def _records(
         rows = rows[np.argsort(columns.image[rows], kind="stable")]
         return rows, np.searchsorted(columns.image[rows], places).tolist()
 
-    rows, bounds = by_image(np.flatnonzero(whole & ~columns.crowd))
-    boxes, labels, area = columns.corners[rows], labels[rows], columns.area[rows]
+    rows, bounds = by_image(np.flatnonzero(columns.trained_on))
+    boxes, labels, area = columns.corners[rows], columns.category[rows], columns.area[rows]
     segmentations = [columns.segmentation[row] for row in rows.tolist()]
     crowd_rows, crowd_bounds = by_image(np.flatnonzero(whole & columns.crowd))
     crowd_boxes = columns.corners[crowd_rows]
@@ -277,66 +364,6 @@ def _records(
             segmentations=segmentations[own],
             crowd_boxes=crowd_boxes[crowd_bounds[place] : crowd_bounds[place + 1]],
         )
-
-
-def _check_files(path: Path, root: Path, folder: Path, entries: list[ImageEntry]) -> list[Header]:
-    """The header of every image.
-
-    Raises:
-        DataError: the folder is missing, or lists each image that is absent, damaged, of another size, or elsewhere.
-    """
-    if not os.path.isdir(folder):
-        raise DataError(folder, [f"no such directory, but {path.name} names {len(entries)} images in it"])
-    # The folder itself may be a link to where the user keeps the images; a file in it may not lead anywhere else.
-    allowed = (os.path.realpath(root), os.path.realpath(folder))
-
-    def check(chunk: list[ImageEntry]) -> list[Header | str]:
-        return [_check_file(os.fspath(folder), allowed, entry) for entry in chunk]
-
-    # Threads are for cold or remote disks, where a check waits. From the page cache it takes about 13 µs an image with
-    # one thread as with sixteen.
-    with ThreadPoolExecutor(16) as pool:
-        chunks = [entries[start : start + 512] for start in range(0, len(entries), 512)]
-        results = [result for chunk in pool.map(check, chunks) for result in chunk]
-    problems = [
-        f"image {quote(entry.file_name)} (id {entry.image_id}): {result}"
-        for entry, result in zip(entries, results, strict=True)
-        if type(result) is str
-    ]
-    if problems:
-        raise DataError(path, problems)
-    return results
-
-
-def _check_file(folder: str, allowed: tuple[str, ...], entry: ImageEntry) -> Header | str:
-    """The header of one image, or what is wrong with it."""
-    path = os.path.join(folder, entry.file_name)
-    try:
-        if "/" in entry.file_name and not _inside(os.path.dirname(path), allowed):
-            return "it lies behind a symbolic link that leaves the data directory"
-        try:
-            header = read_header(path, follow_links=False)
-        except OSError as error:
-            # FreeBSD says EMLINK.
-            if error.errno not in (errno.ELOOP, errno.EMLINK):
-                raise
-            if not _inside(path, allowed):
-                return "it is a symbolic link that leaves the data directory"
-            header = read_header(path)
-    except ImageError as error:
-        return str(error)
-    except (FileNotFoundError, NotADirectoryError):
-        return f"absent: there is no such file in {quote(folder)}"
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    if applied_orientation(header, entry.width, entry.height) is None:
-        return f"it has {header.width}x{header.height} pixels, but {entry.width}x{entry.height} are declared"
-    return header
-
-
-def _inside(path: str, allowed: tuple[str, ...]) -> bool:
-    real = os.path.realpath(path)
-    return any(os.path.commonpath((real, directory)) == directory for directory in allowed)
 
 
 def read_image(record: ImageRecord) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 pycocotools defines the numbers; this file closes what it lets through silently: annotation ids of 0 or given twice
 (either destroys AP without a word), empty results (an IndexError), scores and boxes that are not finite, images that
-are missing or counted twice, category ids nobody knows, dicts of the caller that come back changed, and -1 for a slice
-without ground truth.
+are missing or counted twice, category ids nobody knows, ids that a float64 does not hold, dicts of the caller that come
+back changed, and -1 for a slice without ground truth.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from ablations.store import METRICS
 
 
 def evaluate(
-    predictions: Iterable[tuple[int, Mapping]],
+    predictions: Iterable[tuple[int | str, Mapping]],
     ground_truth: Mapping,
-    category_ids: Sequence[int],
+    category_ids: Sequence[int | str],
     iou_type: Literal["bbox", "segm"] = "bbox",
 ) -> dict[str, float | None]:
     """Average precision and recall over IoU 0.50:0.95, at most 100 detections an image and category.
@@ -35,7 +35,8 @@ def evaluate(
             found. `detections`: `boxes` (K, 4) xyxy in pixels of the original image, `scores` (K,), `labels` (K,)
             0-based and contiguous; for `"segm"` also `masks`, (K, H, W) of the original size or K compressed RLEs.
             Tensors on any device or arrays.
-        ground_truth: an instances file in COCO's layout: `images`, `annotations`, `categories`. Not changed.
+        ground_truth: an instances file in COCO's layout: `images`, `annotations`, `categories`. Not changed. Ids are
+            whole numbers of any size, or all text. An absent `area` is width × height, an absent `iscrowd` 0.
         category_ids: the category id of each label; only these categories are evaluated.
         iou_type: what overlaps, boxes or masks.
 
@@ -47,20 +48,22 @@ def evaluate(
         ValueError: a score, box or label that cannot be (the message names the image), an image missing, unknown or
             given twice, or a category id that the ground truth does not list.
     """
-    categories = sorted(category["id"] for category in ground_truth["categories"])
-    unknown = sorted(set(category_ids) - set(categories))
+    categories = _numbers("category", (category["id"] for category in ground_truth["categories"]))
+    unknown = [category for category in category_ids if category not in categories]
     if unknown:
-        raise ValueError(f"category ids {unknown} are not in the ground truth, which has {categories}")
+        raise ValueError(f"category ids {unknown} are not in the ground truth, which has {list(categories)}")
     if len(set(category_ids)) != len(category_ids):
         raise ValueError(f"category_ids holds an id twice: {list(category_ids)}")
+    evaluated = [categories[category] for category in category_ids]
+    images = _numbers("image", (image["id"] for image in ground_truth["images"]))
 
-    truth = _ground_truth(ground_truth, iou_type)
-    found = _detections(predictions, truth, category_ids, iou_type)
+    truth = _ground_truth(ground_truth, images, categories, iou_type)
+    found = _detections(predictions, images, truth, evaluated, iou_type)
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
         found.createIndex()
         evaluation = _Evaluation(truth, found, iou_type)
-        evaluation.params.catIds = sorted(category_ids)
+        evaluation.params.catIds = sorted(evaluated)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -70,33 +73,53 @@ def evaluate(
     }
 
 
-def _ground_truth(source: Mapping, iou_type: str) -> COCO:
-    """A copy of the ground truth that pycocotools may write to, its annotations numbered from 1.
+def _numbers(kind: str, ids: Iterable[int | str]) -> dict[int | str, int]:
+    """The numbers from 1 that stand for ids within pycocotools, which passes some through float64: in the ids' order.
+
+    Raises:
+        ValueError: the ids have no order.
+    """
+    try:
+        return {value: number for number, value in enumerate(sorted(set(ids)), 1)}
+    except TypeError as error:
+        raise ValueError(f"{kind} ids must be whole numbers, or all text: {error}") from error
+
+
+def _ground_truth(source: Mapping, images: Mapping, categories: Mapping, iou_type: str) -> COCO:
+    """A copy of the ground truth that pycocotools may write to, its images, categories and annotations renumbered.
 
     COCOeval notes a match as the annotation's id and reads 0 as none, so an id of 0 is never found, and two annotations
     of one id shadow each other.
     """
     truth = COCO()
-    images = {image["id"]: image for image in source["images"]}
     annotations = []
     for number, annotation in enumerate(source["annotations"], 1):
         if annotation["image_id"] not in images:
             raise ValueError(f"annotation {annotation.get('id')} is on an unknown image, {annotation['image_id']}")
+        if annotation["category_id"] not in categories:
+            raise ValueError(
+                f"annotation {annotation.get('id')} is of an unknown category, {annotation['category_id']}"
+            )
         width, height = annotation["bbox"][2:]
+        area = annotation.get("area")
         copy = {
             "id": number,
-            "image_id": annotation["image_id"],
-            "category_id": annotation["category_id"],
+            "image_id": images[annotation["image_id"]],
+            "category_id": categories[annotation["category_id"]],
             "bbox": list(annotation["bbox"]),
-            "area": annotation.get("area", width * height),
-            "iscrowd": int(annotation.get("iscrowd", 0)),
+            "area": width * height if area is None else area,
+            "iscrowd": int(annotation.get("iscrowd") or 0),
         }
         if iou_type == "segm":
             if not annotation.get("segmentation"):
                 raise ValueError(f"annotation {annotation.get('id')} has no segmentation to evaluate masks with")
             copy["segmentation"] = annotation["segmentation"]
         annotations.append(copy)
-    truth.dataset = {"images": list(images.values()), "annotations": annotations, "categories": source["categories"]}
+    truth.dataset = {
+        "images": [{**image, "id": images[image["id"]]} for image in source["images"]],
+        "annotations": annotations,
+        "categories": [{**category, "id": categories[category["id"]]} for category in source["categories"]],
+    }
     return truth
 
 
@@ -107,18 +130,25 @@ def _array(values, dtype) -> np.ndarray:
 
 
 def _detections(
-    predictions: Iterable[tuple[int, Mapping]], truth: COCO, category_ids: Sequence[int], iou_type: str
+    predictions: Iterable[tuple[int | str, Mapping]],
+    numbers: Mapping[int | str, int],
+    truth: COCO,
+    categories: Sequence[int],
+    iou_type: str,
 ) -> COCO:
+    """What was found, with the images and categories renumbered as those of the ground truth are."""
     images = {image["id"]: image for image in truth.dataset["images"]}
-    by_image: dict[int, list[dict]] = {}
+    by_image: dict[int | str, list[dict]] = {}
     for image_id, detections in predictions:
-        image_id = int(image_id)
-        if image_id not in images:
+        # Of a number in an array or a tensor, the number.
+        image_id = image_id.item() if hasattr(image_id, "item") else image_id
+        if image_id not in numbers:
             raise ValueError(f"a prediction is for image {image_id}, which the ground truth does not have")
         if image_id in by_image:
             raise ValueError(f"image {image_id} was predicted twice")
-        by_image[image_id] = _image_detections(image_id, images[image_id], detections, category_ids, iou_type)
-    missing = sorted(images.keys() - by_image.keys())
+        image = images[numbers[image_id]]
+        by_image[image_id] = _image_detections(image_id, image, detections, categories, iou_type)
+    missing = sorted(numbers.keys() - by_image.keys())
     if missing:
         shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise ValueError(f"{len(missing)} of {len(images)} images have no prediction: {shown}")
@@ -132,7 +162,7 @@ def _detections(
 
 
 def _image_detections(
-    image_id: int, image: Mapping, detections: Mapping, category_ids: Sequence[int], iou_type: str
+    image_id: int | str, image: Mapping, detections: Mapping, category_ids: Sequence[int], iou_type: str
 ) -> list[dict]:
     boxes = _array(detections["boxes"], np.float64).reshape(-1, 4)
     scores = _array(detections["scores"], np.float64)
@@ -156,7 +186,7 @@ def _image_detections(
 
     annotations = [
         {
-            "image_id": image_id,
+            "image_id": image["id"],
             "category_id": category_ids[label],
             "bbox": [*corner, *size],
             "area": size[0] * size[1],
@@ -181,7 +211,7 @@ def run_lengths(masks) -> list[dict]:
     return rle.encode(np.asfortranarray(masks.transpose(1, 2, 0))) if len(masks) else []
 
 
-def _run_lengths(image_id: int, image: Mapping, masks, count: int) -> list[dict]:
+def _run_lengths(image_id: int | str, image: Mapping, masks, count: int) -> list[dict]:
     if not isinstance(masks, list | tuple):
         masks = run_lengths(masks)
     if len(masks) != count:

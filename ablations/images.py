@@ -1,29 +1,34 @@
-"""Image files: a cheap check of header, size and end marker, and the full decode to RGB.
+"""Image files: a check of header, size and end marker, and the full decode to RGB.
 
-Only JPEG and PNG are read, told apart by their first bytes and not by their extension. Pillow's other formats stay
-closed, because some of them run external programs.
+Whatever Pillow decodes is read, the first frame of it, told apart by its content and not by its extension. Two formats
+stay closed, because nothing in a data set is executed: EPS, which Pillow hands to Ghostscript, and IPTC, which may hold
+an image of any format and so an EPS. JPEG and PNG have a check that does not decode; all others are decoded by it.
 """
 
 import mmap
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-# Pillow's own default for a decompression bomb, here an error and not a warning.
-MAX_PIXELS = 89_478_485
+# From here on Pillow refuses an image as a decompression bomb.
+MAX_PIXELS = 178_956_970
 MAX_FILE_BYTES = 1 << 30
 
 _HEAD_BYTES = 4096
 _MAX_SEGMENTS = 4096
+_JPEG_SIGNATURE = b"\xff\xd8\xff"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _JPEG_END = b"\xff\xd9"
 # Every start-of-frame marker; C4, C8 and CC lie between them and mean something else.
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _ORIENTATION_TAG = 0x0112
+_CLOSED_FORMATS = frozenset({"EPS", "IPTC"})
 # What brings pixels stored under an EXIF orientation (TIFF 6.0, tag 274) upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,12 +46,41 @@ class ImageError(ValueError):
 
 
 class Header(NamedTuple):
-    """What an image file says of itself: size in pixels as stored, EXIF orientation 1..8, size of the file in bytes."""
+    """What an image file says of itself.
+
+    Attributes:
+        width, height: Size in pixels as Pillow decodes it.
+        orientation: EXIF orientation, 1..8, of those pixels; 1 where Pillow itself turns them, as it does for TIFF.
+        file_bytes: Size of the file.
+        decoded: Whether all pixels were decoded and found good.
+    """
 
     width: int
     height: int
     orientation: int
     file_bytes: int
+    decoded: bool = False
+
+
+def limit_pixels(most: int | None) -> int:
+    """The most pixels that an image may have, with Pillow told to open such images without a warning.
+
+    Pillow's own limit, `Image.MAX_IMAGE_PIXELS`, holds for the whole process and all its threads; it is raised where it
+    is lower, never lowered.
+
+    Args:
+        most: None for MAX_PIXELS.
+
+    Raises:
+        ValueError: `most` is not a positive whole number.
+    """
+    if most is None:
+        most = MAX_PIXELS
+    if type(most) is not int or most < 1:
+        raise ValueError(f"max_image_pixels is {most!r}, expected a positive whole number")
+    if Image.MAX_IMAGE_PIXELS is not None and most > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = most
+    return most
 
 
 def applied_orientation(header: Header, width: int, height: int) -> int | None:
@@ -57,33 +91,42 @@ def applied_orientation(header: Header, width: int, height: int) -> int | None:
     quarter turn, or a square) the image is taken as displayed.
     """
     stored = (header.width, header.height)
-    if (stored[::-1] if header.orientation >= 5 else stored) == (width, height):
+    if upright_size(header) == (width, height):
         return header.orientation
     return 1 if stored == (width, height) else None
 
 
-def read_header(path: str | os.PathLike, *, follow_links: bool = True) -> Header:
-    """Check one image file without decoding it: a regular file, a JPEG or PNG header, a sane size, the end marker.
+def upright_size(header: Header) -> tuple[int, int]:
+    """Width and height of an image as it is displayed."""
+    return (header.height, header.width) if header.orientation >= 5 else (header.width, header.height)
 
-    Costs one open and two small reads; a file whose last bytes are not its end marker is searched for it once.
+
+def read_header(path: str | os.PathLike, most: int = MAX_PIXELS) -> Header:
+    """Check one image file: a regular file, a header, a sane size, the end marker; decode it if that is the only check.
+
+    For JPEG and PNG it costs one open and two small reads; a file whose last bytes are not its end marker is searched
+    for it once. Links are followed.
+
+    Args:
+        most: The most pixels of an image.
 
     Raises:
-        ImageError: the file is unreadable, of another kind, truncated, or larger than MAX_PIXELS.
-        OSError: the file cannot be opened (`ELOOP` for a symbolic link when `follow_links` is false).
+        ImageError: the file is unreadable, of a kind that is not read, truncated, or larger than `most`.
+        OSError: the file cannot be opened.
         ValueError: the path cannot be given to the system (a NUL, a lone surrogate).
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     # O_NONBLOCK: a pipe in the place of an image must not stop the check.
-    file = os.open(path, flags if follow_links else flags | getattr(os, "O_NOFOLLOW", 0))
+    file = os.open(path, flags)
     try:
-        return _inspect(file)
+        return _inspect(file, most)
     except struct.error as error:
         raise ImageError("truncated: the header ends early") from error
     finally:
         os.close(file)
 
 
-def _inspect(file: int) -> Header:
+def _inspect(file: int, most: int) -> Header:
     status = os.fstat(file)
     if status.st_mode & 0o170000 != 0o100000:
         raise ImageError("not a regular file")
@@ -91,7 +134,7 @@ def _inspect(file: int) -> Header:
         raise ImageError(f"the file has {status.st_size} bytes; at most {MAX_FILE_BYTES} are read")
     window = _Window(file, status.st_size)
     head = window.head
-    if head.startswith(b"\xff\xd8\xff"):
+    if head.startswith(_JPEG_SIGNATURE):
         width, height, orientation, body = _jpeg_header(window)
         end = _JPEG_END
     elif head.startswith(_PNG_SIGNATURE):
@@ -100,14 +143,61 @@ def _inspect(file: int) -> Header:
     elif not head:
         raise ImageError("the file is empty")
     else:
-        raise ImageError("neither a JPEG nor a PNG file")
-    if width < 1 or height < 1:
-        raise ImageError(f"its header gives a size of {width}x{height} pixels")
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"its header gives {width}x{height} pixels; at most {MAX_PIXELS} are decoded")
+        return _decoded_header(file, most)
+    _check_size(width, height, most)
     if window.read(max(status.st_size - len(end), 0), len(end)) != end and not _found_after(file, body, end):
         raise ImageError("truncated: the end marker is missing")
     return Header(width, height, orientation, status.st_size)
+
+
+def _check_size(width: int, height: int, most: int) -> None:
+    if width < 1 or height < 1:
+        raise ImageError(f"its header gives a size of {width}x{height} pixels")
+    if width * height > most:
+        raise ImageError(f"its header gives {width}x{height} pixels; {_at_most(most)}")
+
+
+def _at_most(most: int) -> str:
+    return f"at most {most} are decoded, unless --max-image-pixels gives another number"
+
+
+def _decoded_header(file: int, most: int) -> Header:
+    """The header of a file that is neither JPEG nor PNG, which only decoding can tell to be whole."""
+    limit_pixels(most)
+    with _decoding(), open(file, "rb", closefd=False) as stream, Image.open(stream, formats=_formats(b"")) as image:
+        size = image.size
+        _check_size(*size, most)
+        _to_rgb(image)
+        if image.size != size:
+            raise ImageError(f"its header gives {size[0]}x{size[1]} pixels, but it has {image.size[0]}x{image.size[1]}")
+        try:
+            orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+        except Exception:
+            # Viewers ignore a malformed block too.
+            orientation = 1
+        orientation = orientation if orientation in range(1, 9) else 1
+        return Header(*size, int(orientation), os.fstat(file).st_size, decoded=True)
+
+
+def _formats(head: bytes) -> tuple[str, ...]:
+    """The formats that a file with these first bytes may have, of those that Pillow reads here."""
+    if head.startswith((_JPEG_SIGNATURE, _PNG_SIGNATURE)):
+        return ("JPEG", "PNG")
+    Image.init()
+    return tuple(name for name in Image.ID if name not in _CLOSED_FORMATS)
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Turns whatever Pillow stumbles on into an `ImageError`: OSError, SyntaxError, ValueError, zlib.error, ..."""
+    try:
+        yield
+    except (ImageError, MemoryError):
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError("no image of a format that is read") from error
+    except Exception as error:
+        raise ImageError(f"it does not decode: {type(error).__name__}: {error}") from error
 
 
 class _Window:
@@ -216,24 +306,25 @@ def decode(path: str | os.PathLike, width: int, height: int, orientation: int = 
     Raises:
         ImageError: the file cannot be decoded, or has another size by now.
     """
-    try:
-        with Image.open(path, formats=("JPEG", "PNG")) as image:
-            stored = (height, width) if orientation >= 5 else (width, height)
+    # Such a size was accepted when the data was read, perhaps in another process.
+    limit_pixels(width * height)
+    stored = (height, width) if orientation >= 5 else (width, height)
+    with _decoding(), open(path, "rb") as file:
+        head = file.read(len(_PNG_SIGNATURE))
+        file.seek(0)
+        with Image.open(file, formats=_formats(head)) as image:
             if image.size != stored:
                 raise ImageError(f"it has {image.size[0]}x{image.size[1]} pixels, expected {stored[0]}x{stored[1]}")
             rgb = _to_rgb(image)
             if orientation != 1:
                 rgb = rgb.transpose(_UPRIGHT[orientation])
             return np.array(rgb)
-    except (ImageError, MemoryError):
-        raise
-    except Exception as error:
-        # Pillow raises whatever its decoders stumble on: OSError, SyntaxError, ValueError, zlib.error, ...
-        raise ImageError(f"it does not decode: {type(error).__name__}: {error}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
+    image.load()
+    # 16 bits; a portable greymap of as many is opened as 32.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ablations.annotations import mask_problems
 from ablations.coco import DataError, ImageRecord, Split, read_image
 from ablations.segments import bitmap
 
@@ -158,8 +159,9 @@ class Loader:
 
         Returns:
             Images, (3, H, W) uint8 RGB of differing sizes, and for each a target: `boxes` (n, 4) float32 xyxy in pixels
-            of that image, `labels` (n,) int64, 0-based, and `image_id`; n is 0 for an image without objects. With
-            `masks` also `masks`, (n, H, W) uint8 of 0 and 1.
+            of that image, finite and of positive size, `labels` (n,) int64, 0-based, and `image_id`; n is 0 for an
+            image without objects. With `masks` also `masks`, (n, H, W) uint8 of 0 and 1. An object whose box has no
+            size left at the size of the image is left out.
 
         Raises:
             DataError: an image does not decode; the message names the file.
@@ -206,39 +208,41 @@ class Loader:
             boxes = scale_boxes(record.boxes, width / record.width, height / record.height)
             if flip:
                 boxes = flip_boxes(boxes, width)
+            # A sliver far from the origin has no size left after the rounding to float32.
+            kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(1))
             images.append(self._pixels.get(index, width, height, flip))
             targets.append(
                 {
-                    "boxes": torch.from_numpy(boxes),
-                    "labels": torch.from_numpy(record.labels.copy()),
+                    "boxes": torch.from_numpy(boxes[kept]),
+                    "labels": torch.from_numpy(record.labels[kept]),
                     "image_id": record.image_id,
                 }
             )
             if self.masks:
-                targets[-1]["masks"] = _masks(record, width, height, flip)
+                targets[-1]["masks"] = _masks(record, kept, width, height, flip)
         return images, targets
 
 
-def _masks(record: ImageRecord, width: int, height: int, flip: bool) -> Tensor:
-    """The masks of an image's objects at this size, (n, height, width) uint8."""
-    masks = np.zeros((len(record.boxes), height, width), np.uint8)
-    for mask, segmentation in zip(masks, record.segmentations, strict=True):
-        mask[:] = bitmap(segmentation, record.width, record.height, width, height)
+def _masks(record: ImageRecord, kept: np.ndarray, width: int, height: int, flip: bool) -> Tensor:
+    """The masks of these objects of an image at this size, (n, height, width) uint8."""
+    masks = np.zeros((len(kept), height, width), np.uint8)
+    for mask, place in zip(masks, kept.tolist(), strict=True):
+        mask[:] = bitmap(record.segmentations[place], record.width, record.height, width, height)
     return torch.from_numpy(masks[..., ::-1].copy() if flip else masks)
 
 
 def check_segmentations(split: Split) -> None:
-    """Make sure that masks can be learned from, or evaluated with, a split.
+    """Make sure that masks can be learned from, or evaluated with, a split, however it was read.
+
+    A training split needs a segmentation of every ordinary object of positive size, the validation split of every
+    annotation: crowd regions and boxes of no size are compared with what was found, too.
 
     Raises:
-        DataError: lists the images with an object that has no segmentation.
+        DataError: lists the annotations whose segmentation is missing or unusable.
     """
-    lacking = [record.image_id for record in split.images if not all(record.segmentations)]
-    if lacking:
-        shown = ", ".join(map(str, lacking[:5])) + (", ..." if len(lacking) > 5 else "")
-        raise DataError(
-            split.path, [f"{len(lacking)} images have objects without a segmentation, which masks need: {shown}"]
-        )
+    problems = mask_problems(split.annotations, training=split.name == "train")
+    if problems:
+        raise DataError(split.path, problems)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +255,7 @@ class Shown:
         ratio: Height and width of the shown image over those of the original.
     """
 
-    image_id: int
+    image_id: int | str
     width: int
     height: int
     ratio: tuple[float, float]

@@ -4,11 +4,15 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as rle
 
+from ablations.problems import whole
+
+# pycocotools takes memory in proportion to the length of an outline, and integers of 32 bits to count it.
+MAX_POINT = 1_000_000
 _NUMBERS = frozenset({int, float})
 
 
 def compact_polygons(value: list) -> list:
-    """Replace every flat list of finite numbers by a (2n,) float64 array; whatever else is in the list stays as it is.
+    """Replace every flat list of numbers up to ±MAX_POINT by a (2n,) float64 array; whatever else is there stays.
 
     Called while the JSON is parsed, so that the 40 million coordinates of COCO never exist as Python objects at once.
     """
@@ -22,36 +26,71 @@ def _compact(polygon):
         points = np.array(polygon, dtype=np.float64)
     except OverflowError:
         return polygon
-    return points if np.isfinite(points).all() else polygon
+    # NaN fails the comparison.
+    return points if (np.abs(points) <= MAX_POINT).all() else polygon
 
 
-def segmentation_problem(value, width: int, height: int) -> str | None:
-    """What is wrong with a parsed segmentation of a (height, width) image, or None.
+def read_segmentation(value, width: int, height: int) -> tuple[list | dict | None, str | None, int]:
+    """A parsed segmentation of a (height, width) image, in one of two forms.
 
-    Polygons of fewer than three points are not an error here, nor is an empty list: exporters write both for objects
-    without a mask.
+    What pycocotools' `annToRLE` reads is read: polygons, run lengths, and a list of uncompressed run lengths, of which
+    the union counts. Polygons of fewer than three points are not an error, nor is an empty list: exporters write both
+    for objects without a mask.
+
+    Returns:
+        The segmentation as a list of (2m,) float64 polygons of three points or more or as a run-length dict, None where
+        there is none; what is wrong with it, or None; and the number of polygons that were dropped as too short.
     """
-    if type(value) is list:
-        for number, polygon in enumerate(value):
-            if type(polygon) is not np.ndarray:
-                return f"polygon {number} of its segmentation is not a flat list of finite numbers"
-            if polygon.size % 2:
-                return f"polygon {number} of its segmentation has {polygon.size} numbers, expected x, y pairs"
-        return None
-    if type(value) is not dict:
-        return "its segmentation is neither a list of polygons nor a run-length encoding"
+    if type(value) is dict:
+        runs, problem = _read_runs(value, width, height)
+        return runs, problem, 0
+    if type(value) is not list:
+        return None, "its segmentation is neither a list of polygons nor a run-length encoding", 0
+    for number, polygon in enumerate(value):
+        if type(polygon) is not np.ndarray:
+            if all([type(part) is dict for part in value]):
+                return *_read_union(value, width, height), 0
+            problem = f"polygon {number} of its segmentation is not a flat list of finite numbers, at most {MAX_POINT}"
+            return None, problem, 0
+        if polygon.size % 2:
+            return None, f"polygon {number} of its segmentation has {polygon.size} numbers, expected x, y pairs", 0
+    kept = [polygon for polygon in value if polygon.size >= 6]
+    return kept or None, None, len(value) - len(kept)
+
+
+def _read_union(parts: list[dict], width: int, height: int) -> tuple[dict | None, str | None]:
+    """One run-length encoding of a list of them; of compressed ones pycocotools reads no list."""
+    read = []
+    for part in parts:
+        runs, problem = _read_runs(part, width, height)
+        if problem is None and type(runs["counts"]) is str:
+            problem = "its segmentation is a list of compressed run lengths"
+        if problem is not None:
+            return None, problem
+        read.append(runs)
+    if len(read) == 1:
+        return read[0], None
+    union = rle.merge(rle.frPyObjects(read, height, width))
+    return {"size": [height, width], "counts": union["counts"].decode("ascii")}, None
+
+
+def _read_runs(value: dict, width: int, height: int) -> tuple[dict | None, str | None]:
+    """A run-length encoding with whole numbers as integers, or what is wrong with it."""
     size, counts = value.get("size"), value.get("counts")
-    if size != [height, width] or any(type(side) is not int for side in size):
-        return f"the size of its run-length encoding is not [{height}, {width}], that of the image"
+    if type(size) is not list or [whole(side) for side in size] != [height, width]:
+        return None, f"the size of its run-length encoding is not [{height}, {width}], that of the image"
     if type(counts) is list:
         # Python's integers, because a sum of hostile ones would wrap in numpy.
-        sound = all(type(run) is int and run >= 0 for run in counts) and sum(counts) == width * height
+        counts = [run if type(run) is int else whole(run) for run in counts]
+        sound = all(run is not None and run >= 0 for run in counts) and sum(counts) == width * height
     elif type(counts) is str:
         runs = run_lengths(counts)
         sound = runs is not None and bool((runs >= 0).all()) and sum(runs.tolist()) == width * height
     else:
-        return "its run-length encoding has neither a list nor a string of counts"
-    return None if sound else f"its run lengths do not add up to {width}x{height} pixels"
+        return None, "its run-length encoding has neither a list nor a string of counts"
+    if not sound:
+        return None, f"its run lengths do not add up to {width}x{height} pixels"
+    return {"size": [height, width], "counts": counts}, None
 
 
 def run_lengths(text: str) -> np.ndarray | None:
