@@ -39,9 +39,10 @@ from heads.atss import ATSSHead
 from heads.detector import MEAN, STD, Detector
 from heads.dyhead import DyHead
 from heads.fpn import FPN
-from heads.released import OFFICIAL, load_released, recognise, translate, unwrap
+from heads.released import OFFICIAL, load_released, recognise, translate
 from heads.resnet import BasicBlock, Bottleneck, CaffeBottleneck, FrozenBatchNorm2d, ResNet
 from heads.towers import ConvTowers
+from heads.weights import bare_state
 
 
 @dataclass(frozen=True)
@@ -131,17 +132,17 @@ def open_released(name: str, checkpoint: Mapping) -> Detector:
 
     Args:
         name: One of `LAYOUTS`.
-        checkpoint: State dict, or what holds it as `"model"` or `"state_dict"`.
+        checkpoint: State dict, or a checkpoint that holds it; see `heads.weights.bare_state`.
 
     Raises:
         ValueError: The name is unknown, the keys are another layout's, or `load_released` finds a misfit.
     """
-    layout, state = layout_of(name), unwrap(checkpoint)
+    layout, state = layout_of(name), bare_state(checkpoint)
     rules = recognise(state)
     if (rules is OFFICIAL) != (layout.convention == "official"):
         whose = "the authors'" if rules is OFFICIAL else "mmdetection's"
         raise ValueError(f"layout {name!r} does not fit: the keys are {whose}; the layouts are {', '.join(LAYOUTS)}")
-    shapes = {translate(key, rules): value.shape for key, value in state.items()}
+    shapes = {translate(key, rules): value.shape for key, value in state.items() if isinstance(value, Tensor)}
 
     def count(pattern: str) -> int:
         return len({match[0] for key in shapes if key and (match := re.match(pattern, key))})

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from heads.attention import Branch
 from heads.detector import Detector
 from heads.dyhead import DyHead
+from heads.weights import bare_state
 
 NEIGHBOURS = {
     "0": "from_coarser",
@@ -75,19 +76,20 @@ IGNORED = re.compile(r".*num_batches_tracked|.*anchor_generator\.cell_anchors\..
 def load_released(module: DyHead | Detector, state_dict: Mapping[str, Tensor]) -> None:
     """Load a released state dict into a `DyHead` or a whole detector, in place.
 
-    The layout, the authors' or mmdetection's, is recognised by its key names; a checkpoint that wraps the state dict
-    as `"model"` or `"state_dict"` is unwrapped. Where the layout has biases in front of the GroupNorms, they are added
-    to `module`.
+    The layout, the authors' or mmdetection's, is recognised by its key names, once `heads.weights.bare_state` has taken
+    off what a checkpoint and wrappers put around them. Where the layout has biases in front of the GroupNorms, they are
+    added to `module`.
 
     Args:
         module: A `DyHead(formulation="released")`, or a detector with one as its trunk.
-        state_dict: Names to tensors. Names of a bare `DyHead` may lack everything up to `dyhead_tower.` or `neck.1.`.
+        state_dict: Names to tensors, or a checkpoint around them. Names of a bare `DyHead` may lack everything up to
+            `dyhead_tower.` or `neck.1.`.
 
     Raises:
         ValueError: The layout is unknown, keys could not be mapped, tensors of `module` stayed without a value, or
-            shapes differ; the message lists them all.
+            shapes differ; the message lists them all. Or the checkpoint holds several states.
     """
-    state_dict = unwrap(state_dict)
+    state_dict = bare_state(state_dict)
     rules = recognise(state_dict)
     prefix = "trunk." if isinstance(module, DyHead) else ""
     trunk = module if isinstance(module, DyHead) else module.trunk
@@ -97,7 +99,7 @@ def load_released(module: DyHead | Detector, state_dict: Mapping[str, Tensor]) -
         if IGNORED.fullmatch(key):
             continue
         own = translate(key, rules)
-        if own is None or not own.startswith(prefix):
+        if own is None or not own.startswith(prefix) or not isinstance(value, Tensor):
             unmapped.append(key)
         else:
             loaded[own.removeprefix(prefix)] = value
@@ -119,14 +121,6 @@ def load_released(module: DyHead | Detector, state_dict: Mapping[str, Tensor]) -
     if problems:
         raise ValueError("the state dict does not fit:\n  " + "\n  ".join(sorted(problems)))
     module.load_state_dict(loaded, strict=False)
-
-
-def unwrap(checkpoint: Mapping) -> Mapping[str, Tensor]:
-    """The state dict of a checkpoint, which may hold it as `"model"` or `"state_dict"` beside other things."""
-    for wrapper in ("model", "state_dict"):
-        if isinstance(checkpoint.get(wrapper), Mapping):
-            checkpoint = checkpoint[wrapper]
-    return checkpoint
 
 
 def recognise(state_dict: Mapping[str, Tensor]) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from heads.deform import DeformConv
 from heads.swin import Swin, swin_l, swin_t
-from heads.weights import read_weights
+from heads.weights import bare_state, read_weights
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -220,7 +220,7 @@ def load_imagenet(backbone: ResNet | Swin, source: str | Path) -> None:
         raise FileNotFoundError(f"no weights at {source}; give a file or one of {', '.join(IMAGENET)}")
     else:
         state = read_weights(source)
-    state = {k: v for k, v in state.get("model", state).items() if not re.fullmatch(backbone.unused_keys, k)}
+    state = {k: v for k, v in bare_state(state).items() if not re.fullmatch(backbone.unused_keys, k)}
     own = backbone.state_dict()
     # Frozen statistics do not count batches.
     unknown = sorted(key for key in state if key not in own and not key.endswith("num_batches_tracked"))
