@@ -50,7 +50,7 @@ class Annotations:
         segmentation: n values: a list of (2m,) float64 polygons of three points or more, a run-length dict, or None.
         corners: (n, 4) float32, the box as x1, y1, x2, y2, clipped to the image; of no size where it is not trained on.
         number: (n,) int64, position in the file's `annotations`.
-        ids: (n,) int64 or object, the annotation's id.
+        ids: (n,) object, the annotation's id: int or str.
         odd: row -> what is wrong with its segmentation, which is None here: masks cannot use it, boxes need not.
     """
 
@@ -79,10 +79,12 @@ def mask_problems(columns: Annotations, training: bool) -> list[str]:
     """
     rows = np.flatnonzero(columns.trained_on) if training else range(len(columns.segmentation))
     lacking = [int(row) for row in rows if columns.segmentation[row] is None]
-    places = zip(columns.number[lacking].tolist(), columns.ids[lacking].tolist(), strict=True)
+    places = [
+        _place(*place) for place in zip(columns.number[lacking].tolist(), columns.ids[lacking].tolist(), strict=True)
+    ]
     return [
-        f"{_place(number, own_id)}: {columns.odd.get(row, 'it has no segmentation')}; masks need polygons or run lengths"
-        for row, (number, own_id) in zip(lacking, places, strict=True)
+        f"{place}: {columns.odd.get(row, 'it has no segmentation')}; masks need polygons or run lengths"
+        for row, place in zip(lacking, places, strict=True)
     ]
 
 
@@ -213,7 +215,7 @@ def check_annotations(
         segmentation=[segmentations[row] for row in rows_kept],
         corners=corners[kept],
         number=table[kept, 5],
-        ids=_column([kept_ids[row] for row in rows_kept]),
+        ids=_objects([kept_ids[row] for row in rows_kept]),
         odd={place: odd[row] for place, row in enumerate(rows_kept) if row in odd} if odd else {},
     )
     notes += _notes(columns, overhang[kept], short_polygons, dropped)
@@ -249,11 +251,10 @@ def _crowd(value, lenient: Lenient, hard: list[str]) -> int:
     return 0
 
 
-def _column(ids: list[int | str]) -> np.ndarray:
+def _objects(ids: list[int | str]) -> np.ndarray:
     column = np.empty(len(ids), dtype=object)
     column[:] = ids
-    fits = not ids or (type(ids[0]) is int and max(ids) < 1 << 63)
-    return column.astype(np.int64) if fits else column
+    return column
 
 
 def _corners(bbox: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

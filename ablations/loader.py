@@ -7,6 +7,7 @@ so a resumed run sees what an uninterrupted one would have seen, and threads tha
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -128,6 +129,7 @@ class Loader:
 
     Raises:
         ValueError: an argument is out of range.
+        DataError: masks are wanted, and objects lack a segmentation.
     """
 
     def __init__(
@@ -143,7 +145,12 @@ class Loader:
         cache_bytes: int = CACHE_BYTES,
         masks: bool = False,
     ):
-        _check_sizes(batch_size, short_sides, max_size)
+        _check_whole("seed", seed, 0)
+        if not 0 <= flip <= 1:
+            raise ValueError(f"flip is {flip!r}, expected a probability, 0 to 1")
+        _check_sizes(split, batch_size, short_sides, max_size, threads, cache_bytes)
+        if masks:
+            _check_masks(split)
         self.records = split.images
         self.masks = masks
         self.batch_size, self.seed, self.flip = batch_size, seed, flip
@@ -289,7 +296,7 @@ class EvalLoader:
         threads: int = 0,
         cache_bytes: int = 0,
     ):
-        _check_sizes(batch_size, (short_side,), max_size)
+        _check_sizes(split, batch_size, (short_side,), max_size, threads, cache_bytes)
         self.records, self.batch_size = split.images, batch_size
         self.short_side, self.max_size = short_side, max_size
         self._pixels = _Pixels(self.records, (short_side,), max_size, cache_bytes)
@@ -324,10 +331,28 @@ class EvalLoader:
         return images, shown
 
 
-def _check_sizes(batch_size: int, short_sides: Sequence[int], max_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
-    if not short_sides or min(short_sides) < 1 or max_size < 1:
-        raise ValueError(
-            f"sides {tuple(short_sides)} with a cap of {max_size}: expected whole pixels, at least one side"
-        )
+def _check_sizes(
+    split: Split, batch_size: int, short_sides: Sequence[int], max_size: int, threads: int, cache_bytes: int
+) -> None:
+    if not split.images:
+        raise ValueError("split has no images, expected at least one")
+    _check_whole("batch_size", batch_size, 1)
+    _check_whole("threads", threads, 0)
+    _check_whole("cache_bytes", cache_bytes, 0)
+    if not len(short_sides):
+        raise ValueError("short_sides is empty, expected at least one side")
+    for side in short_sides:
+        _check_whole("a side of short_sides", side, 1)
+    _check_whole("max_size", max_size, 1)
+
+
+def _check_whole(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
+
+
+def _check_masks(split: Split) -> None:
+    """Training needs no more masks than this, of whichever split."""
+    problems = mask_problems(split.annotations, training=True)
+    if problems:
+        raise DataError(split.path, problems)

@@ -107,5 +107,5 @@ def mixed(kind: str, ids) -> list[str]:
     texts = [value for value in ids if type(value) is str]
     if not texts or len(texts) == len(ids):
         return []
-    number = next(value for value in ids if type(value) is not str)
-    return [f"{kind} ids are numbers and text, {number} and {quote(texts[0])}: their order is undefined"]
+    number = min(value for value in ids if type(value) is not str)
+    return [f"{kind} ids are numbers and text, {number} and {quote(min(texts))}: their order is undefined"]

@@ -121,7 +121,7 @@ def run_lengths(text: str) -> np.ndarray | None:
 
 
 def bitmap(segmentation: list | dict, width: int, height: int, to_width: int, to_height: int) -> np.ndarray:
-    """A segmentation of a (height, width) image that passed the check, drawn at another size: uint8 of 0 and 1.
+    """A segmentation of a (height, width) image, as `read_segmentation` gives it, drawn at another size: uint8 of 0 and 1.
 
     Polygons are scaled and then drawn, so they lose nothing; run lengths are drawn and then interpolated.
     """
@@ -135,5 +135,7 @@ def bitmap(segmentation: list | dict, width: int, height: int, to_width: int, to
         grey = Image.fromarray(255 * drawn).resize((to_width, to_height), Image.Resampling.BILINEAR)
         return (np.asarray(grey) >= 128).astype(np.uint8)
     ratio = np.array([to_width / width, to_height / height])
-    polygons = [(polygon.reshape(-1, 2) * ratio).ravel() for polygon in segmentation]
+    # Drawing takes memory in proportion to the length of an outline; what is this far outside is nonsense anyway.
+    far = 20.0 * max(to_width, to_height)
+    polygons = [(polygon.reshape(-1, 2) * ratio).clip(-far, far).ravel() for polygon in segmentation]
     return rle.decode([rle.merge(rle.frPyObjects(polygons, to_height, to_width))])[..., 0]

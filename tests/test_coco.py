@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from tiny_coco import REAL, annotation, documents, edited, json_path, needs_coco, problem, write
+from tiny_coco import REAL, annotation, documents, edited, json_path, needs_coco, write
 
 from ablations.coco import DataError, find_root, read_dataset, read_image, read_split
 
@@ -121,20 +121,6 @@ def test_missing_directories_and_files(tmp_path):
         read_split(root, "test")
 
 
-def test_categories_of_both_files_agree(tmp_path):
-    def change(document):
-        document["categories"][0]["name"] = "crow"
-        document["categories"].append({"id": 5, "name": "fish"})
-
-    error = problem(
-        write(tmp_path, edited(change, "val")),
-        "category id 5 is 'fish', but absent in instances_train2017.json",
-        "category id 90 is 'crow', but 'bird' in instances_train2017.json",
-        split="val",
-    )
-    assert error.path == json_path(tmp_path, "val") and len(error.problems) == 2
-
-
 @needs_coco
 def test_a_slice_of_the_real_coco_reads_as_it_is():
     data = read_dataset(REAL)
@@ -150,3 +136,8 @@ def test_a_slice_of_the_real_coco_reads_as_it_is():
             assert all(ours[key] == value for key, value in given.items() if key != "id")
         for record in split.images:
             assert read_image(record).shape == (record.height, record.width, 3)
+    # Results that were published name the data by these.
+    assert data.train.fingerprint == "619d999ee0c60436881880d0f7fcac9a"
+    assert data.val.fingerprint == "95fc661ffc69b2c9c1e78849183491d4"
+    assert data.fingerprint == "c00f9d54920e88bd48d27ec8a1820da9"
+    assert data.notes == [] and data.train.dropped == data.val.dropped == {}

@@ -96,10 +96,10 @@ def edited(change: Callable[[dict], object], split: str = "train") -> dict[str, 
     return contents
 
 
-def problem(root, *fragments, split="train"):
+def problem(root, *fragments, split="train", **options):
     """The error that reading ends with; it names the instances file and holds the fragments."""
     with pytest.raises(DataError) as caught:
-        read_dataset(root)
+        read_dataset(root, **options)
     message = str(caught.value)
     assert f"instances_{split}2017.json" in message
     for fragment in fragments:
