@@ -79,12 +79,10 @@ def mask_problems(columns: Annotations, training: bool) -> list[str]:
     """
     rows = np.flatnonzero(columns.trained_on) if training else range(len(columns.segmentation))
     lacking = [int(row) for row in rows if columns.segmentation[row] is None]
-    places = [
-        _place(*place) for place in zip(columns.number[lacking].tolist(), columns.ids[lacking].tolist(), strict=True)
-    ]
+    numbers, ids = columns.number[lacking].tolist(), columns.ids[lacking].tolist()
     return [
-        f"{place}: {columns.odd.get(row, 'it has no segmentation')}; masks need polygons or run lengths"
-        for row, place in zip(lacking, places, strict=True)
+        f"{_place(number, own)}: {columns.odd.get(row, 'it has no segmentation')}; masks need polygons or run lengths"
+        for row, number, own in zip(lacking, numbers, ids, strict=True)
     ]
 
 

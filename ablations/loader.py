@@ -150,7 +150,7 @@ class Loader:
             raise ValueError(f"flip is {flip!r}, expected a probability, 0 to 1")
         _check_sizes(split, batch_size, short_sides, max_size, threads, cache_bytes)
         if masks:
-            _check_masks(split)
+            _refuse(split, mask_problems(split.annotations, training=True))
         self.records = split.images
         self.masks = masks
         self.batch_size, self.seed, self.flip = batch_size, seed, flip
@@ -247,7 +247,10 @@ def check_segmentations(split: Split) -> None:
     Raises:
         DataError: lists the annotations whose segmentation is missing or unusable.
     """
-    problems = mask_problems(split.annotations, training=split.name == "train")
+    _refuse(split, mask_problems(split.annotations, training=split.name == "train"))
+
+
+def _refuse(split: Split, problems: list[str]) -> None:
     if problems:
         raise DataError(split.path, problems)
 
@@ -349,10 +352,3 @@ def _check_sizes(
 def _check_whole(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
-
-
-def _check_masks(split: Split) -> None:
-    """Training needs no more masks than this, of whichever split."""
-    problems = mask_problems(split.annotations, training=True)
-    if problems:
-        raise DataError(split.path, problems)

@@ -121,7 +121,7 @@ def run_lengths(text: str) -> np.ndarray | None:
 
 
 def bitmap(segmentation: list | dict, width: int, height: int, to_width: int, to_height: int) -> np.ndarray:
-    """A segmentation of a (height, width) image, as `read_segmentation` gives it, drawn at another size: uint8 of 0 and 1.
+    """A segmentation of a (height, width) image, as it was read, drawn at another size: uint8 of 0 and 1.
 
     Polygons are scaled and then drawn, so they lose nothing; run lengths are drawn and then interpolated.
     """

@@ -149,7 +149,7 @@ def test_what_training_ignores_needs_a_mask_in_evaluation_alone(tmp_path, case):
     images, targets = Loader(data.train, 3, 0, (16,), 64, masks=True).batch(0)
     assert all(len(target["masks"]) == len(target["boxes"]) for target in targets) and len(images) == 3
     with pytest.raises(DataError, match=r"instances_val2017\.json: annotations\[1\] \(id 2\): it"):
-        check_segmentations(data.val) if case != "crowd-null" else check_segmentations(data.val)
+        check_segmentations(data.val)
     with pytest.raises(DataError, match=r"annotations\[1\] \(id 2\)"):
         read_dataset(tmp_path, masks=True)
 
