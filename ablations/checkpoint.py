@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ablations.annotations import BAD_ANNOTATIONS
 from ablations.coco import Split, read_split
 from ablations.evaluate import evaluate
 from ablations.loader import EvalLoader
@@ -39,6 +40,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("file", type=Path, metavar="FILE", help="of plain tensors: .pth or .safetensors")
     parser.add_argument("--layout", choices=LAYOUTS, required=True, help="whose release the file is")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a directory in COCO layout")
+    bad = "boxes that cannot be: list them and stop (refuse, the default), or leave them out and say how many (drop)"
+    parser.add_argument("--bad-annotations", choices=BAD_ANNOTATIONS, default="refuse", help=bad)
+    parser.add_argument(
+        "--max-image-pixels", type=int, metavar="N", help="most pixels of an image (default: 178956970, Pillow's limit)"
+    )
     parser.add_argument(
         "--short-side", type=int, metavar="N", help="pixels of the shorter side (default: the layout's)"
     )
@@ -79,7 +85,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         model = open_released(options.layout, read_weights(options.file))
-        split = read_split(options.data, "val")
+        split = read_split(
+            options.data, "val", bad_annotations=options.bad_annotations, max_image_pixels=options.max_image_pixels
+        )
+        for note in split.notes:
+            print(note)
         classes, categories = model.head.num_classes, len(split.category_ids)
         if classes != categories:
             raise ValueError(f"{options.file} tells {classes} classes apart, {split.path} has {categories} categories")
@@ -96,6 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         "published_AP_on_COCO": LAYOUTS[options.layout].published_ap,
         "data_fingerprint": split.fingerprint,
         "images": len(split.images),
+        "dropped": split.dropped,
         "short_side": options.short_side,
         "max_size": options.max_size,
         "batch_size": options.batch_size,

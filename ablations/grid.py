@@ -13,6 +13,11 @@ from heads.faster_rcnn import PLACEMENTS
 
 GRIDS = ("default", "combinations", "depth", "detectors", "full")
 
+# Fields of a cell that say which data it reads; the first decides neither its weights nor its result.
+DATA = ("data", "data_fingerprint", "train_fingerprint")
+# Fields that decide a result and not the weights that it is measured on.
+EVALUATION = ("data", "data_fingerprint", "test_size", "test_flip")
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -20,7 +25,8 @@ class Cell:
 
     # data
     data: str
-    data_fingerprint: str
+    data_fingerprint: str  # of both parts, train and val
+    train_fingerprint: str
     image_size: tuple[int, ...]  # shorter sides in pixels, of which training draws one for every image
     max_size: int  # cap of the longer side
     test_size: tuple[int, ...]  # shorter sides in evaluation; with more than one, detections are merged
@@ -53,7 +59,12 @@ class Cell:
     @property
     def key(self) -> str:
         """Content hash of all fields, the name of the cell's files."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return _hash(asdict(self))
+
+    @property
+    def training_key(self) -> str:
+        """Content hash of the fields that decide the trained weights, the name of the folder that holds them."""
+        return _hash({name: value for name, value in asdict(self).items() if name not in EVALUATION})
 
     @property
     def name(self) -> str:
@@ -70,6 +81,10 @@ class Cell:
         if self.seed:
             parts.append(f"seed {self.seed}")
         return " ".join(parts)
+
+
+def _hash(fields: dict) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ def run_cells(cells: list[Cell], job: Job, workers: int, notice: Callable[[str, 
     """
     todo = deque(cells)
     lost = Counter()
+    known: dict[Cell, dict] = {}
     context = multiprocessing.get_context("spawn")
     team = [hire(context, job) for _ in range(min(workers, len(cells)))]
     try:
@@ -60,6 +61,7 @@ def run_cells(cells: list[Cell], job: Job, workers: int, notice: Callable[[str, 
                         continue
                     reason = f"its process ended {lost[cell]} times with exit code {worker.process.exitcode}"
                     kind, detail = "row", failed_row(cell, job, "crashed", f"{reason}; was memory short?")
+                    detail |= known.get(cell, {})
                     write_row(job.out, detail)
                 if kind == "elsewhere":
                     # Another run on this directory is at it; come back when everything else is done.
@@ -67,6 +69,9 @@ def run_cells(cells: list[Cell], job: Job, workers: int, notice: Callable[[str, 
                     worker.cell = None
                 elif kind == "unwritten":
                     raise OSError(detail)
+                elif kind == "learned":
+                    # What a process that is killed later on would take with it.
+                    known.setdefault(cell, {}).update(detail)
                 else:
                     notice(kind, cell, detail)
                     if kind == "row":

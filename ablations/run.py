@@ -10,22 +10,26 @@ import shlex
 import sys
 import time
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
 import torch
 
+from ablations import trained
+from ablations.annotations import BAD_ANNOTATIONS
 from ablations.coco import Dataset, read_dataset
 from ablations.generate import generate
 from ablations.grid import GRIDS, PRESETS, Cell, Preset, build_grid, only
+from ablations.loader import check_segmentations
 from ablations.machine import device_name, machine_info
 from ablations.pool import run_cells
 from ablations.progress import TRAINING_SHARE, Progress, clock
 from ablations.report import write_report
 from ablations.store import read_row, read_rows
 from ablations.tables import write_tables
-from ablations.work import Job
-from heads.build import DETECTORS
+from ablations.work import Job, Reading
+from heads.build import DETECTORS, WITH_MASKS
 from heads.resnet import BACKBONES, load_imagenet
 from kernels.backend import BACKENDS
 
@@ -52,6 +56,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     sizes = "; ".join(f"{name}: {preset.description}" for name, preset in PRESETS.items())
     what.add_argument("--preset", choices=PRESETS, default="tiny", help=f"{sizes} (default: tiny)")
     what.add_argument("--data", default="generated", metavar="generated|DIR", help="a directory in COCO layout")
+    bad = "boxes outside their image, of negative size or not finite, or of an unknown category: list them and stop "
+    bad += "(refuse, the default), or leave them out of both splits and say how many (drop)"
+    what.add_argument("--bad-annotations", choices=BAD_ANNOTATIONS, default="refuse", help=bad)
+    most = "most pixels of an image (default: 178956970, Pillow's own limit)"
+    what.add_argument("--max-image-pixels", type=positive, metavar="N", help=most)
     what.add_argument("--only", default="", metavar="TERMS", help='keep matching cells, for instance "LSC,depth=1"')
     names = f"of {', '.join(DETECTORS)} (default: atss; all of them for --grid detectors)"
     what.add_argument("--detector", metavar="NAME[,NAME]", help=names)
@@ -89,8 +98,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name in options.detector:
         if name not in DETECTORS:
             parser.error(f"unknown detector {name!r}; the detectors are {', '.join(DETECTORS)}")
-    if "mask_rcnn" in options.detector and (options.test_flip or len(options.test_sizes or ()) > 1):
-        parser.error("--test-flip and several --test-sizes merge boxes, not masks: name a --detector without mask_rcnn")
+    options.masks = any(name in WITH_MASKS for name in options.detector)
+    if options.masks and (options.test_flip or len(options.test_sizes or ()) > 1):
+        named = ", ".join(WITH_MASKS)
+        parser.error(f"--test-flip and several --test-sizes merge boxes, not masks: name a --detector without {named}")
     if options.backend == "triton" and options.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("--backend triton on a CPU needs TRITON_INTERPRET=1 in the environment, and hours of patience")
     return options
@@ -109,15 +120,27 @@ def pixels(text: str) -> tuple[int, ...]:
     return tuple(positive(part) for part in text.split(","))
 
 
+def reading(options: argparse.Namespace) -> Reading:
+    """How the data are read under these options."""
+    return Reading(options.masks, options.bad_annotations, options.max_image_pixels)
+
+
 def open_data(options: argparse.Namespace, preset: Preset) -> Dataset:
-    """The data, checked; the default set is made if it is not there yet."""
+    """The data, checked for all that the detectors need of them; the default set is made if it is not there yet.
+
+    Raises:
+        DataError: what is wrong with the data, all of it.
+    """
     directory = Path(options.data)
     if options.data == "generated":
         began = time.monotonic()
         directory = generate(RUNS / "data", preset.difficulty)
         if time.monotonic() - began > 1:
             print(f"made the default data set, {directory}, in {clock(time.monotonic() - began)}")
-    data = read_dataset(directory)
+    data = read_dataset(directory, **asdict(reading(options)))
+    if options.masks:
+        for split in (data.train, data.val):
+            check_segmentations(split)
     for note in data.notes:
         print(note)
     return data
@@ -132,6 +155,7 @@ def base_cell(options: argparse.Namespace, preset: Preset, data: Dataset) -> Cel
     return Cell(
         data=f"generated-{preset.difficulty}" if options.data == "generated" else Path(options.data).resolve().name,
         data_fingerprint=data.fingerprint,
+        train_fingerprint=data.train.fingerprint,
         image_size=options.train_sizes or preset.image_size,
         max_size=options.max_size,
         test_size=options.test_sizes or preset.image_size,
@@ -191,24 +215,32 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: --out {out} is not a directory and cannot be made one", file=sys.stderr)
         return USAGE
     rows = {cell: read_row(out, cell.key) for cell in cells}
-    todo = [
-        c for c, row in rows.items() if row is None or options.fresh or (options.retry_failed and row["status"] != "ok")
-    ]
+    todo = [c for c, row in rows.items() if options.fresh or not trained.is_done(out, c, row, options.retry_failed)]
     cores = len(os.sched_getaffinity(0))
     workers = min(options.workers or (cores if options.device == "cpu" else 1), max(1, len(todo)))
     threads = max(1, cores // workers)
     print(f"{len(cells)} cells, {len(cells) - len(todo)} done, {len(todo)} to run; results in {out}")
+    only_evaluated = [] if options.fresh else [cell for cell in todo if trained.find(out, cell)]
+    if only_evaluated:
+        names = ", ".join(cell.name for cell in only_evaluated)
+        print(f"trained already, on the same training data, and now only evaluated: {names}")
     if options.dry_run:
-        return dry_run(rows, todo, out, workers)
+        return dry_run(rows, todo, only_evaluated, out, workers)
     report_reuse([row for cell, row in rows.items() if cell not in todo], options.device, command)
     if options.fresh:
-        set_aside(out, [cell for cell in todo if rows[cell]])
+        paths = [path for cell in todo for path in (out / "cells" / f"{cell.key}.json", trained.folder(out, cell))]
+        set_aside(out, paths)
+    else:
+        # A row of what failed on data that were mended would stand in the tables for ever.
+        set_aside(out, [out / "cells" / f"{row['key']}.json" for row in trained.outdated(out, cells)])
 
     interrupted = False
     if todo:
         print(banner(options, workers, threads))
         weights = None if options.weights == "none" else options.weights
-        job = Job(data.root, out, options.device, threads, weights, command, options.retry_failed)
+        dropped = {split.name: split.dropped for split in (data.train, data.val) if split.dropped}
+        read = reading(options)
+        job = Job(data.root, read, dropped, out, options.device, threads, weights, command, options.retry_failed)
         progress = Progress(len(todo))
         try:
             run_cells(todo, job, workers, progress.notice)
@@ -234,18 +266,24 @@ def main(arguments: list[str] | None = None) -> int:
     return SOME_FAILED if failed else OK
 
 
-def dry_run(rows: dict[Cell, dict | None], todo: list[Cell], out: Path, workers: int) -> int:
+def dry_run(
+    rows: dict[Cell, dict | None], todo: list[Cell], only_evaluated: list[Cell], out: Path, workers: int
+) -> int:
     """List the cells and what they will cost, judged by the rows that are there, of the same detector if possible."""
     for cell, row in rows.items():
-        print(f"  {cell.name:34}  {row['status'] if row and cell not in todo else 'to run'}")
+        what = "to evaluate" if cell in only_evaluated else "to run" if cell in todo else row["status"]
+        print(f"  {cell.name:34}  {what}")
     seconds = defaultdict(list)
     for row in read_rows(out):
         if (row.get("training") or {}).get("seconds"):
-            seconds[row["cell"]["detector"]].append(row["training"]["seconds"] / TRAINING_SHARE)
+            seconds[row["cell"]["detector"]].append(row["training"]["seconds"])
     if seconds and todo:
         pace = {detector: mean(own) for detector, own in seconds.items()}
-        cost = sum(pace.get(cell.detector, mean(pace.values())) for cell in todo) / workers
-        print(f"about {clock(cost)} with {workers} workers, at the pace of the cells that are done")
+        cost = sum(
+            pace.get(cell.detector, mean(pace.values())) * (1 / TRAINING_SHARE - (cell in only_evaluated))
+            for cell in todo
+        )
+        print(f"about {clock(cost / workers)} with {workers} workers, at the pace of the cells that are done")
     elif todo:
         print("cost: not known before a first cell has run here")
     return OK
@@ -259,14 +297,13 @@ def report_reuse(rows: list[dict], device: str, command: str) -> None:
         print(f"reusing rows made at commit {', '.join(others)}; --fresh runs them again at {here}")
 
 
-def set_aside(out: Path, cells: list[Cell]) -> None:
+def set_aside(out: Path, paths: list[Path]) -> None:
     """Move rows and checkpoints that are about to be replaced to `cells/replaced/<time>/`."""
     place = out / "cells" / "replaced" / time.strftime("%Y%m%dT%H%M%S")
-    for cell in cells:
-        place.mkdir(parents=True, exist_ok=True)
-        for path in (out / "cells" / f"{cell.key}.json", out / "cells" / cell.key):
-            if path.exists():
-                path.rename(place / path.name)
+    for path in paths:
+        if path.exists():
+            place.mkdir(parents=True, exist_ok=True)
+            path.rename(place / path.name)
 
 
 if __name__ == "__main__":

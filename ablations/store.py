@@ -4,7 +4,8 @@ A directory DIR holds
 
     cells/<key>.json    a row; the only truth, from which every table and plot is regenerated
     cells/<key>.lock    the lease; empty, locked while a process works on the cell, and never deleted
-    cells/<key>/        checkpoints, which belong to the training loop
+    cells/<key>/        what a crash printed
+    cells/<training key>/    checkpoints, which belong to the training loop (`ablations/trained.py`)
 
 A row appears whole or not at all: it is written beside its place, synced, and renamed over it. Locks are the kernel's
 (`flock`), so a process that is killed gives them back at once and nothing has to be cleaned up after it.
@@ -285,7 +286,7 @@ def _problem(row, key) -> str | None:
     depth, seed = cell.get("depth"), cell.get("seed")
     if not isinstance(depth, int | None) or not isinstance(seed, int):
         return f"cell.depth is {depth!r} and cell.seed is {seed!r}; both are whole numbers, depth may be null"
-    for name in ("metrics", "machine", "training"):
+    for name in ("metrics", "machine", "training", "dropped"):
         if not isinstance(row.get(name), dict | None):
             return f"{name} is {row[name]!r}, not an object"
     metrics = row.get("metrics") or {}

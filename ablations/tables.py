@@ -309,6 +309,7 @@ def _notes(rows: list[dict], frame: pd.DataFrame) -> list[str]:
     if by_detector:
         notes.append(f"By detector: {'; '.join(by_detector)}.")
     notes.append(_speed_note(rows))
+    notes.append(_dropped_note(rows))
     if (frame["seeds"] > 1).any():
         notes.append("mean ± sample standard deviation over the good seeds, whose number is in `seeds`.")
     if any("S" in row["cell"]["attentions"] and row["cell"].get("formulation") == "released" for row in rows):
@@ -339,6 +340,16 @@ def _speed_note(rows: list[dict]) -> str:
     if "and" in size or "and" in threads:
         note += " Rows measured differently: their speeds cannot be compared."
     return note
+
+
+def _dropped_note(rows: list[dict]) -> str:
+    """How many annotations of each split were left out, and why; rows of one table read the same data."""
+    dropped = next((row["dropped"] for row in rows if row.get("dropped")), {})
+    splits = [
+        f"{sum(counts.values())} of {split} ({', '.join(f'{reason}: {count}' for reason, count in counts.items())})"
+        for split, counts in dropped.items()
+    ]
+    return f"Annotations left out by --bad-annotations drop: {'; '.join(splits)}." if splits else ""
 
 
 def _plain(value) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ablations.grid import Cell
 from ablations.store import atomic_file
+from ablations.trained import CHECKPOINT
 
 MOMENTUM = 0.9
 MAX_GRADIENT_NORM = 10.0
@@ -95,7 +96,7 @@ def train(
         Diverged: A loss was not finite; the message has the step and the parts of the loss.
     """
     optimizer = build_optimizer(model, cell, device)
-    checkpoint = directory / "checkpoint.pt"
+    checkpoint = directory / CHECKPOINT
     step, tail, seconds = load_checkpoint(checkpoint, model, optimizer, device)
     began = time.monotonic() - seconds
     every = math.ceil(cell.steps / CHECKPOINTS)

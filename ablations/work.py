@@ -8,6 +8,8 @@ import itertools
 import signal
 import time
 import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -16,15 +18,16 @@ from pathlib import Path
 
 import torch
 
+from ablations import trained
 from ablations.augment import merge, mirrored
 from ablations.coco import DataError, Dataset, read_dataset
 from ablations.evaluate import evaluate, run_lengths
 from ablations.grid import Cell
-from ablations.loader import EvalLoader, Loader, check_segmentations
+from ablations.loader import EvalLoader, Loader
 from ablations.machine import machine_info
 from ablations.measure import count_gmacs, count_parameters, measure_latency
 from ablations.room import Room
-from ablations.store import claim, read_row, write_row
+from ablations.store import FileLock, claim, read_row, write_row
 from ablations.train import Diverged, train
 from heads import build_detector
 from heads.masks import paste
@@ -35,10 +38,24 @@ STEPS_PER_NOTICE = 10
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How a data directory is read; the arguments of `ablations.coco.read_dataset`."""
+
+    masks: bool = False
+    bad_annotations: str = "refuse"
+    max_image_pixels: int | None = None
+
+
+@dataclass(frozen=True)
 class Job:
-    """What all cells of one run have in common and what does not decide their results."""
+    """What all cells of one run have in common and what does not decide their results.
+
+    `dropped`: of each split, how many annotations were left out, by reason; empty where none was.
+    """
 
     data: Path
+    reading: Reading
+    dropped: dict[str, dict[str, int]]
     out: Path
     device: str
     threads: int
@@ -56,14 +73,14 @@ def work(connection: Connection, job: Job) -> None:
     try:
         while True:
             cell = connection.recv()
-            lease = claim(job.out, cell.key)
+            lease = claim_both(job.out, cell)
             if lease is None:
                 time.sleep(0.5)
                 connection.send(("elsewhere", None))
                 continue
             with lease:
                 row = read_row(job.out, cell.key)
-                if row is None or (job.retry_failed and row["status"] != "ok"):
+                if not trained.is_done(job.out, cell, row, job.retry_failed):
                     row = run_cell(cell, job, room, lambda kind, detail=None: connection.send((kind, detail)))
                     try:
                         write_row(job.out, row)
@@ -75,23 +92,44 @@ def work(connection: Connection, job: Job) -> None:
         return
 
 
-def run_cell(cell: Cell, job: Job, room: Room, notice) -> dict:
+def claim_both(out: Path, cell: Cell) -> ExitStack | None:
+    """The right to work on a cell and on its weights, which cells of another test share; None if one is taken."""
+    with ExitStack() as stack:
+        for key in (cell.key, cell.training_key):
+            lock: FileLock | None = claim(out, key)
+            if lock is None:
+                return None
+            stack.enter_context(lock)
+        return stack.pop_all()
+
+
+def run_cell(cell: Cell, job: Job, room: Room, notice: Callable) -> dict:
     """Train, evaluate and measure one cell; a failure becomes a row with its reason, never an exception.
+
+    A failed row holds all that was known before the failure.
 
     Raises:
         BrokenPipeError: The process that wanted the row is gone.
     """
-    started = now()
+    started, known = now(), {}
+
+    def learned(**parts) -> None:
+        known.update(parts)
+        notice("learned", parts)
+
+    def failed(status: str, reason: str) -> dict:
+        return {**failed_row(cell, job, status, reason, started), **known}
+
     try:
         with use_backend(cell.backend):
-            result = outcome(cell, job, room, notice)
-        return {**blank_row(cell, job), **result, "started": started, "finished": now()}
+            outcome(cell, job, room, notice, learned)
+        return {**blank_row(cell, job), **known, "started": started, "finished": now()}
     except BrokenPipeError:
         raise
     except Diverged as error:
-        return failed_row(cell, job, "diverged", str(error), started)
+        return failed("diverged", str(error))
     except DataError as error:
-        return failed_row(cell, job, "bad_data", str(error), started)
+        return failed("bad_data", str(error))
     except Exception as error:
         memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
         log = job.out / "cells" / cell.key / "error.txt"
@@ -99,57 +137,71 @@ def run_cell(cell: Cell, job: Job, room: Room, notice) -> dict:
         log.write_text(traceback.format_exc())
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         relative = log.relative_to(job.out)
-        return failed_row(cell, job, "oom" if memory else "crashed", f"{reason} (see {relative})", started)
+        return failed("oom" if memory else "crashed", f"{reason} (see {relative})")
     finally:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def outcome(cell: Cell, job: Job, room: Room, notice) -> dict:
-    """The measured part of a row."""
+def outcome(cell: Cell, job: Job, room: Room, notice: Callable, learned: Callable[..., None]) -> None:
+    """Measure a cell; `learned` is called with every part of its row as soon as it is known."""
     device = torch.device(job.device)
-    data = dataset(job.data)
+    data = dataset(job.data, job.reading)
+    if (data.fingerprint, data.train.fingerprint) != (cell.data_fingerprint, cell.train_fingerprint):
+        raise DataError(job.data, ["it was changed after this run had begun; start the run again"])
     model = build(cell, len(data.train.category_ids), job.weights)
     model = model.to(device, memory_format=torch.channels_last)
-
-    def report(step: int, loss: float) -> None:
-        if step % STEPS_PER_NOTICE == 0:
-            notice("step", (step, loss))
-
     # Decoding runs beside the GPU; on a CPU it would only take the trainer's core.
     threads = 0 if device.type == "cpu" else min(8, job.threads)
-    masks = getattr(model.head, "needs_masks", False)
-    if masks:
-        check_segmentations(data.train)
-        check_segmentations(data.val)
-    batches = Loader(
-        data.train, cell.batch_size, cell.seed, cell.image_size, cell.max_size, threads=threads, masks=masks
-    )
-    try:
-        training = train(cell, model, batches.batch, device, job.out / "cells" / cell.key, room.busy, report)
-    finally:
-        batches.close()
+
+    record = trained.find(job.out, cell)
+    if record is None:
+        record = fit(cell, model, data, job, room, threads, notice)
+        record |= {"commit": machine_info(job.device, job.command)["commit"]}
+        trained.keep(job.out, cell, record)
+    else:
+        trained.load(job.out, cell, model, device)
+    learned(training=record, weights=f"cells/{cell.training_key}/{trained.CHECKPOINT}")
 
     notice("evaluate")
     model.eval()
     predictions = detect(model, cell, data, device, threads, room)
+    truth, categories = data.val.ground_truth, data.val.category_ids
     with room.busy():
-        truth = data.val.ground_truth
-        metrics = evaluate(predictions, truth, data.val.category_ids)
-        segm = {"segm_metrics": evaluate(predictions, truth, data.val.category_ids, "segm")} if masks else {}
+        learned(metrics=evaluate(predictions, truth, categories))
+        if model.needs_masks:
+            learned(segm_metrics=evaluate(predictions, truth, categories, "segm"))
 
     notice("measure")
     images = next(iter(EvalLoader(data.val, cell.batch_size, cell.test_size[0], cell.max_size)))[0]
     with room.quiet(), autocast(device, cell.precision):
         speed = measure_latency(model, images, device)
-    return {
-        "metrics": metrics,
-        **segm,
-        "training": training,
-        "params_M": count_parameters(model) / 1e6,
-        "GMACs": count_gmacs(model, images[:1]),
-        **speed,
-    }
+    learned(params_M=count_parameters(model) / 1e6, GMACs=count_gmacs(model, images[:1]), **speed)
+
+
+def fit(
+    cell: Cell, model: torch.nn.Module, data: Dataset, job: Job, room: Room, threads: int, notice: Callable
+) -> dict:
+    """Train `model` in place, from a checkpoint if there is one, and return what `ablations.train.train` does."""
+
+    def report(step: int, loss: float) -> None:
+        if step % STEPS_PER_NOTICE == 0:
+            notice("step", (step, loss))
+
+    batches = Loader(
+        data.train,
+        cell.batch_size,
+        cell.seed,
+        cell.image_size,
+        cell.max_size,
+        threads=threads,
+        masks=model.needs_masks,
+    )
+    try:
+        device, place = torch.device(job.device), trained.folder(job.out, cell)
+        return train(cell, model, batches.batch, device, place, room.busy, report)
+    finally:
+        batches.close()
 
 
 def detect(
@@ -181,9 +233,9 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 @lru_cache(maxsize=1)
-def dataset(directory: Path) -> Dataset:
+def dataset(directory: Path, reading: Reading) -> Dataset:
     """The data, read once per process."""
-    return read_dataset(directory)
+    return read_dataset(directory, **asdict(reading))
 
 
 def build(cell: Cell, num_classes: int, weights: str | None) -> torch.nn.Module:
@@ -209,7 +261,8 @@ def build(cell: Cell, num_classes: int, weights: str | None) -> torch.nn.Module:
 def blank_row(cell: Cell, job: Job) -> dict:
     """The part of a row that is known before anything runs."""
     machine = machine_info(job.device, job.command)
-    return {"key": cell.key, "cell": asdict(cell), "status": "ok", "reason": None, "machine": machine}
+    row = {"key": cell.key, "cell": asdict(cell), "status": "ok", "reason": None, "machine": machine}
+    return row | ({"dropped": job.dropped} if job.dropped else {})
 
 
 def failed_row(cell: Cell, job: Job, status: str, reason: str, started: str | None = None) -> dict:

@@ -28,6 +28,8 @@ DETECTORS = {
 }
 # Those of them with a second stage, which may be told to split the DyHead's last block around RoIAlign.
 TWO_STAGE = ("faster_rcnn", "mask_rcnn", "cascade_rcnn")
+# Those that learn masks, and need them in their targets: `Detector.needs_masks` of what they build.
+WITH_MASKS = ("mask_rcnn",)
 
 
 def build_detector(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from interpreter_child import InterpreterChild
 from tabulate import tabulate
 
 from ablations.machine import machine_info as describe_machine
@@ -35,6 +36,7 @@ class Unmeasured:
 
 def pytest_configure(config):
     config.pluginmanager.register(Unmeasured(), "unmeasured")
+    config.pluginmanager.register(InterpreterChild(), "interpreter child")
     # Without the flag a benchmark runs once, untimed: enough to see that it still works.
     if not config.getoption("benchmark_only", True):
         config.option.benchmark_disable = True
@@ -85,6 +87,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture
+def interpreter_child(pytestconfig):
+    """The process in which the tests of tests/interpreter have been running since this one began."""
+    return pytestconfig.pluginmanager.get_plugin("interpreter child")
 
 
 @pytest.fixture

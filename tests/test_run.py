@@ -45,8 +45,8 @@ def brief(monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], **BRIEF))
 
 
-def weights(out: Path, key: str) -> dict[str, torch.Tensor]:
-    return torch.load(out / "cells" / key / "checkpoint.pt", weights_only=True)["model"]
+def weights(out: Path, row: dict) -> dict[str, torch.Tensor]:
+    return torch.load(out / row["weights"], weights_only=True)["model"]
 
 
 def test_the_default_grid_has_17_cells_and_every_subset_at_both_depths(data):
@@ -292,8 +292,8 @@ def test_kill_9_costs_nothing(data, tmp_path):
     for key, row in rows.items():
         assert final[key]["metrics"] == row["metrics"]
         assert final[key]["training"]["loss"] == row["training"]["loss"]
-        for name, value in weights(whole, key).items():
-            assert torch.equal(weights(killed, key)[name], value), name
+        for name, value in weights(whole, row).items():
+            assert torch.equal(weights(killed, final[key])[name], value), name
 
 
 @needs_coco

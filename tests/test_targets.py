@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from heads import build_detector, detector
-from heads.build import DETECTORS
+from heads.build import DETECTORS, WITH_MASKS
 from heads.targets import usable_targets
 
 CLASSES = 3
@@ -199,7 +199,7 @@ def test_right_targets_give_the_same_losses_and_stay_as_they_are(models, name):
 
 
 def test_masks_are_for_the_detectors_that_need_them(models):
-    assert [name for name, model in models.items() if model.needs_masks] == ["mask_rcnn"]
+    assert tuple(name for name, model in models.items() if model.needs_masks) == WITH_MASKS
     polygons = sound()
     polygons[0]["masks"] = [[TRIANGLE], (np.array(TRIANGLE), np.array(TRIANGLE, dtype=np.float32) + 1)]
     polygons[1]["masks"] = ((TRIANGLE,),)
