@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -47,3 +47,8 @@ def resolve_backend(device: torch.device) -> Literal["triton", "torch"]:
     if _selected == "triton" and device.type == "cpu" and not INTERPRET:
         raise RuntimeError("the Triton kernels run on CPU tensors only under TRITON_INTERPRET=1, set before the import")
     return _selected
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Autocast off for the operators inside; the meta device has none to switch off."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

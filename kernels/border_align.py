@@ -9,51 +9,105 @@ the backward is the one in PyTorch.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import resolve_backend
+from kernels.backend import resolve_backend, without_autocast
+from kernels.checks import check_device, check_integer, check_tensor
 
 # Samples held at once in the forward: a quarter of a gigabyte in float32.
 _SAMPLES = 2**26
-
-# In which direction a border is walked, x and y: the top from the left, the left one from the top, the bottom one from
-# the right, the right one from below.
-_DIRECTIONS = ((1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0))
 
 
 def _positions(boxes: Tensor, pool_size: int) -> Tensor:
     """Where the borders of boxes (N, n, 4) are sampled: (N * 4, n, pool_size + 1, 2), x and y in cells."""
     first, last = boxes[..., :2], boxes[..., 2:]
     start = torch.stack([first, first, last, last], 1).flatten(0, 1)
-    step = ((last - first) / pool_size)[:, None] * boxes.new_tensor(_DIRECTIONS)[:, None]
+    wide, high = ((last - first) / pool_size).unbind(-1)
+    # In which direction a border is walked: the top from the left, the left one from the top, the bottom one from the
+    # right, the right one from below. Not as a product with 1 and 0: a side that is not finite leaves the other alone.
+    still = torch.zeros_like(wide)
+    step = torch.stack([wide, still, still, high, -wide, still, still, -high], -1).unflatten(-1, (4, 2))
+    step = step.transpose(1, 2).flatten(0, 1)
     order = torch.arange(pool_size + 1, dtype=boxes.dtype, device=boxes.device)[:, None]
-    return start[:, :, None] + order * step.flatten(0, 1)[:, :, None]
+    return start[:, :, None] + order * step[:, :, None]
 
 
 def _inside(position: Tensor, size: tuple[int, int]) -> Tensor:
-    """Whether positions (..., 2) x, y are within a cell of the map; beyond, the samples are 0."""
+    """Whether positions (..., 2) x, y are finite and within a cell of the map; of others, the samples are 0."""
     limit = position.new_tensor([size[1], size[0]])
     return ((position >= -1) & (position <= limit)).all(-1)
 
 
+class _Corners(NamedTuple):
+    """Around positions (N * 4, samples): four cells as numbers in a map, and how much each counts in the sample."""
+
+    cells: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
+
+
+def _corners(position: Tensor, inside: Tensor, size: tuple[int, int]) -> _Corners:
+    height, width = size
+    last = position.new_tensor([width - 1, height - 1])
+    # Where nothing is read is a place that exists, too.
+    position = position.masked_fill(~inside[..., None], 0).clamp(min=0).minimum(last)
+    low = position.floor()
+    x, y = (position - low).unbind(-1)
+    high = (low + 1).minimum(last).long()
+    low = low.long()
+    cells = [row[..., 1] * width + column[..., 0] for row in (low, high) for column in (low, high)]
+    return _Corners(tuple(cells), ((1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x))
+
+
+def _sample(maps: Tensor, position: Tensor, inside: Tensor) -> Tensor:
+    """Maps (N * 4, C, H, W) at positions (N * 4, n, samples, 2), 0 where not `inside`: (N * 4, C, n, samples)."""
+    channels, count = maps.shape[1], position.shape[1]
+    corners = _corners(position.flatten(1, 2), inside.flatten(1), maps.shape[2:])
+    cells = maps.flatten(2)
+    found = sum(
+        cells.gather(2, cell[:, None].expand(-1, channels, -1)) * weight[:, None]
+        for cell, weight in zip(*corners, strict=True)
+    )
+    return found.unflatten(2, (count, position.shape[2])).where(inside[:, None], 0)
+
+
+def _sample_finite(maps: Tensor, position: Tensor, inside: Tensor) -> Tensor:
+    """The same but for rounding, in one operation. It moves positions by that rounding, so that a cell whose share is 0
+    is not read, or another one is: only for maps without a NaN or an infinity."""
+    height, width = maps.shape[2:]
+    # From cells to the -1…1 between the middles of the first and the last cell, which may be the same.
+    scale = 2 / position.new_tensor([max(width - 1, 1), max(height - 1, 1)])
+    position = position.masked_fill(~inside[..., None], 0) * scale - 1
+    samples = F.grid_sample(maps, position, padding_mode="border", align_corners=True)
+    return samples.masked_fill_(~inside[:, None], 0)
+
+
+def reference(features: Tensor, boxes: Tensor, pool_size: int = 10) -> Tensor:
+    """The definition in differentiable plain PyTorch, in the type of `boxes`; shapes as in `border_align`."""
+    images, channels, height, width = features.shape
+    maps = features.to(boxes.dtype).reshape(images * 4, channels // 4, height, width)
+    positions = _positions(boxes, pool_size)
+    value = _sample(maps, positions, _inside(positions, (height, width))).max(-1).values
+    return value.view(images, 4, channels // 4, boxes.shape[1]).permute(0, 2, 3, 1)
+
+
 def _forward_torch(features: Tensor, boxes: Tensor, pool_size: int) -> tuple[Tensor, Tensor]:
     images, channels, height, width = features.shape
+    if not images * channels * boxes.shape[1]:
+        return _fake_forward(features, boxes, pool_size, "torch")
     # Each border of each image reads its own C channels.
     maps = features.to(boxes.dtype).reshape(images * 4, channels // 4, height, width)
     positions = _positions(boxes, pool_size)
-    # From cells to the -1…1 between the middles of the first and the last cell, which may be the same.
-    scale = 2 / boxes.new_tensor([max(width - 1, 1), max(height - 1, 1)])
+    sample = _sample_finite if maps.sum().isfinite() else _sample
     most = max(1, _SAMPLES // (images * channels * (pool_size + 1)))
     values, chosen = [], []
     for position in positions.split(most, 1):
-        samples = F.grid_sample(maps, position * scale - 1, padding_mode="border", align_corners=True)
-        samples *= _inside(position, (height, width))[:, None]
         # Of equal values `max` takes the first, on every device.
-        value, index = samples.max(-1)
+        value, index = sample(maps, position, _inside(position, (height, width))).max(-1)
         values.append(value.to(features.dtype))
         chosen.append(index.to(torch.uint8))
     return tuple(
@@ -64,24 +118,21 @@ def _forward_torch(features: Tensor, boxes: Tensor, pool_size: int) -> tuple[Ten
 def _backward_torch(grad: Tensor, chosen: Tensor, boxes: Tensor, shape: Sequence[int], pool_size: int) -> Tensor:
     images, channels, height, width = shape
     count, samples = boxes.shape[1], pool_size + 1
+    result = boxes.new_zeros(images * channels, height * width)
+    if not images * channels * count:
+        return result.view(shape)
     # Cells and weights of all samples are few: they have no channels.
     position = _positions(boxes, pool_size).view(images * 4, count * samples, 2)
     inside = _inside(position, (height, width))
-    last = position.new_tensor([width - 1, height - 1])
-    position = position.clamp(min=0).minimum(last)
-    low = position.floor()
-    x, y = (position - low).unbind(-1)
-    high = (low + 1).minimum(last)
     # (N * 4, C * n): which of the samples won.
     won = chosen.permute(0, 3, 1, 2).reshape(images * 4, -1, count)
     won = (won + torch.arange(0, count * samples, samples, device=grad.device)).flatten(1)
     grad = grad.permute(0, 3, 1, 2).reshape(won.shape).to(boxes.dtype)
-    result = grad.new_zeros(images * channels, height * width)
-    for row, of_row in ((low, 1 - y), (high, y)):
-        for column, of_column in ((low, 1 - x), (high, x)):
-            cell = (row[..., 1] * width + column[..., 0]).long().gather(1, won)
-            value = (of_row * of_column * inside).gather(1, won) * grad
-            result.scatter_add_(1, cell.view(len(result), count), value.view(len(result), count))
+    # Not as a factor of the weights: a gradient may be NaN.
+    grad = grad.masked_fill(~inside.gather(1, won), 0)
+    for cells, weights in zip(*_corners(position, inside, (height, width)), strict=True):
+        value = weights.gather(1, won) * grad
+        result.scatter_add_(1, cells.gather(1, won).view(len(result), count), value.view(len(result), count))
     return result.view(shape)
 
 
@@ -170,29 +221,32 @@ def border_align(features: Tensor, boxes: Tensor, pool_size: int = 10) -> Tensor
     """Maximum over `pool_size + 1` bilinear samples, evenly spaced from end to end, on each border of each box.
 
     A cell's value lies at its index, so the middle of the first cell is 0. Positions up to one cell outside read the
-    nearest cell, those further out are 0.
+    nearest cell; those further out, and those that are not finite, are 0. A side of a box that is NaN or infinite
+    spoils the three borders that it has a part in, not the one opposite.
 
     Args:
-        features: (N, 4 * C, H, W): C channels for the top borders, then the left, bottom and right ones. Half precision
-            is computed in float32.
-        boxes: (N, n, 4) x1, y1, x2, y2 in cells; not differentiated. n may be 0.
+        features: (N, 4 * C, H, W): C channels for the top borders, then the left, bottom and right ones. Floating
+            point; half precision is computed in float32.
+        boxes: (N, n, 4) x1, y1, x2, y2 in cells, floating point, of the same or another type; not differentiated. N, C
+            and n may be 0.
         pool_size: below 256.
 
     Returns:
         (N, C, n, 4): top, left, bottom, right. It can be differentiated once, in `features`.
 
     Raises:
-        ValueError: a shape or a device does not fit, or `pool_size` is out of range.
+        TypeError: an argument is of a wrong Python type.
+        ValueError: a shape, a type, a device or `pool_size` does not fit; the message names the argument.
     """
-    if boxes.device != features.device:
-        raise ValueError(f"boxes must be on the features' device, {features.device}; they are on {boxes.device}")
-    if features.ndim != 4 or features.shape[1] % 4:
-        raise ValueError(f"features must be (N, 4 * C, H, W); got {tuple(features.shape)}")
-    if boxes.ndim != 3 or boxes.shape[0] != features.shape[0] or boxes.shape[2] != 4:
-        raise ValueError(f"boxes must be ({features.shape[0]}, n, 4); got {tuple(boxes.shape)}")
-    if not 1 <= pool_size < 256:
-        raise ValueError(f"pool_size must be within 1…255; got {pool_size}")
+    check_tensor("features", features, "(N, 4 * C, H, W)", 4)
+    if features.shape[1] % 4 or features.shape[2] < 1 or features.shape[3] < 1:
+        raise ValueError(f"features must be (N, 4 * C, H, W) with a cell or more, got shape {tuple(features.shape)}")
+    check_tensor("boxes", boxes, "(N, n, 4)", 3)
+    check_device("boxes", boxes, "features", features)
+    if boxes.shape[0] != features.shape[0] or boxes.shape[2] != 4:
+        raise ValueError(f"boxes must be ({features.shape[0]}, n, 4), got shape {tuple(boxes.shape)}")
+    pool_size = check_integer("pool_size", pool_size, 1, 255)
     positions = boxes.detach().to(torch.promote_types(features.dtype, torch.float32))
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features.device):
         op = torch.ops.dyhead.border_align.default
         return op(features, positions, pool_size, resolve_backend(features.device))[0]

@@ -75,6 +75,10 @@ def forward_kernel(
         # Between equal cells this is exactly their value, so that the first of equal samples is found.
         above, below = v00 + across[:, None] * (v01 - v00), v10 + across[:, None] * (v11 - v10)
         sample = above + down[:, None] * (below - above)
+        # A difference with an infinity is another number than a weighted sum with it.
+        above = v00 * (1 - across[:, None]) + v01 * across[:, None]
+        below = v10 * (1 - across[:, None]) + v11 * across[:, None]
+        sample = tl.where(tl.abs(sample) < float("inf"), sample, above * (1 - down[:, None]) + below * down[:, None])
         # As in PyTorch, what is not a number is larger than all numbers.
         larger = (sample > best) | ((sample != sample) & (best == best))
         best = tl.where(larger, sample, best)

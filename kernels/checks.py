@@ -71,23 +71,29 @@ def check_number(name: str, value: Any) -> float:
 
     Raises:
         TypeError: it is no number.
-        ValueError: it is NaN.
+        ValueError: it is NaN, or an integer beyond all floats.
     """
-    if isinstance(value, bool | Tensor | str) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, got {kind_of(value)}")
-    number = float(value)
+    try:
+        # Strings and arrays of one number could be read as one, too.
+        if isinstance(value, bool | Tensor) or hasattr(value, "__len__") or not hasattr(value, "__float__"):
+            raise TypeError
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that a float holds, got {kind_of(value)}") from None
+    except TypeError:
+        raise TypeError(f"{name} must be a number, got {kind_of(value)}") from None
     if number != number:
         raise ValueError(f"{name} must be a number, got NaN")
     return number
 
 
-def check_pair(name: str, value: Any, least: int) -> list[int]:
+def check_pair(name: str, value: Any, least: int, most: int | None = None) -> list[int]:
     """A whole number for both axes, or two of them for height and width; errors as in `check_integer`."""
     if isinstance(value, list | tuple | torch.Size):
         if len(value) != 2:
             raise ValueError(f"{name} must be a whole number or two of them (height, width), got {len(value)} numbers")
-        return [check_integer(name, value[0], least), check_integer(name, value[1], least)]
-    both = check_integer(name, value, least)
+        return [check_integer(name, value[0], least, most), check_integer(name, value[1], least, most)]
+    both = check_integer(name, value, least, most)
     return [both, both]
 
 

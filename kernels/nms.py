@@ -1,7 +1,8 @@
 """Non-maximum suppression: exact, greedy, the same result on every device, on both paths and in every run.
 
 Boxes are taken by falling score; a box is kept unless its IoU with a box kept earlier exceeds the threshold (strictly,
-in float32, with no `+ 1` in the sides). Equal scores are taken in the order of their indices.
+with no `+ 1` in the sides). Equal scores are taken in the order of their indices. IoU and threshold are compared in the
+precision of the boxes: float64 for float64, float32 for all others.
 
 In PyTorch the overlaps of a block of boxes are one matrix, computed where the boxes lie. The greedy walk itself is
 sequential, so it runs on the host, over rows packed into Python integers: one step per *kept* box, whatever the block
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import resolve_backend
+from kernels.checks import INTEGER, check_device, check_integer, check_number, check_tensor
 
 # Boxes per overlap matrix. Small where the matrix itself is the cost, large where the transfer is.
 _BLOCK_CPU = 128
@@ -26,13 +28,19 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_output: int | N
     """Indices of the boxes that greedy suppression keeps, by falling score.
 
     Args:
-        boxes: (n, 4) x1, y1, x2, y2.
-        scores: (n,).
-        iou_threshold: a box is dropped when its IoU with a kept box is greater than this.
+        boxes: (n, 4) x1, y1, x2, y2, floating point.
+        scores: (n,), floating point, of the same or another type. NaN comes first, as `torch.argsort` has it.
+        iou_threshold: a box is dropped when its IoU with a kept box is greater than this number, in the precision of
+            the boxes.
         max_output: stop after this many kept boxes; `None` keeps all.
 
     Returns:
-        (k,) int64. Boxes without area never suppress one another (their IoU, 0 / 0, exceeds nothing).
+        (k,) int64. Boxes without area never suppress one another (their IoU, 0 / 0, exceeds nothing). A box with a NaN
+        or an infinity suppresses nothing and is suppressed by nothing.
+
+    Raises:
+        TypeError: an argument is of a wrong Python type.
+        ValueError: a shape, a type, a device or a number does not fit; the message names the argument.
     """
     return _nms(boxes, scores, None, iou_threshold, max_output)
 
@@ -40,7 +48,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_output: int | N
 def batched_nms(
     boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, max_output: int | None = None
 ) -> Tensor:
-    """`nms` in which only boxes of the same label (n,) int64 suppress one another.
+    """`nms` in which only boxes of the same label suppress one another; `labels` are (n,) integers of any type.
 
     Labels are compared, not added to the coordinates as a shift: that usual trick rounds the boxes of high labels.
     """
@@ -48,8 +56,27 @@ def batched_nms(
 
 
 def _nms(boxes: Tensor, scores: Tensor, labels: Tensor | None, iou_threshold: float, max_output: int | None) -> Tensor:
+    check_tensor("boxes", boxes, "(n, 4)", 2)
+    if boxes.shape[1] != 4:
+        raise ValueError(f"boxes must be (n, 4), got shape {tuple(boxes.shape)}")
+    if boxes.device.type == "meta":
+        raise ValueError("boxes must have values, which decide how many are kept; they are on the meta device")
+    check_tensor("scores", scores, "(n,)", 1)
+    _check_count("scores", scores, boxes)
+    if labels is not None:
+        check_tensor("labels", labels, "(n,)", 1, INTEGER)
+        _check_count("labels", labels, boxes)
+    iou_threshold = check_number("iou_threshold", iou_threshold)
+    if max_output is not None:
+        max_output = check_integer("max_output", max_output, 0, 2**63 - 1)
     backend = resolve_backend(boxes.device)
     return torch.ops.dyhead.nms(boxes.detach(), scores.detach(), labels, iou_threshold, max_output, backend)
+
+
+def _check_count(name: str, values: Tensor, boxes: Tensor) -> None:
+    check_device(name, values, "boxes", boxes)
+    if values.shape[0] != boxes.shape[0]:
+        raise ValueError(f"{name} must be ({boxes.shape[0]},), one for each box, got shape {tuple(values.shape)}")
 
 
 def _forward(
@@ -57,8 +84,11 @@ def _forward(
 ) -> Tensor:
     order = scores.argsort(descending=True, stable=True)
     limit = len(order) if max_output is None else min(max_output, len(order))
-    if limit <= 0:
+    if limit == 0:
         return order[:0]
+    if boxes.dtype != torch.float64:
+        # A number that float32 does not hold becomes an infinity, not an error.
+        iou_threshold = torch.tensor(iou_threshold, dtype=torch.float64).float().item()
     if backend == "torch" or len(order) > _MOST_TRITON:
         return _greedy(boxes, order, labels, iou_threshold, limit)
     # Triton is looked for only where it is used: it is not installed on every system.
@@ -69,9 +99,11 @@ def _forward(
 
 def _greedy(boxes: Tensor, order: Tensor, labels: Tensor | None, iou_threshold: float, limit: int) -> Tensor:
     # Columns of x1, y1, x2, y2, area, and the label where there is one: (5 or 6, n), contiguous along the boxes.
-    sorted_boxes = boxes[order].float().t().contiguous()
+    sorted_boxes = boxes[order].to(torch.promote_types(boxes.dtype, torch.float32)).t().contiguous()
     sorted_labels = None if labels is None else labels[order]
     area = (sorted_boxes[2] - sorted_boxes[0]) * (sorted_boxes[3] - sorted_boxes[1])
+    # With it the IoU is NaN, which exceeds nothing: so a box that is not finite has no part in anything.
+    area.masked_fill_(~sorted_boxes.isfinite().all(0), torch.nan)
 
     def overlaps(rows: Tensor | slice, columns: slice) -> np.ndarray:
         """Which boxes of `rows` suppress which of `columns`, one bit each, packed along the columns."""

@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.compile_spec import CompileSpec
-from kernels.launch import Launch
+from kernels.launch import Launch, triton_real
+from kernels.sample_triton import divide
 
 # Words of the matrix that the walk reads at a time. More of them, or fewer warps, spill on gfx942.
 _PIECE = 2048
@@ -17,34 +18,41 @@ _WARPS = 8
 
 
 @triton.jit
-def _load_boxes(boxes, order, number, n):
+def _load_boxes(boxes, order, number, n, REAL: tl.constexpr):
+    """Indices, corners and areas of boxes; the area of one that is not finite is NaN, and so is its IoU with any."""
     index = tl.load(order + number, mask=number < n, other=0)
-    x1 = tl.load(boxes + index * 4).to(tl.float32)
-    y1 = tl.load(boxes + index * 4 + 1).to(tl.float32)
-    x2 = tl.load(boxes + index * 4 + 2).to(tl.float32)
-    y2 = tl.load(boxes + index * 4 + 3).to(tl.float32)
-    return index, x1, y1, x2, y2, (x2 - x1) * (y2 - y1)
+    x1, y1 = tl.load(boxes + index * 4).to(REAL), tl.load(boxes + index * 4 + 1).to(REAL)
+    x2, y2 = tl.load(boxes + index * 4 + 2).to(REAL), tl.load(boxes + index * 4 + 3).to(REAL)
+    far = float("inf")
+    finite = (tl.abs(x1) < far) & (tl.abs(y1) < far) & (tl.abs(x2) < far) & (tl.abs(y2) < far)
+    return index, x1, y1, x2, y2, tl.where(finite, (x2 - x1) * (y2 - y1), float("nan"))
 
 
 @triton.jit
-def overlap_kernel(boxes, order, labels, matrix, threshold, n, words, HAS_LABELS: tl.constexpr):
+def overlap_kernel(
+    boxes, order, labels, matrix, threshold, n, words, HAS_LABELS: tl.constexpr, REAL: tl.constexpr
+):  # fmt: skip
     """Grid (words, words). Bit k of `matrix` (n, words), word w: does box i suppress box 64 * w + k?
 
-    `boxes` is (n, 4), `labels` (n,), both as they came; `order` (n,) has their indices by falling score. Words to the
-    left of the diagonal are not written; bits beyond the last box mean nothing.
+    `boxes` is (n, 4), `labels` (n,), both as they came; `order` (n,) has their indices by falling score. IoUs are of
+    type REAL; for float64 `threshold` is a tensor of one number, as numbers come in float32. Words to the left of the
+    diagonal are not written; bits beyond the last box mean nothing.
     """
     row, column = tl.program_id(0), tl.program_id(1)
     if column >= row:
         bit = tl.arange(0, 64)
         i, j = row * 64 + bit, column * 64 + bit
-        index_i, x1, y1, x2, y2, area_i = _load_boxes(boxes, order, i, n)
-        index_j, u1, v1, u2, v2, area_j = _load_boxes(boxes, order, j, n)
+        index_i, x1, y1, x2, y2, area_i = _load_boxes(boxes, order, i, n, REAL)
+        index_j, u1, v1, u2, v2, area_j = _load_boxes(boxes, order, j, n, REAL)
         wide = tl.minimum(x2[:, None], u2[None, :]) - tl.maximum(x1[:, None], u1[None, :])
         high = tl.minimum(y2[:, None], v2[None, :]) - tl.maximum(y1[:, None], v1[None, :])
         shared = tl.maximum(wide, 0.0) * tl.maximum(high, 0.0)
-        # Operation by operation what PyTorch computes: `/` would be an approximation.
-        overlap = tl.div_rn(shared, area_i[:, None] + area_j[None, :] - shared)
-        suppress = overlap > threshold
+        # Operation by operation what PyTorch computes.
+        overlap = divide(shared, area_i[:, None] + area_j[None, :] - shared)
+        if overlap.dtype == tl.float64:
+            suppress = overlap > tl.load(threshold)
+        else:
+            suppress = overlap > threshold
         if HAS_LABELS:
             suppress &= tl.load(labels + index_i)[:, None] == tl.load(labels + index_j)[None, :]
         word = tl.sum(suppress.to(tl.int64) << bit[None, :], 1)
@@ -92,6 +100,10 @@ def _launches(boxes: Tensor, order: Tensor, labels: Tensor | None, iou_threshold
     kept = torch.empty(limit, dtype=torch.int64, device=device)
     count = torch.empty(1, dtype=torch.int64, device=device)
     padded = triton.next_power_of_2(words)
+    threshold = float(iou_threshold)
+    if boxes.dtype == torch.float64:
+        # Filled by a kernel: a copy from the host would wait.
+        threshold = torch.full((), threshold, dtype=torch.float64, device=device)
     overlap = Launch(
         overlap_kernel,
         (words, words),
@@ -100,11 +112,11 @@ def _launches(boxes: Tensor, order: Tensor, labels: Tensor | None, iou_threshold
             "order": order,
             "labels": order if labels is None else labels.contiguous(),
             "matrix": matrix,
-            "threshold": float(iou_threshold),
+            "threshold": threshold,
             "n": n,
             "words": words,
         },
-        {"HAS_LABELS": labels is not None},
+        {"HAS_LABELS": labels is not None, "REAL": triton_real(boxes.dtype)},
         _WARPS,
         exact=True,
     )

@@ -111,7 +111,7 @@ def test_no_boxes_half_precision_and_wrong_shapes():
         ((features[:, :6], boxes), "4 \\* C"),
         ((features, boxes[:1]), "n, 4"),
         ((features, boxes, 256), "255"),
-        ((features, boxes.to("meta")), "device, cpu"),
+        ((features, boxes.to("meta")), "device of features, cpu"),
     ):
         with pytest.raises(ValueError, match=message):
             border_align(*arguments)
