@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ablations.annotations import ImageEntry
-from ablations.images import Header, ImageError, applied_orientation, decode, read_header, upright_size
+from ablations.images import Header, ImageError, applied_orientation, decode, one_at_a_time, read_header, upright_size
 from ablations.problems import DataError, quote
 
 # A split of no more pixels than this is decoded as a whole before anything trains on it, in a few seconds. Of a larger
@@ -73,7 +73,8 @@ class ImageFiles:
             return f"it has {header.width}x{header.height} pixels, but {entry.width}x{entry.height} are declared"
         if whole and not header.decoded:
             try:
-                decode(os.path.join(self.folder, entry.file_name), entry.width, entry.height, orientation)
+                with one_at_a_time(entry.width, entry.height):
+                    decode(os.path.join(self.folder, entry.file_name), entry.width, entry.height, orientation)
             except ImageError as error:
                 return str(error)
             except MemoryError:

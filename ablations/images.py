@@ -8,8 +8,9 @@ an image of any format and so an EPS. JPEG and PNG have a check that does not de
 import mmap
 import os
 import struct
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,9 @@ _JPEG_END = b"\xff\xd9"
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _ORIENTATION_TAG = 0x0112
 _CLOSED_FORMATS = frozenset({"EPS", "IPTC"})
+# A check that decodes in many threads takes images of more pixels than this singly, to bound its memory.
+LARGE_PIXELS = 1 << 22
+_LARGE = threading.Lock()
 # What brings pixels stored under an EXIF orientation (TIFF 6.0, tag 274) upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -94,6 +98,13 @@ def applied_orientation(header: Header, width: int, height: int) -> int | None:
     if upright_size(header) == (width, height):
         return header.orientation
     return 1 if stored == (width, height) else None
+
+
+@contextmanager
+def one_at_a_time(width: int, height: int) -> Iterator[None]:
+    """Held while an image of this size is decoded to check it: of large ones there is one at a time."""
+    with _LARGE if width * height > LARGE_PIXELS else nullcontext():
+        yield
 
 
 def upright_size(header: Header) -> tuple[int, int]:
@@ -167,7 +178,8 @@ def _decoded_header(file: int, most: int) -> Header:
     with _decoding(), open(file, "rb", closefd=False) as stream, Image.open(stream, formats=_formats(b"")) as image:
         size = image.size
         _check_size(*size, most)
-        _to_rgb(image)
+        with one_at_a_time(*size):
+            _to_rgb(image)
         if image.size != size:
             raise ImageError(f"its header gives {size[0]}x{size[1]} pixels, but it has {image.size[0]}x{image.size[1]}")
         try:
