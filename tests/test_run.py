@@ -236,19 +236,6 @@ def test_a_diverging_cell_becomes_a_row_and_the_others_go_on(brief, data, tmp_pa
     assert "2 done, 0 to run" in capsys.readouterr().out
 
 
-def test_an_image_that_does_not_decode_ends_its_cell_as_bad_data(brief, tmp_path, capsys):
-    data = generate(tmp_path / "data", "tiny", train=4, val=3)
-    image = sorted((data / "train2017").iterdir())[0]
-    content = bytearray(image.read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 64] = bytes(64)
-    image.write_bytes(content)
-    out = tmp_path / "out"
-    assert run.main(["--grid", "--data", str(data), "--out", str(out), "--only", "baseline"]) == 1
-    (row,) = read_rows(out)
-    assert row["status"] == "bad_data" and image.name in row["reason"]
-
-
 def test_kill_9_costs_nothing(data, tmp_path):
     """Kill the run with its workers at several moments; what remains must equal a run that was never killed."""
     script = tmp_path / "brief.py"

@@ -11,7 +11,7 @@ import torch
 from synthetic_rows import make_row
 from tiny_coco import json_path
 
-from ablations import pool, run, trained, work
+from ablations import image_files, pool, run, trained, work
 from ablations.coco import DataError
 from ablations.generate import generate
 from ablations.grid import PRESETS, Cell
@@ -183,6 +183,36 @@ def test_data_that_change_under_a_run_are_not_recorded_as_what_they_were(grid, d
     assert row["status"] == "bad_data" and "changed after this run had begun" in row["reason"]
 
 
+def spoil(image: Path) -> bytes:
+    """Overwrite the middle of an image file, and return what it was."""
+    sound = image.read_bytes()
+    middle = len(sound) // 2
+    image.write_bytes(sound[:middle] + bytes(64) + sound[middle + 64 :])
+    return sound
+
+
+def test_a_small_set_with_an_image_that_does_not_decode_is_refused(grid, data):
+    image = sorted((data / "val2017").iterdir())[0]
+    spoil(image)
+    code, printed, trainings = grid()
+    assert code == 2 and image.name in printed and "does not decode" in printed
+    assert trainings == [] and not grid.out.exists()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_image_of_a_large_set_that_does_not_decode_ends_its_cell_as_bad_data(grid, data, monkeypatch, split):
+    monkeypatch.setattr(image_files, "DECODED_PIXELS", 0)
+    image = sorted((data / f"{split}2017").iterdir())[0]
+    sound = spoil(image)
+    assert grid()[0] == 1
+    (row,) = read_rows(grid.out)
+    assert row["status"] == "bad_data" and image.name in row["reason"]
+    # Put right, an image of val needs no more training.
+    image.write_bytes(sound)
+    code, _, trainings = grid(*(["--retry-failed"] if split == "train" else []))
+    assert code == 0 and trainings == (["atss baseline"] if split == "train" else [])
+
+
 def test_masks_are_asked_for_before_anything_is_trained_or_written(grid, data):
     def strip(content):
         for annotation in content["annotations"][:2]:
@@ -197,11 +227,11 @@ def test_masks_are_asked_for_before_anything_is_trained_or_written(grid, data):
 
 
 def test_bad_annotations_are_refused_or_left_out_and_counted(grid, data):
-    def spoil(content):
+    def misplace(content):
         content["annotations"][0]["bbox"] = [500, 10, 20, 20]
         content["annotations"][1]["bbox"] = [5, 10, -4, 20]
 
-    edit(data, "train", spoil)
+    edit(data, "train", misplace)
     edit(data, "val", lambda content: content["annotations"][0].update(category_id=99))
     code, printed, _ = grid()
     assert code == 2 and "--bad-annotations drop" in printed and not grid.out.exists()
