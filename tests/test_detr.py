@@ -173,6 +173,9 @@ def test_padding_does_not_change_what_is_seen(attentions):
         shifted = model.raw(model.batch([small, large]), [(64, 64), (64, 64)])
         assert not torch.allclose(together.boxes[:, 1], shifted.boxes[:, 1])
         torch.testing.assert_close(together.boxes[:, 0], shifted.boxes[:, 0])
+        # A call of the detector tells the sizes.
+        found, want = model([small, large]), model.head.predict(together, sizes)
+        assert all(torch.equal(a[key], b[key]) for a, b in zip(found, want, strict=True) for key in b)
     silent = dict(model.train().named_parameters())
     losses = model([small, large], [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}] * 2)
     assert all(loss.isfinite() for loss in losses.values())

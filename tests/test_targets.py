@@ -70,6 +70,7 @@ WRONG = {
     "a scalar label": (second(labels=torch.tensor(1)), ValueError, r"labels of image 1 .*\(n,\)"),
     "sparse": (second(boxes=torch.tensor([BOX]).to_sparse()), ValueError, "boxes of image 1 must be a dense tensor"),
     "two labels for a box": (second(labels=torch.tensor([0, 1])), ValueError, "image 1 has 1 boxes and 2 labels"),
+    "a label for two boxes": (second(boxes=torch.tensor([BOX, BOX])), ValueError, "image 1 has 2 boxes and 1 labels"),
     "labels without boxes": (second(boxes=torch.zeros(0, 4)), ValueError, "image 1 has 0 boxes and 1 labels"),
     "boxes elsewhere": (second(boxes=torch.zeros(1, 4, device="meta")), ValueError, "boxes of image 1 .*on meta"),
     "labels elsewhere": (second(labels=torch.tensor([1], device="meta")), ValueError, "labels of image 1 .*on meta"),

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from heads import load_released
 from heads.release_layouts import build_released, open_released
 from heads.resnet import BACKBONES, CaffeBottleneck, FrozenBatchNorm2d, ResNet, load_imagenet
-from heads.weights import AVERAGED, COMPILED, COUNTERS, EVALUATED, TRAINED, WRAPPERS, bare_state
+from heads.weights import COUNTERS, bare_state
 
 
 def detector():
@@ -24,7 +24,13 @@ def detector():
 MODEL = detector()
 STATE = official_state(MODEL)
 OTHER = {key: value + 1 for key, value in STATE.items()}
+# Spelled out, so that none can be lost.
+TRAINED = ("model", "state_dict", "model_state_dict", "model_state", "module")
+EVALUATED = ("ema", "model_ema", "state_dict_ema")
+AVERAGED = ("ema_model", "ema_state", "ema_state_dict", "model_ema_state_dict", "ema_model_state_dict")
 CONTAINERS = (*TRAINED, *EVALUATED, *AVERAGED)
+COMPILED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+WRAPPERS = ("module", *COMPILED, "_forward_module", "model")
 
 
 def prefixed(prefix: str, state: dict | None = None) -> dict:
@@ -170,6 +176,11 @@ def test_what_is_no_tensor_is_listed(prefix):
             ValueError, match=r"(?s)missing: head.bbox_pred.bias.*here: head.bbox_pred.bias\n.*head.extra"
         ):
             load()
+
+
+def test_what_is_no_tensor_needs_no_prefix():
+    with pytest.raises(ValueError, match=r"does not fit:\n  no counterpart here: epoch$"):
+        load_released(detector(), {**prefixed("module."), "epoch": 3})
 
 
 @pytest.mark.parametrize("wrong", [[STATE], None, "weights.pth"], ids=["list", "None", "str"])
