@@ -319,7 +319,7 @@ def decode(path: str | os.PathLike, width: int, height: int, orientation: int = 
         ImageError: the file cannot be decoded, or has another size by now.
     """
     # Such a size was accepted when the data was read, perhaps in another process.
-    limit_pixels(width * height)
+    limit_pixels(int(width * height))
     stored = (height, width) if orientation >= 5 else (width, height)
     with _decoding(), open(path, "rb") as file:
         head = file.read(len(_PNG_SIGNATURE))

@@ -137,6 +137,58 @@ def test_annotation_ids_of_zero_and_twice_do_not_matter():
         assert evaluate([(1, detections)], ground, [1])["AP"] == pytest.approx(100, abs=1e-12)
 
 
+def test_what_is_absent_is_taken_as_usual():
+    ground = truth([BOX, (1, 1, 100, 100, 20, 20)])
+    detections = found((*RIGHT, 0.9, 0), (100, 100, 120, 120, 0.8, 0))
+    expected = evaluate([(1, detections)], ground, [1])
+    assert expected["APs"] == expected["APm"] == pytest.approx(100, abs=1e-12)
+    for changes in ({"area": None}, {"iscrowd": None}, {"iscrowd": False}, {"iscrowd": 0.0}):
+        assert evaluate([(1, detections)], truth([BOX, (1, 1, 100, 100, 20, 20)], **changes), [1]) == expected
+    for key in ("area", "iscrowd"):
+        spoilt = copy.deepcopy(ground)
+        for annotation in spoilt["annotations"]:
+            del annotation[key]
+        assert evaluate([(1, detections)], spoilt, [1]) == expected
+
+
+NUMBERING = {
+    "text": lambda number: f"image {number:03d}",
+    "64-bit": lambda number: 2**63 - 100 + number,
+    "beyond-float64": lambda number: 2**53 + number,
+    "negative": lambda number: number - 1000,
+    "real": float,
+}
+
+
+@pytest.mark.parametrize("case", NUMBERING)
+def test_ids_of_any_kind_give_the_same_bits(case):
+    number = NUMBERING[case]
+    ground, predictions = random_scene(4)
+    expected = evaluate(predictions, ground, [1, 2, 3])
+    other = copy.deepcopy(ground)
+    for entry in [*other["images"], *other["categories"]]:
+        entry["id"] = number(entry["id"])
+    for annotation in other["annotations"]:
+        annotation.update(image_id=number(annotation["image_id"]), category_id=number(annotation["category_id"]))
+    renamed = [(number(image), detections) for image, detections in predictions]
+    assert evaluate(renamed, other, [number(category) for category in (1, 2, 3)]) == expected
+    assert evaluate(renamed[::-1], other, [number(category) for category in (1, 2, 3)]) == expected
+
+
+def test_image_ids_from_an_array_or_a_tensor():
+    for image in (np.int64(1), torch.tensor(1), 1.0):
+        assert evaluate([(image, found((*RIGHT, 0.9, 0)))], truth([BOX]), [1])["AP"] == pytest.approx(100)
+    with pytest.raises(ValueError, match="a prediction is for image 1, which"):
+        evaluate([("1", found())], truth([BOX]), [1])
+
+
+def test_ids_without_an_order_are_refused():
+    ground = truth([BOX], images=2)
+    ground["images"][1]["id"] = "2"
+    with pytest.raises(ValueError, match="image ids must be whole numbers, or all text"):
+        evaluate([(1, found()), ("2", found())], ground, [1])
+
+
 def test_nothing_found_is_zero_and_nothing_there_is_none():
     nothing = evaluate([(1, found())], truth([BOX]), [1])
     assert nothing["AP"] == nothing["AR100"] == 0.0 and nothing["APs"] is None
@@ -177,6 +229,8 @@ def test_category_and_image_ids_that_nobody_knows_are_refused():
         evaluate([(1, found())], truth([BOX]), [1, 2])
     with pytest.raises(ValueError, match="twice"):
         evaluate([(1, found())], truth([BOX]), [1, 1])
+    with pytest.raises(ValueError, match="unknown category, 5"):
+        evaluate([(1, found())], truth([(1, 5, *BOX[2:])]), [1])
     with pytest.raises(ValueError, match="unknown image, 9"):
         evaluate([(1, found())], truth([(9, *BOX[1:])]), [1])
 

@@ -55,9 +55,7 @@ SCALARS = st.one_of(
 )
 VALUES = st.one_of(
     SCALARS,
-    st.recursive(
-        SCALARS, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=4), inner), max_leaves=6
-    ),
+    st.recursive(SCALARS, lambda part: st.lists(part, max_size=5) | st.dictionaries(st.text(max_size=4), part)),
     st.lists(st.floats(-5, 30), min_size=4, max_size=4),
     st.sampled_from([{"counts": [240], "size": [24, 10]}, [[1, 2, 3, 4, 5, 6]], [{"counts": [320], "size": [16, 20]}]]),
 )
@@ -90,14 +88,7 @@ def spoilt(draw):
         elif kind == "twice" and isinstance(parent[last], dict):
             parent[last] = Twice(parent[last])
         elif kind == "copy":
-            source = document
-            for step in draw(st.sampled_from(spots)):
-                if not isinstance(source, dict | list) or (
-                    step not in source if isinstance(source, dict) else step >= len(source)
-                ):
-                    break
-                source = source[step]
-            parent[last] = copy.deepcopy(source)
+            parent[last] = copy.deepcopy(node_at(document, draw(st.sampled_from(spots))))
         elif kind == "everywhere" and isinstance(parent, dict) and len(way) == 2:
             value = draw(VALUES)
             for entry in document[way[0]]:

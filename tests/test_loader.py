@@ -1,6 +1,7 @@
 """Batches: geometry to a fraction of a pixel, and nothing that depends on what was asked for before."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_coco import CATEGORIES, annotation, edited, write, write_json
+from tiny_coco import CATEGORIES, annotation, write, write_json
 
 from ablations.coco import DataError, read_split
 from ablations.loader import EvalLoader, Loader, flip_boxes, resized, scale_boxes
@@ -335,41 +336,34 @@ def test_boxes_come_back_to_the_original(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"batch_size": 0}, {"short_sides": ()}, {"short_sides": (16, 0)}, {"max_size": 0}], ids=str
+    "change,message",
+    [
+        ({"batch_size": 0}, "batch_size is 0, expected a whole number of at least 1"),
+        ({"batch_size": 2.5}, "batch_size is 2.5"),
+        ({"batch_size": True}, "batch_size is True"),
+        ({"short_sides": ()}, "short_sides is empty"),
+        ({"short_sides": (16, 0)}, "a side of short_sides is 0, expected a whole number of at least 1"),
+        ({"short_sides": (16.5,)}, "a side of short_sides is 16.5"),
+        ({"max_size": 0}, "max_size is 0"),
+        ({"seed": -1}, "seed is -1, expected a whole number of at least 0"),
+        ({"flip": 1.5}, "flip is 1.5, expected a probability"),
+        ({"flip": float("nan")}, "flip is nan"),
+        ({"threads": -1}, "threads is -1"),
+        ({"cache_bytes": -1}, "cache_bytes is -1"),
+    ],
+    ids=str,
 )
-def test_arguments_out_of_range(mixed, change):
-    with pytest.raises(ValueError, match="expected"):
+def test_arguments_out_of_range(mixed, change, message):
+    with pytest.raises(ValueError, match=message):
         Loader(mixed, **{"batch_size": 2, "seed": 0, "short_sides": (16,), "max_size": 64, **change})
+    if change.keys() <= {"batch_size", "max_size", "threads", "cache_bytes"}:
+        with pytest.raises(ValueError, match=message):
+            EvalLoader(mixed, **{"batch_size": 2, "short_side": 16, "max_size": 64, **change})
+    with pytest.raises(ValueError, match="split has no images"):
+        EvalLoader(replace(mixed, images=[]), 2, 16, 64)
 
 
 def test_a_range_of_sides(mixed):
     loader = Loader(mixed, 8, 0, range(16, 21), 64)
     sides = {min(image.shape[1:]) for step in range(10) for image in loader.batch(step)[0]}
     assert sides == {16, 17, 18, 19, 20}
-
-
-def test_masks_are_scaled_and_flipped_with_their_image(tmp_path):
-    """A rectangle as polygon and as run lengths; masks and boxes must stay on top of each other."""
-    runs = {"size": [16, 20], "counts": [4 * 16 + 2, *([8, 8] * 5 + [8]), 320 - 4 * 16 - 2 - 88]}
-
-    def change(document):
-        first = next(a for a in document["annotations"] if a["id"] == 101)
-        first |= {"bbox": [4, 2, 6, 8], "segmentation": [[4, 2, 10, 2, 10, 10, 4, 10]]}
-        second = next(a for a in document["annotations"] if a["id"] == 56)
-        second |= {"bbox": [4, 2, 6, 8], "segmentation": runs}
-
-    split = read_split(write(tmp_path / "data", edited(change)), "train")
-    for short_side in (16, 32):
-        for flip in (0.0, 1.0):
-            images, targets = Loader(split, 2, 0, (short_side,), 100, flip=flip, masks=True).batch(0)
-            for image, target in zip(images, targets, strict=True):
-                assert target["masks"].shape == (len(target["boxes"]), *image.shape[1:])
-                if target["image_id"] != 31:
-                    continue
-                assert target["masks"].dtype == torch.uint8
-                for mask, box in zip(target["masks"], target["boxes"].int().tolist(), strict=True):
-                    x1, y1, x2, y2 = box
-                    want = torch.zeros_like(mask)
-                    want[y1:y2, x1:x2] = 1
-                    assert torch.equal(mask, want), (short_side, flip)
-    assert "masks" not in Loader(split, 2, 0, (16,), 100).batch(0)[1][0]
