@@ -41,7 +41,8 @@ def _corners(x, y, H, W, stride_h, stride_w):
     """Offsets of the four cells around each position, the shares of the right and of the lower ones, and is it read?"""
     left, right, across, inside_x = neighbours(x, W)
     top, bottom, down, inside_y = neighbours(y, H)
-    upper, lower, left, right = top * stride_h, bottom * stride_h, left * stride_w, right * stride_w
+    upper, lower = top.to(tl.int64) * stride_h, bottom.to(tl.int64) * stride_h
+    left, right = left.to(tl.int64) * stride_w, right.to(tl.int64) * stride_w
     return upper + left, upper + right, lower + left, lower + right, across, down, inside_x & inside_y
 
 

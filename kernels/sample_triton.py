@@ -26,7 +26,7 @@ def neighbours(position, length):
     place = tl.minimum(tl.maximum(tl.where(inside, position, 0.0), 0.0), length - 1.0)
     low = tl.floor(place)
     share = place - low
-    low = low.to(tl.int64)
+    low = low.to(tl.int32)
     return low, tl.minimum(low + 1, length - 1), share, inside
 
 

@@ -115,10 +115,10 @@ def test_a_kernel_that_does_not_compile_is_a_problem():
 def test_roi_align_of_a_single_bin_compiles(kernel):
     """The launcher compiles a number in that is 1, here every size there is: in the kernel it is no tensor then."""
     boxes, rows, x = (torch.empty(shape, device="meta") for shape in ((1, 4), (1, 1, 1, 1), (1, 1, 1, 1)))
-    ends = torch.empty(1, dtype=torch.int32, device="meta")
+    images = torch.empty(1, dtype=torch.int32, device="meta")
     forward = kernel is roi_align_triton.forward_kernel
     maps, results = ({"x": x}, {"out": rows}) if forward else ({"grad": rows}, {"grad_x": x})
-    launch = roi_align_triton._launch(kernel, maps, results, x, boxes, ends, (1, 1), 0, True)
+    launch = roi_align_triton._launch(kernel, maps, results, x, boxes, images, (1, 1), 0, True)
     assert compile_spec(launch.spec("single bin", torch.float32), "sm_80").problem == ""
 
 

@@ -163,9 +163,9 @@ def test_opcheck():
     x = torch.randn(2, 3, 4, 5, generator=generator)
     boxes = torch.tensor([[0.3, 0.1, 2.1, 3.2], [1.0, 1.0, 2.0, 3.0], [-1.0, 0.0, 4.0, 2.0]])
     settings = (2, True, resolve_backend(x.device))
-    torch.library.opcheck(torch.ops.dyhead.roi_align.default, (x.requires_grad_(), boxes, [1, 2], [2, 3], *settings))
-    out, rows, columns = torch.ops.dyhead.roi_align(x.detach(), boxes, [1, 2], [2, 3], *settings)
-    arguments = (out, boxes, rows, columns, [1, 2], list(x.shape), *settings)
+    torch.library.opcheck(torch.ops.dyhead.roi_align.default, (x.requires_grad_(), boxes, None, [1, 2], [2, 3], *settings))
+    out, rows, columns = torch.ops.dyhead.roi_align(x.detach(), boxes, None, [1, 2], [2, 3], *settings)
+    arguments = (out, boxes, None, rows, columns, [1, 2], list(x.shape), *settings)
     torch.library.opcheck(torch.ops.dyhead.roi_align_backward.default, arguments)
 
 
@@ -210,5 +210,5 @@ def test_the_pytorch_path_runs_on_a_gpu_too(golden):
 
 
 def test_boxes_on_another_device_are_refused():
-    with pytest.raises(ValueError, match="device, cpu"):
+    with pytest.raises(ValueError, match="device of features, cpu"):
         roi_align(torch.zeros(1, 1, 2, 2), [torch.zeros(1, 4, device="meta")], (1, 1), 1.0)
