@@ -1,7 +1,7 @@
 """A data directory in COCO layout, checked as a whole before anything trains on it.
 
     DIR/annotations/instances_{train,val}2017.json     (or the same below DIR/coco)
-    DIR/{train,val}2017/                               the images, of any format that Pillow decodes
+    DIR/{train,val}2017/                               the images, of any format that Pillow decodes by itself
 
 Reading checks both instances files (`ablations/check.py`) and every image they name (`ablations/image_files.py`):
 presence, header, declared size and end marker, and all pixels where that takes no more than seconds. What cannot be

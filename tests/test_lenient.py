@@ -191,7 +191,8 @@ BAD = {
     "far": ({"bbox": [1, 2, 3, 2e9]}, "box not finite"),
     "category": ({"category_id": 4}, "unknown category"),
     "category-text": ({"category_id": "3"}, "unknown category"),
-    "both": ({"category_id": 4, "bbox": [50, 2, 3, 4]}, "unknown category"),
+    "two": ({"category_id": 4, "bbox": [50, 2, 3, 4]}, "unknown category"),
+    "three": ({"category_id": 4, "bbox": [50, 2, -3, 4]}, "unknown category"),
 }
 
 
