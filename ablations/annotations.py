@@ -189,37 +189,47 @@ def check_annotations(
         kept_ids.append(annotation_id)
     problems += mixed("annotation", ids)
     table = np.array(rows, dtype=np.int64).reshape(-1, 6)
-    bbox = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     sizes = table[:, 3:5]
+    bbox = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     corners, outside, overhang = _corners(bbox, sizes)
-    kept = np.arange(len(bbox))
-    if outside.any() and bad == "drop":
-        dropped[OUTSIDE] += int(outside.sum())
-        kept = np.flatnonzero(~outside)
-    elif outside.any():
-        for row in np.flatnonzero(outside).tolist():
-            width, height = sizes[row].tolist()
-            problems.append(
-                f"{_place(table[row, 5], kept_ids[row])}: the box {quote(bbox[row].tolist())} lies outside its image "
-                f"of {width}x{height} pixels{OPTION}"
-            )
-    rows_kept = kept.tolist()
     columns = Annotations(
-        image=table[kept, 0],
-        category=table[kept, 1],
-        bbox=bbox[kept],
-        area=np.array(areas, np.float64)[kept],
-        crowd=table[kept, 2].astype(bool),
-        segmentation=[segmentations[row] for row in rows_kept],
-        corners=corners[kept],
-        number=table[kept, 5],
-        ids=_objects([kept_ids[row] for row in rows_kept]),
-        odd={place: odd[row] for place, row in enumerate(rows_kept) if row in odd} if odd else {},
+        image=table[:, 0],
+        category=table[:, 1],
+        bbox=bbox,
+        area=np.array(areas, np.float64),
+        crowd=table[:, 2].astype(bool),
+        segmentation=segmentations,
+        corners=corners,
+        number=table[:, 5],
+        ids=_objects(kept_ids),
+        odd=odd,
     )
-    notes += _notes(columns, overhang[kept], short_polygons, dropped)
+    if outside.any() and bad == "refuse":
+        problems += _outside(columns, sizes, np.flatnonzero(outside).tolist())
+    elif outside.any():
+        dropped[OUTSIDE] += int(outside.sum())
+        columns, overhang = _selected(columns, np.flatnonzero(~outside)), overhang[~outside]
+    notes += _notes(columns, overhang, short_polygons, dropped)
     if not problems and not columns.trained_on.any():
         problems.append(f"has no annotation with a box that is not a crowd region{_left_out(dropped)}")
     return columns, dict(dropped)
+
+
+def _outside(columns: Annotations, sizes: np.ndarray, rows: list[int]) -> list[str]:
+    """The problems of boxes that lie outside their images; `sizes` (n, 2) are width, height."""
+    return [
+        f"{_place(int(columns.number[row]), columns.ids[row])}: the box {quote(columns.bbox[row].tolist())} lies "
+        f"outside its image of {sizes[row, 0]}x{sizes[row, 1]} pixels{OPTION}"
+        for row in rows
+    ]
+
+
+def _selected(columns: Annotations, rows: np.ndarray) -> Annotations:
+    """These rows of the columns."""
+    kept = rows.tolist()
+    arrays = {name: value[rows] for name, value in vars(columns).items() if isinstance(value, np.ndarray)}
+    odd = {place: columns.odd[row] for place, row in enumerate(kept) if row in columns.odd}
+    return Annotations(**arrays, segmentation=[columns.segmentation[row] for row in kept], odd=odd)
 
 
 def _places(entries: dict | None) -> dict[int | str, int]:

@@ -7,7 +7,7 @@ harm is read, and counted in one note; whatever is wrong ends in a `DataError`.
 import os
 import posixpath
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ablations.annotations import BAD_ANNOTATIONS, Annotations, ImageEntry, check_annotations, mask_problems
@@ -142,15 +142,13 @@ def _check_images(
                 unmeasured.append((where, entries[image_id]))
     if unmeasured:
         for (where, entry), size in zip(unmeasured, measure([e.file_name for _, e in unmeasured]), strict=True):
-            entries[entry.image_id] = None
             if type(size) is str:
                 problems.append(f"{where}: its size is not declared, and its file {quote(entry.file_name)}: {size}")
-                continue
-            width, height = entry.width or size[0], entry.height or size[1]
-            found = _size_problem(where, width, height, most_pixels)
-            problems += found
-            if not found:
-                entries[entry.image_id] = ImageEntry(entry.image_id, entry.file_name, width, height)
+                entries[entry.image_id] = None
+            else:
+                # A side that is declared, and is not the file's, is found with all others when the files are checked.
+                width, height = entry.width or size[0], entry.height or size[1]
+                entries[entry.image_id] = replace(entry, width=width, height=height)
     problems += mixed("image", entries)
     return entries
 

@@ -144,8 +144,9 @@ RENUMBERED = {
     "text": lambda value: f"{value:012d}",
     "beyond-float64": lambda value: 2**53 + value,
     "64-bit": lambda value: 2**63 - 1 - 10**9 + value,
-    "negative": lambda value: value - 10**10,
-    "unsigned": lambda value: 2**64 - 1 - 10**9 + value,
+    # The least and the largest number that an id can be: those of the categories 3 and of the annotation 900000031.
+    "least": lambda value: value - 3 - 2**63,
+    "largest": lambda value: value - 900000031 + 2**64 - 1,
 }
 
 
@@ -161,6 +162,8 @@ def renumbered(document: dict, number) -> dict:
 def test_ids_of_any_kind_give_the_same_numbers(tmp_path, case):
     """Ids that differ by one beyond 2^53 are one number in float64, where pycocotools keeps some."""
     contents = {split: renumbered(document, RENUMBERED[case]) for split, document in documents().items()}
+    for number, entry in enumerate(contents["val"]["annotations"]):
+        entry["id"] = RENUMBERED[case](number + 3)
     split, plain = read_dataset(write(tmp_path / "a", contents)).train, read_dataset(write(tmp_path / "b")).train
     number = RENUMBERED[case]
     assert [record.image_id for record in split.images] == [number(12), number(25), number(31)]
@@ -187,6 +190,7 @@ BAD = {
     "negative": ({"bbox": [5, 5, -3, -4]}, "box of negative width or height"),
     "nan": ({"bbox": [1, math.nan, 3, 4]}, "box not finite"),
     "infinite": ({"bbox": [1, 2, math.inf, 4]}, "box not finite"),
+    "minus-infinite": ({"bbox": [1, -math.inf, 3, 4]}, "box not finite"),
     "huge": ({"bbox": [1, 2, 10**400, 4]}, "box not finite"),
     "far": ({"bbox": [1, 2, 3, 2e9]}, "box not finite"),
     "category": ({"category_id": 4}, "unknown category"),

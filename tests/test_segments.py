@@ -122,6 +122,20 @@ def test_what_is_no_mask_is_a_problem_only_where_masks_are_needed(tmp_path, case
         Loader(split, 1, 0, (16,), 64, masks=True)
 
 
+def test_the_annotation_is_named_as_it_stands_in_the_file(tmp_path):
+    """Also where others before it were left out."""
+
+    def change(document):
+        document["annotations"][0]["bbox"] = [50, 50, 3, 3]
+        document["annotations"][1]["category_id"] = 4
+        document["annotations"][3]["segmentation"] = {}
+
+    split = read_split(write(tmp_path, edited(change)), "train")
+    assert sum(split.dropped.values()) == 2
+    with pytest.raises(DataError, match=r"json: annotations\[3\] \(id 56\): the size of its run-length encoding"):
+        check_segmentations(split)
+
+
 def test_an_absent_segmentation_is_no_mask_either(tmp_path):
     def change(document):
         del document["annotations"][0]["segmentation"]
