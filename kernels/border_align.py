@@ -8,6 +8,7 @@ On a GPU the corners are added atomically, in any order, unless PyTorch is told 
 the backward is the one in PyTorch.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -83,7 +84,7 @@ def _sample_finite(maps: Tensor, position: Tensor, inside: Tensor) -> Tensor:
     scale = 2 / position.new_tensor([max(width - 1, 1), max(height - 1, 1)])
     position = position.masked_fill(~inside[..., None], 0) * scale - 1
     samples = F.grid_sample(maps, position, padding_mode="border", align_corners=True)
-    return samples.masked_fill_(~inside[:, None], 0)
+    return samples.mul_(inside[:, None])
 
 
 def reference(features: Tensor, boxes: Tensor, pool_size: int = 10) -> Tensor:
@@ -102,7 +103,7 @@ def _forward_torch(features: Tensor, boxes: Tensor, pool_size: int) -> tuple[Ten
     # Each border of each image reads its own C channels.
     maps = features.to(boxes.dtype).reshape(images * 4, channels // 4, height, width)
     positions = _positions(boxes, pool_size)
-    sample = _sample_finite if maps.sum().isfinite() else _sample
+    sample = _sample_finite if math.isfinite(maps.sum()) else _sample
     most = max(1, _SAMPLES // (images * channels * (pool_size + 1)))
     values, chosen = [], []
     for position in positions.split(most, 1):

@@ -10,6 +10,8 @@ holds. On a GPU that costs one transfer per block. Blocks follow the score order
 early. In Triton both steps are kernels, and the host waits once, for the number of boxes that are kept.
 """
 
+import ctypes
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -88,7 +90,7 @@ def _forward(
         return order[:0]
     if boxes.dtype != torch.float64:
         # A number that float32 does not hold becomes an infinity, not an error.
-        iou_threshold = torch.tensor(iou_threshold, dtype=torch.float64).float().item()
+        iou_threshold = ctypes.c_float(iou_threshold).value
     if backend == "torch" or len(order) > _MOST_TRITON:
         return _greedy(boxes, order, labels, iou_threshold, limit)
     # Triton is looked for only where it is used: it is not installed on every system.
@@ -103,7 +105,7 @@ def _greedy(boxes: Tensor, order: Tensor, labels: Tensor | None, iou_threshold: 
     sorted_labels = None if labels is None else labels[order]
     area = (sorted_boxes[2] - sorted_boxes[0]) * (sorted_boxes[3] - sorted_boxes[1])
     # With it the IoU is NaN, which exceeds nothing: so a box that is not finite has no part in anything.
-    area.masked_fill_(~sorted_boxes.isfinite().all(0), torch.nan)
+    area += (0 * sorted_boxes).sum(0)
 
     def overlaps(rows: Tensor | slice, columns: slice) -> np.ndarray:
         """Which boxes of `rows` suppress which of `columns`, one bit each, packed along the columns."""

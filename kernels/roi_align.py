@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.backend import resolve_backend, without_autocast
 from kernels.checks import check_device, check_flag, check_integer, check_number, check_pair, check_tensor, kind_of
-from kernels.roi_align_samples import Axis, axis_of, reference, reference_backward, samples_on_map
+from kernels.roi_align_samples import cells_of, grid_of, reference, reference_backward
 
 # Elements of the product between the two matrix products that are alive at a time.
 _CHUNK = 1 << 26
@@ -33,20 +33,16 @@ def _weights(
     boxes: Tensor, output_size: Sequence[int], size: Sequence[int], sampling_ratio: int, aligned: bool
 ) -> tuple[Tensor, Tensor]:
     """How much each row and each column of a map counts in each bin of boxes (R, 4): (R, P, H) and (R, Q, W)."""
-    y = axis_of(boxes[:, 1], boxes[:, 3], output_size[0], sampling_ratio, aligned)
-    x = axis_of(boxes[:, 0], boxes[:, 2], output_size[1], sampling_ratio, aligned)
-    return _axis_weights(y, size[0]), _axis_weights(x, size[1])
-
-
-def _axis_weights(axis: Axis, length: int) -> Tensor:
-    """How much each of the `length` cells of one axis counts in each bin: (R, bins, length)."""
-    boxes, bins = axis.first.shape
-    samples = samples_on_map(axis, length)
+    grid = grid_of(boxes, output_size, size, sampling_ratio, aligned)
+    cells = cells_of(grid)
+    weights = boxes.new_zeros(*grid.first.shape, grid.longest)
+    start = torch.arange(0, weights.numel(), grid.longest, device=boxes.device).view(*grid.first.shape, 1)
     # One dimension: deterministic algorithms have no other on a GPU.
-    weights = axis.first.new_zeros(boxes * bins * length)
-    weights.scatter_add_(0, samples.bin * length + samples.low, 1 - samples.share)
-    weights.scatter_add_(0, samples.bin * length + samples.high, samples.share)
-    return weights.view(boxes, bins, length).div_(axis.samples.clamp(min=1)[:, None, None])
+    for cell, share in ((cells.low, 1 - cells.share), (cells.high, cells.share)):
+        weights.view(-1).scatter_add_(0, (start + cell).view(-1), (share * cells.known).view(-1))
+    samples = grid.samples.clamp(min=1)[..., None]
+    (p, q), (height, width) = output_size, size
+    return weights[1, :, :p, :height] / samples[1], weights[0, :, :q, :width] / samples[0]
 
 
 def _forward_torch(features: Tensor, boxes: Tensor, rows: Tensor, columns: Tensor, counts: Sequence[int], *how):
@@ -63,9 +59,9 @@ def _forward_torch(features: Tensor, boxes: Tensor, rows: Tensor, columns: Tenso
         across = rows[part].reshape(-1, height) @ maps[image]
         torch.bmm(across.view(-1, p * channels, width), columns[part].mT, out=out[part])
     out = out.view(count, p, channels, q)
-    if not out.sum().isfinite():
+    if not math.isfinite(out.sum()):
         for image, part in _parts(counts, p * channels * width):
-            if not out[part].sum().isfinite():
+            if not math.isfinite(out[part].sum()):
                 own = boxes[part]
                 out[part] = reference(features, own, [image] * len(own), (p, q), *how).transpose(1, 2)
     return out
@@ -78,9 +74,9 @@ def _backward_torch(
     p, q = rows.shape[1], columns.shape[1]
     products = grad.transpose(1, 2).reshape(-1, p * channels, q)
     total = grad.new_zeros(n, height, channels * width)
-    exact = not grad.sum().isfinite()
+    exact = not math.isfinite(grad.sum())
     for image, part in _parts(counts, p * channels * width):
-        if exact and not grad[part].sum().isfinite():
+        if exact and not math.isfinite(grad[part].sum()):
             found = reference_backward(grad[part], boxes[part], (height, width), *how)
             total[image].view(height, channels, width).add_(found.transpose(0, 1))
         else:

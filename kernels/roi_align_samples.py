@@ -11,24 +11,84 @@ import torch
 from torch import Tensor
 
 
-class Axis(NamedTuple):
-    """The samples of R boxes along one axis, in cells.
+class Grid(NamedTuple):
+    """The samples of R boxes along x and along y, in cells. The axes come first, x before y.
 
     Attributes:
-        first: (R, bins), of each bin the first one.
-        spacing: (R,), from one to the next; negative where a box is inverted.
-        samples: (R,), how many a bin has. Floating point: there may be more than an integer holds.
+        first: (2, R, B), of each bin the first sample. B is the larger number of bins; beyond the other it is no bin.
+        spacing: (2, R, 1), from one to the next; negative where a box is inverted.
+        samples: (2, R, 1), how many a bin has. Floating point: there may be more than an integer holds.
+        length: (2, 1, 1), of the map.
         adaptive: whether there are as many as a bin has cells, so that more than one lie over half a cell apart.
+        longest: the larger length.
     """
 
     first: Tensor
     spacing: Tensor
     samples: Tensor
+    length: Tensor
     adaptive: bool
+    longest: int
 
 
-class Samples(NamedTuple):
-    """S samples on the map: number of the box times bins plus bin, the cells before and behind, the latter's share."""
+class Cells(NamedTuple):
+    """Of all visited samples, (2, R, B, K): the cells before and behind, the latter's share; is it on the map?"""
+
+    low: Tensor
+    high: Tensor
+    share: Tensor
+    known: Tensor
+
+
+def grid_of(boxes: Tensor, output_size: Sequence[int], size: Sequence[int], sampling_ratio: int, aligned: bool) -> Grid:
+    """The samples of boxes (R, 4) on a map of (height, width); along an axis that is not finite there are none."""
+    p, q = output_size
+    start, extent = boxes[:, :2].t()[..., None], (boxes[:, 2:] - boxes[:, :2]).t()[..., None]
+    lost = extent - extent != 0
+    if aligned:
+        start = start - 0.5
+    else:
+        extent = extent.clamp(min=1)
+    start, extent = start.masked_fill(lost, 0), extent.masked_fill(lost, 0)
+    step = extent / (p if p == q else boxes.new_tensor([[[q]], [[p]]]))
+    # A box without size has no samples.
+    samples = step.ceil().clamp_(min=0) if sampling_ratio == 0 else (~lost).to(step.dtype) * sampling_ratio
+    spacing = step / samples.clamp(min=1)
+    bin = torch.arange(max(p, q), device=boxes.device)
+    length = boxes.new_tensor([[[size[1]]], [[size[0]]]])
+    first = start + bin * step + 0.5 * spacing
+    return Grid(first, spacing, samples, length, sampling_ratio == 0, max(size))
+
+
+def numbers_on_map(grid: Grid) -> tuple[Tensor, Tensor]:
+    """(2, R, B): of each bin's samples the first that may lie on the map, and how many from there on.
+
+    A few too many on either side, for rounding. The counts are whole numbers in floating point.
+    """
+    # Without spacing all samples lie at one place, on the map or not.
+    density = grid.spacing.reciprocal().clamp_(-1e30, 1e30)
+    one, other = (-2 - grid.first) * density, (grid.length + 1 - grid.first) * density
+    begin = (torch.minimum(one, other).floor_() - 1).clamp_(0, 1e30)
+    end = torch.minimum(torch.maximum(one, other).ceil_() + 2, grid.samples)
+    # Numbers beyond those that the type tells apart are no longer bounded by the map of themselves.
+    return begin, (end - begin).clamp_(0, 2 * grid.longest + 8 if grid.adaptive else None)
+
+
+def cells_of(grid: Grid) -> Cells:
+    """Where to read the samples at most a cell outside of the map; those beyond its ends read the last cell there."""
+    begin, count = numbers_on_map(grid)
+    number = torch.arange(int(count.max()) if count.numel() else 0, device=begin.device)
+    position = grid.first[..., None] + (begin[..., None] + number) * grid.spacing[..., None]
+    length = grid.length[..., None]
+    known = (position >= -1) & (position <= length) & (number < count[..., None])
+    last = length - 1
+    position = torch.minimum(position.clamp_(min=0), last)
+    low = position.floor()
+    return Cells(low.long(), torch.minimum(low + 1, last).long(), position.sub_(low), known)
+
+
+class _Axis(NamedTuple):
+    """One box's samples on the map along one axis, (S,): their bins, the cells around them, the share of the second."""
 
     bin: Tensor
     low: Tensor
@@ -36,67 +96,23 @@ class Samples(NamedTuple):
     share: Tensor
 
 
-def axis_of(first: Tensor, last: Tensor, bins: int, sampling_ratio: int, aligned: bool) -> Axis:
-    """The samples of boxes that span (R,) `first` to `last`; those whose size is not finite have none."""
-    size = last - first
-    finite = size.isfinite()
-    if aligned:
-        first = first - 0.5
-    else:
-        size = size.clamp(min=1)
-    first, size = first.where(finite, 0), size.where(finite, 0)
-    step = size / bins
-    # A box without size has no samples.
-    samples = step.ceil().clamp(min=0) if sampling_ratio == 0 else finite.to(step.dtype) * sampling_ratio
-    spacing = step / samples.clamp(min=1)
-    bin = torch.arange(bins, device=first.device)
-    return Axis(first[:, None] + bin * step[:, None] + 0.5 * spacing[:, None], spacing, samples, sampling_ratio == 0)
-
-
-def numbers_on_map(axis: Axis, length: int) -> tuple[Tensor, Tensor]:
-    """(R, bins): of each bin's samples the first that may lie on a map of `length` cells, and how many from there on.
-
-    One too many on either side, for rounding. The counts are whole numbers in floating point.
-    """
-    samples = axis.samples[:, None]
-    # With hardly any spacing all samples lie at one place.
-    still = (axis.spacing.abs() < 1e-30)[:, None]
-    density = 1 / axis.spacing[:, None].masked_fill(still, 1)
-    one, other = (-1 - axis.first) * density, (length - axis.first) * density
-    begin = (torch.minimum(one, other).floor() - 1).masked_fill(still, 0).clamp(min=0)
-    end = torch.minimum((torch.maximum(one, other).ceil() + 2).where(~still, samples), samples)
-    count = (end - begin).clamp(min=0)
-    # Numbers beyond those that the type tells apart are no longer bounded by the map of themselves.
-    return begin, count.clamp(max=2 * length + 8) if axis.adaptive else count
-
-
-def samples_on_map(axis: Axis, length: int) -> Samples:
-    """The samples at most a cell outside of a map of `length` cells; those beyond its ends read the last cell there."""
-    begin, count = numbers_on_map(axis, length)
-    number = torch.arange(int(count.max()) if count.numel() else 0, device=begin.device)
-    position = axis.first[..., None] + (begin[..., None] + number) * axis.spacing[:, None, None]
-    known = (position >= -1) & (position <= length) & (number < count[..., None])
-    bin = known.flatten(0, 1).nonzero()[:, 0]
-    position = position[known].clamp(0, length - 1)
-    low = position.floor()
-    share = position - low
-    low = low.long()
-    return Samples(bin, low, (low + 1).clamp(max=length - 1), share)
-
-
 class _Box(NamedTuple):
     """One box's samples along y and x, and how many a bin has of both together, as a number (1,)."""
 
-    y: Samples
-    x: Samples
+    y: _Axis
+    x: _Axis
     count: Tensor
 
 
 def _box(box: Tensor, output_size: Sequence[int], size: Sequence[int], sampling_ratio: int, aligned: bool) -> _Box:
-    y = axis_of(box[:, 1], box[:, 3], output_size[0], sampling_ratio, aligned)
-    x = axis_of(box[:, 0], box[:, 2], output_size[1], sampling_ratio, aligned)
-    count = (y.samples * x.samples).clamp(min=1)
-    return _Box(samples_on_map(y, size[0]), samples_on_map(x, size[1]), count)
+    grid = grid_of(box, output_size, size, sampling_ratio, aligned)
+    cells = Cells(*(x[:, 0] for x in cells_of(grid)))
+
+    def axis(number: int, bins: int) -> _Axis:
+        known = cells.known[number, :bins]
+        return _Axis(known.nonzero()[:, 0], *(x[number, :bins][known] for x in cells[:3]))
+
+    return _Box(axis(1, output_size[0]), axis(0, output_size[1]), grid.samples.prod(0)[0].clamp(min=1))
 
 
 def _corners(box: _Box, width: int):

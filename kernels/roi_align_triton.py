@@ -45,11 +45,10 @@ def _on_map(first, spacing, samples, length, RATIO: tl.constexpr):
 
     As `numbers_on_map` in `kernels/roi_align_samples.py` has it: the others are not visited.
     """
-    still = tl.abs(spacing) < 1e-30
-    density = divide(tl.full((), 1.0, spacing.dtype), tl.where(still, 1.0, spacing))
-    one, other = (-1 - first) * density, (length - first) * density
-    begin = tl.where(still, 0.0, tl.maximum(tl.floor(tl.minimum(one, other)) - 1, 0.0))
-    end = tl.where(still, samples, tl.minimum(tl.ceil(tl.maximum(one, other)) + 2, samples))
+    density = divide(tl.full((), 1.0, spacing.dtype), tl.where(tl.abs(spacing) < 1e-30, 1e-30, spacing))
+    one, other = (-2 - first) * density, (length + 1 - first) * density
+    begin = tl.minimum(tl.maximum(tl.floor(tl.minimum(one, other)) - 1, 0.0), 1e30)
+    end = tl.minimum(tl.ceil(tl.maximum(one, other)) + 2, samples)
     count = tl.maximum(end - begin, 0.0)
     if RATIO == 0:
         count = tl.minimum(count, 2.0 * length + 8)
