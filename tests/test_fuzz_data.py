@@ -19,6 +19,9 @@ from ablations.coco import DataError, read_image, read_split
 from ablations.evaluate import evaluate
 from ablations.loader import Loader, check_segmentations
 
+# pycocotools' masks are of before numpy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools")
+
 FAST = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 
@@ -271,7 +274,7 @@ def damaged(draw):
     return bytes(content)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 @settings(max_examples=600, **FAST)
 @given(content=damaged())
 @example(content=b"")

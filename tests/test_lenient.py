@@ -13,9 +13,11 @@ from pycocotools.cocoeval import COCOeval
 from test_check import set_in
 from tiny_coco import annotation, documents, edited, json_path, problem, write, write_json
 
+from ablations import image_files
 from ablations.check import read_instances
 from ablations.coco import DataError, read_dataset, read_split
 from ablations.evaluate import METRICS, evaluate
+from ablations.images import read_header
 
 
 def every(section: str, change):
@@ -257,9 +259,12 @@ def test_arguments_of_the_reader(tmp_path):
                 read(root, max_image_pixels=most)
 
 
-def test_a_size_that_is_not_declared_comes_from_the_file(tmp_path):
+def test_a_size_that_is_not_declared_comes_from_the_file(tmp_path, monkeypatch):
     root = write(tmp_path, edited(every("images", lambda i: (i.pop("width"), i.pop("height")))))
+    opened = []
+    monkeypatch.setattr(image_files, "read_header", lambda *given: opened.append(given) or read_header(*given))
     assert [(r.width, r.height) for r in read_split(root, "train").images] == [(10, 24), (18, 18), (20, 16)]
+    assert len(opened) == 3, "each header is read once"
     (root / "train2017" / "tall.png").write_bytes(b"no image")
     error = problem(root, "images[1] (id 12): its size is not declared, and its file 'tall.png': no image of a format")
     assert len(error.problems) == 1

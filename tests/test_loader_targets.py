@@ -9,6 +9,9 @@ from ablations.coco import read_split
 from ablations.loader import Loader
 from ablations.segments import bitmap
 
+# pycocotools' masks are of before numpy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools")
+
 
 def test_masks_are_scaled_and_flipped_with_their_image(tmp_path):
     """A rectangle as polygon and as run lengths; masks and boxes must stay on top of each other."""

@@ -11,6 +11,9 @@ from ablations.evaluate import evaluate
 from ablations.loader import Loader, check_segmentations
 from ablations.segments import MAX_POINT, bitmap, compact_polygons, read_segmentation, run_lengths
 
+# pycocotools' masks are of before numpy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools")
+
 
 def read(value, width=20, height=16):
     """A segmentation as it is read from JSON."""
