@@ -103,6 +103,15 @@ def test_orientation_is_applied_once(tmp_path, name, orientation):
     np.testing.assert_array_equal(decode(path, width, height, applied), upright)
 
 
+@pytest.mark.parametrize("orientation", [0, 9, 300])
+def test_an_orientation_that_does_not_exist_is_none(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("webp", "PNG", "JPEG"):
+        (tmp_path / name).write_bytes(encoded(name, noise(), exif=exif))
+        assert read_header(tmp_path / name)[:3] == (20, 16, 1)
+
+
 def test_of_several_frames_the_first_is_read(tmp_path):
     first, second = noise(), Image.new("RGB", (20, 16), "red")
     for name in ("gif", "webp", "tiff"):
@@ -177,6 +186,8 @@ def test_pillows_own_limit_gives_way(tmp_path, monkeypatch):
             # As in a process that has not read the data itself.
             monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows)
             assert [read_image(record).shape for record in records] == [(24, 10, 3), (18, 18, 3), (16, 20, 3)]
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows)
+            assert read_header(root / "train2017" / "wide.jpg", 324)[:2] == (20, 16)
 
 
 def test_pillows_limit_is_raised_and_never_lowered(monkeypatch):

@@ -171,7 +171,12 @@ def test_things_that_are_no_files(tmp_path):
     (root / "train2017" / "tall.png").mkdir()
     shutil.rmtree(root / "train2017" / "sub")
     (root / "train2017" / "sub").touch()
-    error = problem(root, "image 'wide.jpg' (id 31): not a regular file", "image 'tall.png'", "image 'sub/empty.jpg'")
+    error = problem(
+        root,
+        "image 'wide.jpg' (id 31): not a regular file",
+        "image 'tall.png'",
+        "image 'sub/empty.jpg' (id 25): absent",
+    )
     assert len(error.problems) == 3
 
 

@@ -42,7 +42,7 @@ def test_compressed_run_lengths_decode_as_pycocotools_does(seed):
 
 
 RUNS = {"size": [16, 20], "counts": [20, 40, 10, 250]}
-OTHER_RUNS = {"size": [16, 20], "counts": [200, 40, 80]}
+OTHER_RUNS = {"size": [16, 20], "counts": [5, 30, 285]}
 FORMS = {
     "polygon": [[2, 3, 12.5, 3, 12, 8, 4, 9]],
     "polygons": [[2, 3, 12.5, 3, 12, 8], [15, 10, 19, 10, 19, 15]],
@@ -199,6 +199,11 @@ def test_a_split_that_passes_can_be_evaluated(tmp_path):
     assert len(truth["annotations"]) == 4
     metrics = evaluate(perfect_masks(data.val), truth, data.val.category_ids, "segm")
     assert metrics["AP50"] > 50
+
+
+def test_true_is_no_side_of_an_image():
+    assert read({"size": [1, 20], "counts": [20]}, 20, 1)[1] is None
+    assert read({"size": [True, 20], "counts": [20]}, 20, 1)[1]
 
 
 def test_an_outline_far_outside_its_image_is_drawn_in_little_memory():
