@@ -37,8 +37,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_output: int | N
         max_output: stop after this many kept boxes; `None` keeps all.
 
     Returns:
-        (k,) int64. Boxes without area never suppress one another (their IoU, 0 / 0, exceeds nothing). A box with a NaN
-        or an infinity suppresses nothing and is suppressed by nothing.
+        (k,) int64. Boxes without area never suppress one another (their IoU, 0 / 0, exceeds nothing). A box whose area
+        is not finite, as with any coordinate that is not, suppresses nothing and is suppressed by nothing.
 
     Raises:
         TypeError: an argument is of a wrong Python type.
@@ -54,6 +54,7 @@ def batched_nms(
 
     Labels are compared, not added to the coordinates as a shift: that usual trick rounds the boxes of high labels.
     """
+    check_tensor("labels", labels, "(n,)", 1, INTEGER)
     return _nms(boxes, scores, labels, iou_threshold, max_output)
 
 
@@ -66,7 +67,6 @@ def _nms(boxes: Tensor, scores: Tensor, labels: Tensor | None, iou_threshold: fl
     check_tensor("scores", scores, "(n,)", 1)
     _check_count("scores", scores, boxes)
     if labels is not None:
-        check_tensor("labels", labels, "(n,)", 1, INTEGER)
         _check_count("labels", labels, boxes)
     iou_threshold = check_number("iou_threshold", iou_threshold)
     if max_output is not None:
@@ -104,8 +104,8 @@ def _greedy(boxes: Tensor, order: Tensor, labels: Tensor | None, iou_threshold: 
     sorted_boxes = boxes[order].to(torch.promote_types(boxes.dtype, torch.float32)).t().contiguous()
     sorted_labels = None if labels is None else labels[order]
     area = (sorted_boxes[2] - sorted_boxes[0]) * (sorted_boxes[3] - sorted_boxes[1])
-    # With it the IoU is NaN, which exceeds nothing: so a box that is not finite has no part in anything.
-    area += (0 * sorted_boxes).sum(0)
+    # Infinite becomes NaN, and with it every IoU, which exceeds nothing: such a box has no part in anything.
+    area += area - area
 
     def overlaps(rows: Tensor | slice, columns: slice) -> np.ndarray:
         """Which boxes of `rows` suppress which of `columns`, one bit each, packed along the columns."""

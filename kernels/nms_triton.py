@@ -19,13 +19,12 @@ _WARPS = 8
 
 @triton.jit
 def _load_boxes(boxes, order, number, n, REAL: tl.constexpr):
-    """Indices, corners and areas of boxes; the area of one that is not finite is NaN, and so is its IoU with any."""
+    """Indices, corners and areas of boxes; an area that is not finite is NaN, and so is the box's IoU with any."""
     index = tl.load(order + number, mask=number < n, other=0)
     x1, y1 = tl.load(boxes + index * 4).to(REAL), tl.load(boxes + index * 4 + 1).to(REAL)
     x2, y2 = tl.load(boxes + index * 4 + 2).to(REAL), tl.load(boxes + index * 4 + 3).to(REAL)
-    far = float("inf")
-    finite = (tl.abs(x1) < far) & (tl.abs(y1) < far) & (tl.abs(x2) < far) & (tl.abs(y2) < far)
-    return index, x1, y1, x2, y2, tl.where(finite, (x2 - x1) * (y2 - y1), float("nan"))
+    area = (x2 - x1) * (y2 - y1)
+    return index, x1, y1, x2, y2, tl.where(tl.abs(area) < float("inf"), area, float("nan"))
 
 
 @triton.jit

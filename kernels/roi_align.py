@@ -52,6 +52,8 @@ def _forward_torch(features: Tensor, boxes: Tensor, rows: Tensor, columns: Tenso
     """
     n, channels, height, width = features.shape
     (count, p, _), q = rows.shape, columns.shape[1]
+    if not count * channels:
+        return features.new_empty(count, p, channels, q)
     maps = features.permute(0, 2, 1, 3).reshape(n, height, channels * width)
     out = features.new_empty(count, p * channels, q)
     out[sum(counts) :] = 0
@@ -72,8 +74,10 @@ def _backward_torch(
 ) -> Tensor:
     n, channels, height, width = shape
     p, q = rows.shape[1], columns.shape[1]
-    products = grad.transpose(1, 2).reshape(-1, p * channels, q)
     total = grad.new_zeros(n, height, channels * width)
+    if not grad.numel():
+        return total.view(n, height, channels, width).transpose(1, 2)
+    products = grad.transpose(1, 2).reshape(-1, p * channels, q)
     exact = not math.isfinite(grad.sum())
     for image, part in _parts(counts, p * channels * width):
         if exact and not math.isfinite(grad[part].sum()):
