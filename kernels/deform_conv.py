@@ -7,6 +7,8 @@ at its regular place plus an offset, times a mask. Conventions, where public imp
 - At a coordinate of exactly -1 or exactly the size the sample is zero and so is the gradient of the offset, as in mmcv
   and the released DyHead. torchvision has a one-sided derivative there. Zero offsets meet it at every padded border.
 - At integer coordinates the gradient of the offset is the right-hand derivative, as in mmcv and torchvision.
+- At a coordinate that is NaN or infinite nothing is sampled, and what is not sampled has no gradient. In Triton a
+  sample outside the map reads the nearest pixel, times 0: where that pixel is NaN or infinite, the result is NaN.
 - Products of 16-bit numbers are summed in float32 and rounded once.
 """
 
@@ -17,7 +19,15 @@ from torch import Tensor
 
 from kernels import deform_conv_cpu
 from kernels.backend import resolve_backend
-from kernels.deform_conv_cpu import output_size
+from kernels.deform_conv_checks import (
+    SINGLE,
+    check_alike,
+    check_geometry,
+    check_level,
+    check_lists,
+    check_weight,
+    level_names,
+)
 
 
 def reference(input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), mask=None) -> Tensor:
@@ -33,18 +43,20 @@ def reference(input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0), d
     cols = torch.arange(out_width, device=input.device)
     y = offset[:, :, :, 0] + (rows * stride[0] - padding[0] + tap // kernel[1] * dilation[0])
     x = offset[:, :, :, 1] + (cols * stride[1] - padding[1] + tap % kernel[1] * dilation[1])
+    # What lies outside, or is not a number, is moved to where no pixel is: nothing of it is read or differentiated.
     sampled = (y > -1) & (y < height) & (x > -1) & (x < width)
+    y, x = torch.where(sampled, y, height), torch.where(sampled, x, width)
     low_y, low_x = y.detach().floor(), x.detach().floor()
     # (N, offset groups, channels of a group, H*W), and (N, offset groups, 1, T*Ho*Wo) for each corner
     pixels = input.reshape(batch, offset.shape[1], -1, height * width)
     columns = 0
     for corner_y, weight_y in ((low_y, 1 - (y - low_y)), (low_y + 1, y - low_y)):
         for corner_x, weight_x in ((low_x, 1 - (x - low_x)), (low_x + 1, x - low_x)):
-            inside = sampled & (corner_y >= 0) & (corner_y < height) & (corner_x >= 0) & (corner_x < width)
-            share = torch.where(inside, weight_y * weight_x, 0)
+            inside = (corner_y >= 0) & (corner_y < height) & (corner_x >= 0) & (corner_x < width)
             place = torch.where(inside, corner_y * width + corner_x, 0).long().flatten(2).unsqueeze(2)
             values = pixels.gather(3, place.expand(-1, -1, pixels.shape[2], -1))
-            columns = columns + values * share.flatten(2).unsqueeze(2)
+            values = torch.where(inside.flatten(2).unsqueeze(2), values, 0)
+            columns = columns + values * (weight_y * weight_x).flatten(2).unsqueeze(2)
     if mask is not None:
         columns = columns * mask.unflatten(1, (-1, taps)).flatten(2).unsqueeze(2)
     # The channels of all offset groups together, then parted by weight group: (N, groups, C/groups * T, Ho*Wo)
@@ -221,52 +233,6 @@ torch.library.register_fake("dyhead::deform_conv2d", _fake_forward, lib=_library
 torch.library.register_fake("dyhead::deform_conv2d_backward", _fake_backward, lib=_library)
 
 
-def _pair(value: int | Sequence[int], name: str, least: int) -> list[int]:
-    pair = list(value) if isinstance(value, Sequence) else [value, value]
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
-        raise ValueError(f"{name} must be an int of at least {least} or a pair of them, got {value!r}")
-    return pair
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
-
-
-def _check_kind(name: str, tensor: Tensor, weight: Tensor) -> None:
-    _require(tensor.device == weight.device, f"{name} is on {tensor.device}, weight on {weight.device}")
-    if weight.is_meta or not torch.is_autocast_enabled(weight.device.type):
-        _require(tensor.dtype == weight.dtype, f"{name} is {tensor.dtype}, weight is {weight.dtype}")
-
-
-def _check_level(x, offset, weight, mask, stride, padding, dilation) -> None:
-    """Raise a ValueError that says which shape is wrong and what it must be."""
-    for name, tensor in (("input", x), ("offset", offset)) + ((("mask", mask),) if mask is not None else ()):
-        _require(tensor.dim() == 4, f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
-        _check_kind(name, tensor, weight)
-    batch, channels, height, width = x.shape
-    kernel = weight.shape[2:]
-    taps = kernel[0] * kernel[1]
-    _require(
-        channels % weight.shape[1] == 0 and weight.shape[0] % (channels // weight.shape[1]) == 0,
-        f"weight {tuple(weight.shape)} does not fit an input of {channels} channels: (out, channels / groups, height, "
-        "width) with a number of groups that divides both channel counts",
-    )
-    groups = offset.shape[1] // (2 * taps)
-    _require(
-        groups > 0 and offset.shape[1] == groups * 2 * taps and channels % groups == 0,
-        f"offset has {offset.shape[1]} channels; a {kernel[0]}x{kernel[1]} kernel needs {2 * taps} times the number of "
-        f"offset groups, which must divide the {channels} input channels",
-    )
-    out = tuple(map(output_size, (height, width), kernel, stride, padding, dilation))
-    _require(height > 0 and width > 0 and min(out) > 0, f"the output for an input of {height}x{width} would be empty")
-    expected = (batch, groups * 2 * taps, *out)
-    _require(tuple(offset.shape) == expected, f"offset must have shape {expected}, got {tuple(offset.shape)}")
-    if mask is not None:
-        expected = (batch, groups * taps, *out)
-        _require(tuple(mask.shape) == expected, f"mask must have shape {expected}, got {tuple(mask.shape)}")
-
-
 def deform_conv2d_levels(
     inputs: Sequence[Tensor],
     offsets: Sequence[Tensor],
@@ -288,31 +254,21 @@ def deform_conv2d_levels(
         One (N, O, Ho_l, Wo_l) a level: what `deform_conv2d` returns for each, up to float rounding.
 
     Raises:
-        ValueError: as in `deform_conv2d`, or the lists differ in length or the levels in batch, channels or groups.
+        TypeError, ValueError: as in `deform_conv2d`, or the lists differ in length or the levels in batch, channels or
+            groups.
     """
-    inputs, offsets, masks = list(inputs), list(offsets), [] if masks is None else list(masks)
-    _require(len(inputs) > 0, "there are no inputs")
-    _require(
-        len(offsets) == len(inputs) and len(masks) in (0, len(inputs)),
-        f"{len(inputs)} inputs, {len(offsets)} offsets and {len(masks)} masks: one of each a level is needed",
-    )
-    valid = weight.dim() == 4 and weight.numel() > 0
-    _require(valid, f"weight must be (O, C / groups, kh, kw), got shape {tuple(weight.shape)}")
-    _require(weight.is_floating_point(), f"weight must be floating point, got {weight.dtype}")
-    stride, padding, dilation = _pair(stride, "stride", 1), _pair(padding, "padding", 0), _pair(dilation, "dilation", 1)
+    check_lists(inputs, offsets, masks)
+    check_weight(weight, bias)
+    geometry = check_geometry(stride, padding, dilation)
     for level, (x, offset) in enumerate(zip(inputs, offsets, strict=True)):
-        _check_level(x, offset, weight, masks[level] if masks else None, stride, padding, dilation)
-        _require(
-            x.shape[:2] == inputs[0].shape[:2] and offset.shape[1] == offsets[0].shape[1],
-            f"level {level} has another batch, number of channels or offset groups than level 0",
-        )
-    if bias is not None:
-        shape = (weight.shape[0],)
-        _require(tuple(bias.shape) == shape, f"bias must have shape {shape}, got {tuple(bias.shape)}")
-        _check_kind("bias", bias, weight)
+        check_level(level_names(level), x, offset, masks[level] if masks else None, weight, geometry)
+    check_alike(inputs, offsets)
+    return _call(list(inputs), list(offsets), list(masks or ()), weight, bias, *geometry)
+
+
+def _call(inputs, offsets, masks, weight, bias, *geometry) -> list[Tensor]:
     backend = resolve_backend(weight.device)
-    op = torch.ops.dyhead.deform_conv2d
-    return op(inputs, offsets, masks, weight, bias, stride, padding, dilation, backend)
+    return torch.ops.dyhead.deform_conv2d(inputs, offsets, masks, weight, bias, *geometry, backend)
 
 
 def deform_conv2d(
@@ -343,7 +299,10 @@ def deform_conv2d(
         (N, O, Ho, Wo).
 
     Raises:
+        TypeError: an argument is of a wrong Python type.
         ValueError: a shape, dtype or device does not fit the others; the message names it and what it must be.
     """
-    masks = None if mask is None else [mask]
-    return deform_conv2d_levels([input], [offset], weight, bias, stride, padding, dilation, masks)[0]
+    check_weight(weight, bias)
+    geometry = check_geometry(stride, padding, dilation)
+    check_level(SINGLE, input, offset, mask, weight, geometry)
+    return _call([input], [offset], [] if mask is None else [mask], weight, bias, *geometry)[0]

@@ -33,7 +33,6 @@ class Plan(NamedTuple):
     groups: int  # offset groups
     fan: int  # points of one output pixel
     rows: int  # table rows of one offset group
-    last: int  # last table row that can be an upper left corner
     start: Tensor  # (2, M) where a point samples at offset zero, y then x
     high: Tensor  # (2, M) the map's size, y then x
     pitch: Tensor  # (M,) table rows between two lines of the map
@@ -70,8 +69,7 @@ def _level_points(size, batch, groups, kernel, stride, padding, dilation, device
 def _build_plan(sizes, batch, groups, kernel, stride, padding, dilation, dtype, device) -> Plan:
     pitches = [width + 3 for _, width in sizes]
     areas = [(height + 3) * pitch for (height, _), pitch in zip(sizes, pitches, strict=True)]
-    # The spare rows at the end are the corners of coordinates that are not a number.
-    rows = batch * sum(areas) + max(pitches) + 1
+    rows = batch * sum(areas)
     integer = torch.int32 if groups * rows < 2**31 else torch.int64
     levels, above = [], 0
     for size, pitch, area in zip(sizes, pitches, areas, strict=True):
@@ -83,9 +81,8 @@ def _build_plan(sizes, batch, groups, kernel, stride, padding, dilation, dtype, 
     start, high, pitch, origin = (torch.cat(parts, -1) for parts in zip(*levels, strict=True))
     owner = torch.arange(origin.numel(), device=device, dtype=integer).repeat_interleave(4)
     first = torch.arange(0, 4 * origin.numel() + 1, 4, device=device, dtype=integer)
-    last = groups * rows - max(pitches) - 2
     fan = kernel[0] * kernel[1] * groups
-    return Plan(sizes, batch, groups, fan, rows, last, start, high, pitch, origin, owner, first)
+    return Plan(sizes, batch, groups, fan, rows, start, high, pitch, origin, owner, first)
 
 
 _keep_plan = lru_cache(maxsize=32)(_build_plan)
@@ -136,13 +133,13 @@ def _find_corners(offsets: list[Tensor], masks: list[Tensor], plan: Plan) -> Cor
         part.copy_(offset)
     place += plan.start
     # Both ends of the open interval (-1, size) go to the zeros at `size`, which another row of zeros follows: at
-    # exactly -1 nothing is sampled and the gradient is zero. The large number is one that the minimum replaces.
-    place = torch.minimum(threshold(place, -1.0, 1e9), plan.high)
+    # exactly -1 nothing is sampled and the gradient is zero. So does what is not a number. The large number is one that
+    # the minimum replaces.
+    place = torch.minimum(threshold(place.nan_to_num_(1e9), -1.0, 1e9), plan.high)
     low = place.floor()
     fraction = place.sub_(low)
     low = low.to(plan.pitch.dtype)
-    # A coordinate that is not a number has weights that are not, and becomes any integer; its rows have to exist.
-    upper = torch.addcmul(plan.origin, low[0], plan.pitch).add_(low[1]).clamp_(0, plan.last)
+    upper = torch.addcmul(plan.origin, low[0], plan.pitch).add_(low[1])
     lower = upper + plan.pitch
     wy1, wx1 = fraction
     wy0, wx0 = 1 - fraction

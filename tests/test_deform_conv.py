@@ -1,5 +1,6 @@
 """deform_conv2d on the PyTorch path: golden vectors, odd shapes, gradients, the operator's registration, bad input."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,19 +109,36 @@ def test_exactly_at_the_border_the_offset_has_no_gradient(place):
     assert abs(gradient(place * (1 - 1e-9))) > 1
 
 
-def test_far_and_unreal_offsets():
+def test_far_and_unreal_offsets_sample_nothing():
     inputs = arguments(dtype=torch.float32)
-    clean = deform_conv2d(**inputs)
+    unreal = torch.zeros(2, 18, 5, 7, dtype=torch.bool)
     with torch.no_grad():
         inputs["offset"][0, :, 0, 0] = torch.tensor([1e30, -1e30, torch.inf, -torch.inf, 3e9, -3e9]).repeat(3)
-        inputs["offset"][0, 0, 2, 2] = inputs["offset"][0, 1, 3, 3] = torch.nan
+        # The dy of tap 0 and the dx of tap 1: the rest of these pixels is sampled.
+        inputs["offset"][0, 0, 2, 2] = inputs["offset"][0, 3, 3, 3] = torch.nan
+        unreal[0, :, 0, 0] = unreal[0, :2, 2, 2] = unreal[0, 2:4, 3, 3] = True
+    masked = {name: inputs[name] for name in NAMES} | {
+        "offset": inputs["offset"].detach().masked_fill(unreal, 0).requires_grad_(),
+        "mask": inputs["mask"].detach().masked_fill(unreal[:, ::2], 0).requires_grad_(),
+    }
     found = gradients(deform_conv2d, {name: inputs[name] for name in NAMES}, PLAIN.geometry)
-    # Nothing is sampled far outside; what is not a number stays so, and touches nothing else.
-    torch.testing.assert_close(found["output"][0, :, 0, 0], inputs["bias"])
-    assert found["output"][0, :, 2, 2].isnan().all() and found["output"][0, :, 3, 3].isnan().all()
-    assert torch.equal(found["output"][1], clean[1])
-    assert not found["offset"][0, :, 0, 0].any() and not found["mask"][0, :, 0, 0].any()
-    assert found["input"][1].isfinite().all()
+    expected = gradients(deform_conv2d, masked, PLAIN.geometry)
+    for name in ("output", "input", "weight", "bias"):
+        torch.testing.assert_close(found[name], expected[name])
+    assert not found["offset"][unreal].any() and not found["mask"][unreal[:, ::2]].any()
+    torch.testing.assert_close(found["offset"][~unreal], expected["offset"][~unreal])
+    assert torch.equal(found["mask"][~unreal[:, ::2]], expected["mask"][~unreal[:, ::2]])
+
+
+def test_what_is_outside_is_not_read():
+    """A map of NaN: samples outside are 0, in the definition too."""
+    case = Case("", "", size=(4, 4), masked=False, biased=False)
+    inputs = case.inputs(torch.float64)
+    inputs["input"] = torch.full_like(inputs["input"], torch.nan)
+    inputs["offset"] = torch.full_like(inputs["offset"], 50.0)
+    for function in (deform_conv2d, reference):
+        out = function(inputs["input"], inputs["offset"], inputs["weight"], **case.geometry)
+        assert not out.any(), function
 
 
 def test_levels_in_one_call_equal_single_calls():
@@ -266,23 +284,35 @@ def test_autocast_casts_everything_together():
 
 
 BAD = {
-    "input must have 4 dimensions": {"input": torch.zeros(6, 5, 7)},
-    "weight must be": {"weight": torch.zeros(5, 6, 3)},
-    "weight is torch.float16": {"weight": torch.zeros(5, 6, 3, 3, dtype=torch.float16)},
+    r"input must be \(N, C, H, W\), got shape \(6, 5, 7\)": {"input": torch.zeros(6, 5, 7)},
+    r"weight must be \(O, C / groups, kh, kw\), got shape": {"weight": torch.zeros(5, 6, 3)},
+    "and not empty": {"weight": torch.zeros(0, 6, 3, 3)},
+    "bias must be of weight's type, torch.float16, got": {"weight": torch.zeros(5, 6, 3, 3, dtype=torch.float16)},
     "weight must be floating point": {"weight": torch.zeros(5, 6, 3, 3, dtype=torch.int64)},
-    "does not fit an input of 6 channels": {"weight": torch.zeros(5, 4, 3, 3)},
-    "groups that divides both": {"weight": torch.zeros(5, 3, 3, 3)},
+    "does not fit input of 6 channels": {"weight": torch.zeros(5, 4, 3, 3)},
+    "does not fit input of 0 channels": {"input": torch.zeros(2, 0, 5, 7)},
+    "groups that divides C and O": {"weight": torch.zeros(5, 3, 3, 3)},
     "needs 18 times the number of offset groups": {"offset": torch.zeros(2, 20, 5, 7)},
-    "must divide the 6 input channels": {"offset": torch.zeros(2, 72, 5, 7)},
+    "must divide the 6 channels of input": {"offset": torch.zeros(2, 72, 5, 7)},
     r"offset must have shape \(2, 18, 5, 7\)": {"offset": torch.zeros(2, 18, 5, 6)},
     r"mask must have shape \(2, 9, 5, 7\)": {"mask": torch.zeros(2, 18, 5, 7)},
-    r"bias must have shape \(5,\)": {"bias": torch.zeros(6)},
-    "bias is torch.float64": {"bias": torch.zeros(5, dtype=torch.float64)},
+    r"bias must be \(5,\)": {"bias": torch.zeros(6)},
+    "bias must be of weight's type, torch.float32, got torch.float64": {"bias": torch.zeros(5, dtype=torch.float64)},
     "would be empty": {"dilation": 9},
-    "stride must be an int of at least 1": {"stride": 0},
-    "padding must be an int of at least 0": {"padding": (1, 2, 3)},
-    "dilation must be an int of at least 1": {"dilation": 1.5},
-    "on meta": {"mask": torch.zeros(2, 9, 5, 7, device="meta")},
+    "stride must be within 1…16777216, got 0": {"stride": 0},
+    "padding must be within 0…16777216, got -2": {"padding": (1, -2)},
+    "padding must be .* got 3 numbers": {"padding": (1, 2, 3)},
+    "stride must be within": {"stride": 2**70},
+    "mask must be on the device of weight, cpu; it is on meta": {"mask": torch.zeros(2, 9, 5, 7, device="meta")},
+    "input must be a dense tensor": {"input": torch.zeros(2, 6, 5, 7).to_sparse()},
+}
+BAD_TYPES = {
+    "weight must be a tensor .*, got NoneType None": {"weight": None},
+    "offset must be a tensor .*, got list": {"offset": [0.0]},
+    "input must be a tensor .*, got ndarray": {"input": np.zeros((2, 6, 5, 7), np.float32)},
+    "dilation must be a whole number, got float 1.5": {"dilation": 1.5},
+    "stride must be a whole number, got bool True": {"stride": (1, True)},
+    "padding must be a whole number, got str": {"padding": "same"},
 }
 
 
@@ -292,11 +322,30 @@ def test_bad_arguments_are_named(message):
         deform_conv2d(**arguments(dtype=torch.float32) | BAD[message])
 
 
+@pytest.mark.parametrize("message", BAD_TYPES)
+def test_arguments_of_a_wrong_type_are_named(message):
+    with pytest.raises(TypeError, match=message):
+        deform_conv2d(**arguments(dtype=torch.float32) | BAD_TYPES[message])
+
+
+def test_autocast_converts_floating_point_only():
+    inputs = arguments(dtype=torch.float32) | {"mask": torch.ones(2, 9, 5, 7, dtype=torch.float64)}
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match="offset must be floating point"):
+            deform_conv2d(**inputs | {"offset": inputs["offset"].detach().long()})
+
+
 def test_levels_that_do_not_belong_together():
     x, y = (Case("", "", batch=n).inputs(torch.float32) for n in (1, 2))
-    with pytest.raises(ValueError, match="level 1 has another batch"):
+    with pytest.raises(ValueError, match=r"inputs\[1\] has another batch"):
         deform_conv2d_levels([x["input"], y["input"]], [x["offset"], y["offset"]], x["weight"], padding=1)
-    with pytest.raises(ValueError, match="2 inputs, 1 offsets and 0 masks"):
+    with pytest.raises(ValueError, match="offsets must be as many as inputs, 2, got 1"):
         deform_conv2d_levels([x["input"]] * 2, [x["offset"]], x["weight"], padding=1)
-    with pytest.raises(ValueError, match="no inputs"):
+    with pytest.raises(ValueError, match="masks must be as many as inputs, 1, got 2"):
+        deform_conv2d_levels([x["input"]], [x["offset"]], x["weight"], padding=1, masks=[x["mask"]] * 2)
+    with pytest.raises(ValueError, match=r"offsets\[1\] must have shape"):
+        deform_conv2d_levels([x["input"]] * 2, [x["offset"], y["offset"]], x["weight"], padding=1)
+    with pytest.raises(ValueError, match="inputs must be a list with one tensor a level, got none"):
         deform_conv2d_levels([], [], x["weight"])
+    with pytest.raises(TypeError, match=r"inputs must be a list .* got Tensor"):
+        deform_conv2d_levels(x["input"], [x["offset"]], x["weight"])
