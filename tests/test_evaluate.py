@@ -144,6 +144,9 @@ def test_what_is_absent_is_taken_as_usual():
     assert expected["APs"] == expected["APm"] == pytest.approx(100, abs=1e-12)
     for changes in ({"area": None}, {"iscrowd": None}, {"iscrowd": False}, {"iscrowd": 0.0}):
         assert evaluate([(1, detections)], truth([BOX, (1, 1, 100, 100, 20, 20)], **changes), [1]) == expected
+    # An area of nothing is one, a small one.
+    none = evaluate([(1, detections)], truth([BOX, (1, 1, 100, 100, 20, 20)], area=0), [1])
+    assert none["APs"] == pytest.approx(100, abs=1e-12) and none["APm"] is None
     for key in ("area", "iscrowd"):
         spoilt = copy.deepcopy(ground)
         for annotation in spoilt["annotations"]:
