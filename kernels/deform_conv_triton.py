@@ -51,7 +51,8 @@ def locate_point(
 @triton.jit
 def _neighbours(place, size):
     """The two pixels around a coordinate, moved into the map; which of them are in it; the distance from the first."""
-    # Far coordinates, which an integer need not hold, go where both neighbours are outside.
+    # Far coordinates, which an integer need not hold, go where both neighbours are outside. So does what is no number:
+    # of it and another one, the machines' maximum is the other one, and whatever else it became would be outside, too.
     place = tl.minimum(tl.maximum(place, -2.0), size + 1.0)
     low = tl.floor(place)
     first = low.to(tl.int32)
@@ -266,11 +267,12 @@ def point_gradients(s00, s01, s10, s11, y, x, factor, H, W):
     across1 = s11 - s10
     along0 = s00 + fx * across0
     along1 = s10 + fx * across1
-    # At exactly -1 nothing is sampled, though the right-hand derivative would not be zero.
-    sampled = (y > -1) & (x > -1)
+    # At exactly -1 nothing is sampled, though the right-hand derivative would not be zero; nor is it where a coordinate
+    # is no number.
+    sampled = (y > -1) & (y < H) & (x > -1) & (x < W)
     down = tl.where(sampled, factor * (along1 - along0), 0.0)
     right = tl.where(sampled, factor * (across0 + fy * (across1 - across0)), 0.0)
-    return down, right, along0 + fy * (along1 - along0)
+    return down, right, tl.where(sampled, along0 + fy * (along1 - along0), 0.0)
 
 
 @triton.jit

@@ -78,11 +78,18 @@ def test_other_pyramids(sizes):
     check(make(sizes=sizes))
 
 
-def test_offsets_far_away():
+@pytest.mark.parametrize("inverse", [False, True])
+def test_offsets_far_away_and_unreal(inverse):
     case = make(spread=4)
     with torch.no_grad():
         case[1][1][::3, :18] *= 1e12
-    check(case)
+        for row, unreal in ((1, torch.nan), (4, torch.inf), (7, -torch.inf), (22, torch.nan)):
+            case[1][1][row, row % 18] = unreal
+    torch.use_deterministic_algorithms(inverse)
+    try:
+        check(case)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_regular_samples():
