@@ -5,10 +5,11 @@ may be symbols of `torch.compile` and `torch.export`.
 """
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor
+from torch import SymFloat, SymInt, Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -73,15 +74,13 @@ def check_number(name: str, value: Any) -> float:
         TypeError: it is no number.
         ValueError: it is NaN, or an integer beyond all floats.
     """
+    # Strings and arrays of one number could be read as one, too.
+    if isinstance(value, bool) or not isinstance(value, int | float | SymInt | SymFloat | Real):
+        raise TypeError(f"{name} must be a number, got {kind_of(value)}")
     try:
-        # Strings and arrays of one number could be read as one, too.
-        if isinstance(value, bool | Tensor) or hasattr(value, "__len__") or not hasattr(value, "__float__"):
-            raise TypeError
         number = float(value)
     except OverflowError:
         raise ValueError(f"{name} must be a number that a float holds, got {kind_of(value)}") from None
-    except TypeError:
-        raise TypeError(f"{name} must be a number, got {kind_of(value)}") from None
     if number != number:
         raise ValueError(f"{name} must be a number, got NaN")
     return number

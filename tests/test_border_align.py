@@ -4,10 +4,12 @@ import importlib
 
 import numpy as np
 import pytest
+import region_plain
 import torch
 
 from kernels import border_align, use_backend
 from kernels.backend import resolve_backend
+from kernels.border_align import reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -143,6 +145,73 @@ def test_what_is_not_a_number_is_the_maximum():
     found = border_align(features, torch.tensor([[[0.0, 0.0, 2.0, 2.0], [1.0, 1.0, 2.0, 2.0]]]), 2)
     assert found[0, 0, 0].isnan().tolist() == [True, True, False, False]
     assert not found[0, 0, 1].isnan().any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("side", range(4))
+def test_a_side_that_is_not_finite_spoils_the_three_borders_it_is_a_part_of(side, value):
+    """The one opposite has other coordinates alone; other boxes have nothing to do with it."""
+    features = torch.rand(1, 8, 4, 5, generator=torch.Generator().manual_seed(0)) + 1
+    features.requires_grad_()
+    whole = torch.tensor([[[1.0, 1.0, 3.0, 2.0]]]).repeat(1, 2, 1)
+    boxes = whole.clone()
+    boxes[0, 0, side] = value
+    found, want = border_align(features, boxes, 2), border_align(features, whole, 2)
+    # x1 has a part in top, left and bottom, y1 in top, left and right, x2 in top, bottom and right, y2 in the rest.
+    opposite = {0: 3, 1: 2, 2: 1, 3: 0}[side]
+    alone = torch.zeros(1, 2, 2, 4, dtype=torch.bool)
+    alone[:, :, 1] = alone[:, :, 0, opposite] = True
+    torch.testing.assert_close(found, want.where(alone, 0))
+    # A gradient of NaN for what is 0 goes nowhere.
+    cot = torch.ones_like(found).where(alone, torch.nan)
+    (grad,) = torch.autograd.grad(found, features, cot)
+    torch.testing.assert_close(grad, torch.autograd.grad(want, features, alone.float())[0])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_in_a_map_reaches_the_borders_that_read_it(value):
+    """Also with a share of 0, 0 × ∞ being NaN, and not where a sample is outside."""
+    features = torch.rand(2, 4, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    features[1, :, 2, 3] = value
+    # Row 2 as the one behind, but for the right border; then half of column 3; then beyond; then one border alone.
+    boxes = [[3.0, 1, 4, 1], [2.5, 2, 2.5, 2], [4.0, 3, 5, 4], [torch.nan, 2, 3, 2]]
+    out = border_align(features, torch.tensor([boxes, boxes], dtype=torch.float64), 1)
+    spoiled = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
+    spoiled[1, 0, 0, :3] = spoiled[1, 0, 1] = spoiled[1, 0, 3, 3] = True
+    assert torch.equal(~out.isfinite(), spoiled)
+    assert out[1, 0, 0, :3].isnan().all()
+    assert (out[1, 0, 1] == value).all() if value == value else out[1, 0, 1].isnan().all()
+
+
+def test_a_gradient_that_is_not_finite_reaches_the_cells_that_were_read():
+    features = torch.rand(1, 4, 4, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    out = border_align(features, torch.tensor([[[1.5, 1.5, 1.5, 1.5], [9.0, 9, 9, 9]]]), 1)
+    cot = torch.ones_like(out)
+    cot[0, 0, 0, 2] = cot[0, 0, 1, 0] = torch.nan
+    (grad,) = torch.autograd.grad(out, features, cot)
+    spoiled = torch.zeros(1, 4, 4, 5, dtype=torch.bool)
+    spoiled[0, 2, 1:3, 1:3] = True
+    assert torch.equal(grad.isnan(), spoiled)
+
+
+def test_empty_in_every_way():
+    features, boxes = torch.randn(2, 8, 3, 4, requires_grad=True), torch.ones(2, 3, 4)
+    for x, of_x in ((features[:0], boxes[:0]), (features[:, :0], boxes), (features, boxes[:, :0])):
+        out = border_align(x, of_x, 2)
+        assert out.shape == (len(x), x.shape[1] // 4, of_x.shape[1], 4)
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        assert grad.shape == x.shape and not grad.any()
+
+
+def test_the_definition_is_plain_loops():
+    features, boxes = random_case(4, 5)
+    features.requires_grad_()
+    out = reference(features, boxes, 3)
+    cot = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    (grad,) = torch.autograd.grad(out, features, cot)
+    want, wanted = region_plain.border_align(features.detach().numpy(), boxes.numpy(), 3, cot.numpy())
+    torch.testing.assert_close(out.detach(), torch.from_numpy(want), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grad, torch.from_numpy(wanted), rtol=1e-12, atol=1e-12)
 
 
 def test_there_is_no_second_derivative():

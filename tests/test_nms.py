@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import region_plain
 import torch
 
 from kernels import batched_nms, nms
@@ -12,19 +13,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 def plain_nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, threshold: float) -> list[int]:
     """The definition, box by box, in float32."""
-    boxes, threshold = boxes.astype(np.float32), np.float32(threshold)
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    alive, kept = np.ones(len(boxes), bool), []
-    for index in np.argsort(-scores, kind="stable"):
-        if not alive[index]:
-            continue
-        kept.append(int(index))
-        sides = np.minimum(boxes[index, 2:], boxes[:, 2:]) - np.maximum(boxes[index, :2], boxes[:, :2])
-        shared = sides.clip(min=0).prod(1)
-        with np.errstate(invalid="ignore"):
-            overlap = shared / (area[index] + area - shared)
-        alive &= ~((overlap > threshold) & (labels == labels[index]))
-    return kept
+    with np.errstate(invalid="ignore"):
+        return region_plain.nms(boxes.astype(np.float32), scores, labels, threshold, None)
 
 
 def random_scene(count: int, seed: int, classes: int = 1, duplicates: bool = False, ties: bool = False):
@@ -114,8 +104,8 @@ def test_no_box_gives_no_index():
     assert nms(torch.zeros(1, 4), torch.zeros(1), 0.5, max_output=0).tolist() == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
-def test_other_types_are_compared_in_float32(dtype):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_compared_in_float32(dtype):
     boxes, scores, _ = (torch.from_numpy(a) for a in random_scene(90, 3))
     boxes = boxes.to(dtype).requires_grad_()
     want = plain_nms(boxes.detach().float().numpy(), scores.numpy(), np.zeros(90), 0.3)
@@ -125,6 +115,51 @@ def test_other_types_are_compared_in_float32(dtype):
 def test_boxes_that_are_not_finite_suppress_nothing():
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, torch.nan, 10], [0, 0, torch.inf, 10], [0, 0, 10, 11]])
     assert nms(boxes, torch.tensor([0.9, 0.8, 0.7, 0.6]), 0.5).tolist() == [0, 1, 2]
+
+
+def test_float64_is_compared_in_float64():
+    """In float32 the first two boxes would be one, and so would the two thresholds."""
+    boxes = 1e9 + torch.tensor([[0.0, 0, 8, 8], [8, 8, 16, 16], [0, 0, 8, 9]], dtype=torch.float64)
+    scores = torch.tensor([0.9, 0.8, 0.7])
+    assert nms(boxes, scores, 0.5).tolist() == [0, 1]
+    overlap = 64 / 72
+    assert nms(boxes, scores, overlap).tolist() == [0, 1, 2]
+    assert nms(boxes, scores, overlap - 1e-12).tolist() == [0, 1]
+    assert batched_nms(boxes, scores, torch.tensor([1, 1, 2], dtype=torch.uint8), 0.5).tolist() == [0, 1, 2]
+
+
+def test_any_threshold():
+    """Also one that float32 does not hold; a box that is not finite takes no part even below 0."""
+    boxes = torch.tensor([[0.0, 0, 9, 9], [20, 20, 30, 30], [0, torch.nan, 9, 9], [0, 0, 9, 9], [-torch.inf, 0, 9, 9]])
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5])
+    wanted = {-0.1: [0, 2, 4], -1e300: [0, 2, 4], 0: [0, 1, 2, 4], 1: [0, 1, 2, 3, 4], 1e300: [0, 1, 2, 3, 4]}
+    for threshold, want in (wanted | {torch.inf: [0, 1, 2, 3, 4], -torch.inf: [0, 2, 4]}).items():
+        for dtype in (torch.float32, torch.float64):
+            assert nms(boxes.to(dtype), scores, threshold).tolist() == want, (threshold, dtype)
+
+
+def test_scores_that_are_not_numbers_come_first():
+    boxes = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 9], [20, 20, 30, 30], [20, 20, 30, 31]])
+    scores = torch.tensor([torch.inf, torch.nan, -torch.inf, torch.nan])
+    assert nms(boxes, scores, 0.5).tolist() == [1, 3]
+    assert torch.equal(nms(boxes, scores, 2.0), scores.argsort(descending=True, stable=True))
+
+
+def test_refusals():
+    boxes, scores, labels = torch.zeros(3, 4), torch.zeros(3), torch.zeros(3, dtype=torch.long)
+    for arguments, kind, message in (
+        ((boxes[:, :3], scores, labels, 0.5), ValueError, r"boxes must be \(n, 4\), got shape \(3, 3\)"),
+        ((boxes, scores[:2], labels, 0.5), ValueError, r"scores must be \(3,\), one for each box, got shape \(2,\)"),
+        ((boxes, scores, labels.repeat(2), 0.5), ValueError, r"labels must be \(3,\), .*, got shape \(6,\)"),
+        ((boxes, scores, scores, 0.5), ValueError, "labels must be of integers"),
+        ((boxes, scores, None, 0.5), TypeError, "labels must be a tensor"),
+        ((boxes, scores, labels, torch.nan), ValueError, "iou_threshold must be a number, got NaN"),
+        ((boxes, scores, labels, 0.5, -1), ValueError, "max_output must be within"),
+        ((boxes, scores.to("meta"), labels, 0.5), ValueError, "scores must be on the device of boxes, cpu"),
+        ((boxes.to("meta"), scores.to("meta"), labels.to("meta"), 0.5), ValueError, "boxes must have values"),
+    ):
+        with pytest.raises(kind, match=message):
+            batched_nms(*arguments)
 
 
 def test_any_strides():

@@ -5,10 +5,13 @@ import itertools
 
 import numpy as np
 import pytest
+import region_plain
 import torch
+from poisoned import Buffers
 
 from kernels import roi_align, use_backend
 from kernels.backend import resolve_backend
+from kernels.roi_align_samples import cells_of, grid_of, numbers_on_map, reference, reference_backward
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SETTINGS = list(itertools.product((True, False), (0, 2), ((7, 7), (3, 5))))
@@ -163,7 +166,9 @@ def test_opcheck():
     x = torch.randn(2, 3, 4, 5, generator=generator)
     boxes = torch.tensor([[0.3, 0.1, 2.1, 3.2], [1.0, 1.0, 2.0, 3.0], [-1.0, 0.0, 4.0, 2.0]])
     settings = (2, True, resolve_backend(x.device))
-    torch.library.opcheck(torch.ops.dyhead.roi_align.default, (x.requires_grad_(), boxes, None, [1, 2], [2, 3], *settings))
+    torch.library.opcheck(
+        torch.ops.dyhead.roi_align.default, (x.requires_grad_(), boxes, None, [1, 2], [2, 3], *settings)
+    )
     out, rows, columns = torch.ops.dyhead.roi_align(x.detach(), boxes, None, [1, 2], [2, 3], *settings)
     arguments = (out, boxes, None, rows, columns, [1, 2], list(x.shape), *settings)
     torch.library.opcheck(torch.ops.dyhead.roi_align_backward.default, arguments)
@@ -212,3 +217,260 @@ def test_the_pytorch_path_runs_on_a_gpu_too(golden):
 def test_boxes_on_another_device_are_refused():
     with pytest.raises(ValueError, match="device of features, cpu"):
         roi_align(torch.zeros(1, 1, 2, 2), [torch.zeros(1, 4, device="meta")], (1, 1), 1.0)
+
+
+def by_rows(boxes: list[torch.Tensor], order: list[int]) -> torch.Tensor:
+    """Lists as (K, 5) rows in another order."""
+    rows = [torch.cat([torch.full((len(b), 1), float(i), dtype=b.dtype), b], 1) for i, b in enumerate(boxes)]
+    return torch.cat(rows)[order]
+
+
+def test_rows_are_pooled_in_the_order_given():
+    x = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    boxes = [torch.tensor([[3.0, 1, 17, 30], [8, 8, 38, 39]]), torch.tensor([[0.0, 0, 30, 9]])]
+    order = [2, 0, 1]
+    found, want = roi_align(x, by_rows(boxes, order), 2, 0.125), roi_align(x, boxes, (2, 2), 0.125)[order]
+    torch.testing.assert_close(found, want, rtol=0, atol=0)
+    cot = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, cot)[0] for y in (found, want)), rtol=1e-14, atol=1e-14)
+
+
+def test_a_row_of_no_image_is_0_and_reads_nothing():
+    """Nor does it write: around the map lies poison. A fraction is dropped, but not from below 0."""
+    number = torch.tensor([torch.nan, -1.0, -0.5, 2.0, 1e30, torch.inf, -torch.inf, 1.75, -0.0])
+    buffers = Buffers()
+    x = buffers.place(torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_())
+    rows = buffers.place(torch.cat([number[:, None], torch.tensor([[0.0, 0, 3, 3]]).expand(9, 4)], 1))
+    with buffers.guarded():
+        out = roi_align(x, rows, 2)
+        (grad,) = torch.autograd.grad(out, x, torch.ones_like(out).index_fill(0, torch.arange(7), torch.nan))
+    assert buffers.intact()
+    assert not out[:7].any()
+    torch.testing.assert_close(out[7:], roi_align(x, [rows[:1, 1:]] * 2, 2)[[1, 0]])
+    assert grad.isfinite().all() and grad.any()
+
+
+def test_defaults_are_torchvisions_but_for_aligned():
+    x = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    box = torch.tensor([[1.0, 2.0, 6.5, 7.0]])
+    want = roi_align(x, [box], (3, 3), 1.0, 0, True)
+    for found in (roi_align(x, (box,), 3), roi_align(x, [box.double()], [3, 3], 1, -1), roi_align(x, [box.half()], 3)):
+        assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("ratio", [0, 3])
+@pytest.mark.parametrize("side", range(4))
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
+def test_a_box_that_is_not_finite_is_0_and_harms_no_other(value, side, ratio, aligned):
+    """3e38 makes a size that is not: the opposite side lies at -3e38."""
+    box = torch.tensor([[1.0, 1.0, 3.0, 3.0]]).repeat(2, 1)
+    if value == 3e38:
+        box[0, side % 2], box[0, side % 2 + 2] = -3e38, 3e38
+    else:
+        box[0, side] = value
+    x = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    out = roi_align(x, [box], 2, 1.0, ratio, aligned)
+    assert not out[0].any()
+    cot = torch.full_like(out, torch.nan).index_fill(0, torch.tensor([1]), 1.0)
+    (grad,) = torch.autograd.grad(out, x, cot)
+    alone = roi_align(x, [box[1:]], 2, 1.0, ratio, aligned)
+    torch.testing.assert_close(out[1:], alone)
+    torch.testing.assert_close(grad, torch.autograd.grad(alone.sum(), x)[0])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_in_a_map_reaches_the_bins_that_read_it(value):
+    """One sample a bin, at cells 0.5, 2.5 and 4.5, then at whole ones, where the cell behind has a share of 0."""
+    x = torch.zeros(2, 2, 6, 6, dtype=torch.float64)
+    x[1, 0, 2, 3] = value
+    boxes = torch.tensor([[0.0, 0, 6, 6], [0.5, 0.5, 6.5, 6.5], [0.0, 0.0, 2.0, 2.0]], dtype=torch.float64)
+    out = roi_align(x, [boxes, boxes], 3, 1.0, 1)
+    spoiled = torch.zeros(6, 2, 3, 3, dtype=torch.bool)
+    spoiled[3, 0, 1, 1] = True  # Cells 2 and 3, along both axes.
+    # At 1, 3 and 5: y 1 reads rows 1 and 2, x 3 reads columns 3 and 4. Row 2 has a share of 0; 0 × NaN and 0 × ∞ are
+    # NaN.
+    spoiled[4, 0, 0, 1] = True
+    assert torch.equal(~out.isfinite(), spoiled)
+    assert out[4, 0, 0, 1].isnan()
+    assert out[3, 0, 1, 1].isnan() if value != value else out[3, 0, 1, 1] == value
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_a_gradient_that_is_not_finite_reaches_the_cells_that_were_read(value):
+    x = torch.zeros(2, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+    boxes = torch.tensor([[0.0, 0, 6, 6], [0.0, 0, 6, 6]], dtype=torch.float64)
+    cot = torch.ones(4, 2, 3, 3, dtype=torch.float64)
+    cot[3, 1, 0, 2] = value
+    (grad,) = torch.autograd.grad(roi_align(x, [boxes, boxes], 3, 1.0, 1), x, cot)
+    spoiled = torch.zeros(2, 2, 6, 6, dtype=torch.bool)
+    spoiled[1, 1, 0:2, 4:6] = True
+    assert torch.equal(~grad.isfinite(), spoiled)
+    assert torch.equal(grad[0], grad[1].where(~spoiled[1], grad[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_a_box_of_1e9_pixels_is_its_share_of_the_map(dtype, ratio):
+    """From the first cell on, adaptive: each bin is the sum of the map over the number of samples. Of three bins."""
+    x = torch.rand(1, 1, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    out = roi_align(x.to(dtype), [torch.tensor([[0.5, 0.5, 3e9 + 0.5, 3e9 + 0.5]], dtype=torch.float64)], 3, 1.0, ratio)
+    assert not out[0, 0].flatten()[1:].any()
+    if ratio:
+        # Its samples lie 5e8 apart, none on the map.
+        assert out[0, 0, 0, 0] == 0
+        return
+    # Samples at 0.5, 1.5, …, and half a cell beyond the last one: there the last cell is read.
+    y, x_ = (torch.arange(n, dtype=torch.float64) + 0.5 for n in (5, 4))
+    cells = x[0, 0]
+    down = (cells + cells[[1, 2, 3, 4, 4]]) / 2
+    want = ((down + down[:, [1, 2, 3, 3]]) / 2).sum() / 1e9**2
+    assert len(y) * len(x_) == 20
+    torch.testing.assert_close(out[0, 0, 0, 0].double(), want, rtol=1e-12 if dtype == torch.float64 else 1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("far", [1e4, 1e6, 1.5e6, 1e9, 1e12, 1e30])
+def test_boxes_of_any_size_are_finite(far, dtype):
+    x = torch.rand(1, 2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=dtype, requires_grad=True)
+    boxes = torch.tensor([[-far, -far, far, far], [0, 0, far, far], [far, far, 2 * far, 2 * far], [-far, 0, 1, 3]])
+    for settings in ((0, True), (0, False), (2, True)):
+        out = roi_align(x, [boxes], 2, 1.0, *settings)
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        assert out.isfinite().all() and grad.isfinite().all()
+        assert out.abs().max() <= 1 and not out[2].any()
+
+
+def test_empty_in_every_way():
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    box = torch.tensor([[0.0, 0.0, 3.0, 3.0]])
+    cases = {
+        "no images": (x[:0], [], (0, 3)),
+        "no images, rows": (x[:0], torch.cat([torch.zeros(1, 1), box], 1), (1, 3)),
+        "no channels": (x[:, :0], [box, box], (2, 0)),
+        "no rows": (x, torch.zeros(0, 5), (0, 3)),
+        "no boxes": (x, [box[:0], box[:0]], (0, 3)),
+    }
+    for name, (features, boxes, shape) in cases.items():
+        out = roi_align(features, boxes, 2)
+        assert out.shape == (*shape, 2, 2), name
+        assert not out.any(), name
+        (grad,) = torch.autograd.grad(out.sum(), features)
+        assert grad.shape == features.shape and not grad.any(), name
+
+
+def test_refusals():
+    x, box = torch.zeros(2, 3, 4, 4), torch.zeros(1, 4)
+    for arguments, kind, message in (
+        ((x, [box]), ValueError, "boxes must be 2 tensors, one for each image, got 1"),
+        ((x, [box] * 3), ValueError, "boxes must be 2 tensors, one for each image, got 3"),
+        ((x, box), ValueError, r"boxes must be \(K, 5\), the number .*, got shape \(1, 4\)"),
+        ((x, [box, box.long()]), ValueError, r"boxes\[1\] must be floating point .*, got torch.int64"),
+        ((x, [box, box.tolist()]), TypeError, r"boxes\[1\] must be a tensor \(r, 4\), got list"),
+        ((x, None), TypeError, "boxes must be a list of tensors"),
+        ((x[..., :0], [box, box]), ValueError, "features must be .* with a cell or more"),
+        ((x[0], [box]), ValueError, r"features must be \(N, C, H, W\), got shape \(3, 4, 4\)"),
+    ):
+        with pytest.raises(kind, match=message):
+            roi_align(*arguments, 2)
+    for scale in (0, -1.0, torch.inf):
+        with pytest.raises(ValueError, match="spatial_scale must be finite and greater than 0"):
+            roi_align(x, [box, box], 2, scale)
+
+
+def test_a_call_on_the_meta_device_has_its_shape():
+    x = torch.zeros(2, 3, 4, 4, device="meta")
+    assert roi_align(x, [torch.zeros(2, 4, device="meta")] * 2, (2, 3)).shape == (4, 3, 2, 3)
+
+
+def axis_samples(first: float, last: float, bins: int, length: int, ratio: int, dtype: torch.dtype):
+    """The numbers visited, by bin, of a box along x."""
+    box = torch.tensor([[first, 0.0, last, 1.0]], dtype=dtype)
+    grid = grid_of(box, (bins, bins), (1, length), ratio, True)
+    begin, count = numbers_on_map(grid)
+    return grid, begin[0, 0].tolist(), count[0, 0].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("length", [1, 2, 17, 300])
+@pytest.mark.parametrize("far", [1.0, 40.0, 1e3, 1e5])
+def test_every_sample_on_the_map_is_visited_and_few_others(far, length, dtype):
+    random = np.random.default_rng(int(far) + length)
+    for ratio in (0, 1, 5):
+        for _ in range(20):
+            first, last = random.uniform(-far, far, 2) + random.choice([0, 0.5, length])
+            grid, begin, count = axis_samples(first, last, 3, length, ratio, dtype)
+            samples = int(grid.samples[0, 0, 0])
+            for bin in range(3):
+                position = grid.first[0, 0, bin] + torch.arange(samples) * grid.spacing[0, 0, 0]
+                on_map = ((position >= -1) & (position <= length)).nonzero()[:, 0].tolist()
+                visited = range(int(begin[bin]), int(begin[bin] + count[bin]))
+                assert set(on_map) <= set(visited) <= set(range(samples))
+                assert len(visited) <= len(on_map) + 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("length", [1, 50])
+def test_visits_are_bounded_by_the_map(length, dtype):
+    """However large the box; with a fixed number of samples by that number."""
+    for size in (1e2, 1e4, 1.3e6, 1e7, 1e9, 1e12, 1e20, 1e30):
+        for first, last in ((0, size), (-size, size), (-size, 0), (-size, 3.5), (size, 2 * size), (size, -size)):
+            for ratio in (0, 2):
+                grid, _, count = axis_samples(first, last, 7, length, ratio, dtype)
+                assert max(count) <= (ratio or 2 * length + 8)
+                assert cells_of(grid).known.shape[-1] <= max(ratio, 2 * length + 8)
+
+
+def test_the_definition_is_plain_loops():
+    """The one that the operator falls back on, forward and backward, and by autograd."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 2, 5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    boxes = 6 * torch.rand(3, 4, generator=generator, dtype=torch.float64) - 1
+    cot = torch.randn(3, 2, 2, 3, generator=generator, dtype=torch.float64)
+    for ratio, aligned in ((0, True), (0, False), (2, True)):
+        out = reference(x, boxes, [1, 1, 1], (2, 3), ratio, aligned)
+        (grad,) = torch.autograd.grad(out, x, cot)
+        want, wanted = region_plain.roi_align(
+            x.detach().numpy(), boxes.numpy(), [1, 1, 1], (2, 3), ratio, aligned, cot.numpy()
+        )
+        torch.testing.assert_close(out.detach(), torch.from_numpy(want), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(grad, torch.from_numpy(wanted), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(reference_backward(cot, boxes, (5, 4), ratio, aligned), grad[1])
+
+
+def test_opcheck_of_rows():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 4, 5, generator=generator)
+    boxes = torch.tensor([[0.3, 0.1, 2.1, 3.2], [1.0, 1.0, 2.0, 3.0], [-1.0, 0.0, 4.0, 2.0]])
+    images = torch.tensor([1, -1, 0], dtype=torch.int32)
+    settings = (2, True, resolve_backend(x.device))
+    torch.library.opcheck(
+        torch.ops.dyhead.roi_align.default, (x.requires_grad_(), boxes, images, [], [2, 3], *settings)
+    )
+    out, rows, columns = torch.ops.dyhead.roi_align(x.detach(), boxes, images, [], [2, 3], *settings)
+    arguments = (out, boxes, images, rows, columns, [], list(x.shape), *settings)
+    torch.library.opcheck(torch.ops.dyhead.roi_align_backward.default, arguments)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compile_and_export_of_rows(device):
+    class Module(torch.nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.scale = scale
+
+        def forward(self, x, rows):
+            with torch.autocast(x.device.type, torch.bfloat16):
+                return roi_align(x, rows, 2, self.scale)
+
+    x = torch.randn(2, 3, 6, 5, device=device).requires_grad_()
+    rows = torch.tensor([[1.0, 0, 0, 20, 20], [0, 8, 8, 30, 39], [7, 0, 0, 9, 9]], device=device)
+    for scale in (0.125, 0.25):
+        found = torch.compile(Module(scale), fullgraph=True, backend="aot_eager")(x, rows)
+        want = Module(scale)(x, rows)
+        torch.testing.assert_close(found, want)
+        torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (found, want)))
+    shapes = ({0: torch.export.Dim("images", max=64)}, {0: torch.export.Dim("count", max=4096)})
+    program = torch.export.export(Module(0.125), (x.detach(), rows), dynamic_shapes=shapes)
+    other = torch.randn(4, 3, 6, 5, device=device), rows.repeat(2, 1)
+    torch.testing.assert_close(program.module()(*other), Module(0.125)(*other))

@@ -7,7 +7,10 @@ import pytest
 import torch
 from test_border_align import (
     random_case,
+    test_a_gradient_that_is_not_finite_reaches_the_cells_that_were_read,
+    test_a_side_that_is_not_finite_spoils_the_three_borders_it_is_a_part_of,
     test_any_strides,
+    test_empty_in_every_way,
     test_no_boxes_half_precision_and_wrong_shapes,
     test_of_equal_samples_the_first_has_the_gradient,
     test_opcheck,
@@ -15,6 +18,7 @@ from test_border_align import (
     test_values_and_gradients_are_mmcvs,
     test_values_and_gradients_equal_plain_loops,
     test_what_is_not_a_number_is_the_maximum,
+    test_what_is_not_finite_in_a_map_reaches_the_borders_that_read_it,
 )
 
 from kernels import border_align, use_backend

@@ -12,13 +12,16 @@ from test_nms import (
     random_scene,
     test_an_overlap_equal_to_the_threshold_is_kept,
     test_any_strides,
+    test_any_threshold,
     test_boxes_that_are_not_finite_suppress_nothing,
     test_boxes_without_area_stay,
+    test_float64_is_compared_in_float64,
+    test_half_precision_is_compared_in_float32,
     test_labels_do_not_move_the_boxes,
     test_mmcv_vectors,
     test_no_box_gives_no_index,
     test_opcheck,
-    test_other_types_are_compared_in_float32,
+    test_scores_that_are_not_numbers_come_first,
     test_ties_go_by_index,
 )
 

@@ -4,18 +4,27 @@
 # ruff: noqa: F401
 
 import pytest
+import test_roi_align as all_cases
 import torch
 from test_roi_align import (
     check_vectors,
+    test_a_box_of_1e9_pixels_is_its_share_of_the_map,
     test_a_gradient_of_half_precision_has_its_type,
+    test_a_gradient_that_is_not_finite_reaches_the_cells_that_were_read,
     test_a_ramp_is_read_at_the_bins_centres,
+    test_a_row_of_no_image_is_0_and_reads_nothing,
     test_any_strides,
     test_boxes_thinner_than_a_pixel_outside_and_not_finite,
+    test_defaults_are_torchvisions_but_for_aligned,
+    test_empty_in_every_way,
     test_half_precision_is_computed_in_float32,
     test_images_do_not_mix,
     test_no_box_gives_an_empty_result_that_can_be_differentiated,
     test_opcheck,
+    test_opcheck_of_rows,
+    test_rows_are_pooled_in_the_order_given,
     test_there_is_no_second_derivative,
+    test_what_is_not_finite_in_a_map_reaches_the_bins_that_read_it,
 )
 
 from kernels import roi_align, use_backend
@@ -64,3 +73,22 @@ def test_deterministic_algorithms_take_the_backward_in_pytorch():
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize(
+    ("value", "side", "ratio", "aligned"),
+    [
+        (torch.nan, 0, 0, False),
+        (torch.nan, 3, 3, True),
+        (torch.inf, 2, 0, True),
+        (-torch.inf, 1, 3, False),
+        (3e38, 0, 0, False),
+    ],
+)
+def test_a_box_that_is_not_finite_is_0_and_harms_no_other(value, side, ratio, aligned):
+    all_cases.test_a_box_that_is_not_finite_is_0_and_harms_no_other(value, side, ratio, aligned)
+
+
+@pytest.mark.parametrize("far", [1.5e6, 1e30])
+def test_boxes_of_any_size_are_finite(far):
+    all_cases.test_boxes_of_any_size_are_finite(far, torch.float32)
