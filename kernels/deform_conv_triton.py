@@ -269,7 +269,7 @@ def point_gradients(s00, s01, s10, s11, y, x, factor, H, W):
     along1 = s10 + fx * across1
     # At exactly -1 nothing is sampled, though the right-hand derivative would not be zero; nor is it where a coordinate
     # is no number.
-    sampled = (y > -1) & (y < H) & (x > -1) & (x < W)
+    sampled = (y > -1) & (x > -1)
     down = tl.where(sampled, factor * (along1 - along0), 0.0)
     right = tl.where(sampled, factor * (across0 + fy * (across1 - across0)), 0.0)
     return down, right, tl.where(sampled, along0 + fy * (along1 - along0), 0.0)
