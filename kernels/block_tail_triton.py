@@ -164,8 +164,9 @@ def backward_sums_kernel(
             b_a2 = _coefficient(coefficients, 6, c, known, C)
             b_b = _coefficient(coefficients, 5, c, known, C) - _coefficient(coefficients, 7, c, known, C)
             b_d = (b_a1 - b_a2) * b_m + b_b
-            b_first = b_grad * tl.where(b_d > 0, 1.0, tl.where(b_d < 0, 0.0, 0.5)).to(REAL)
-            b_second = b_grad - b_first
+            b_grad = tl.where(b_d == 0, b_grad * 0.5, b_grad)
+            b_first = tl.where(b_d < 0, 0.0, b_grad)
+            b_second = tl.where(b_d > 0, 0.0, b_grad)
             s_first += b_first
             s_first_m += b_first * b_m
             s_second += b_second
@@ -173,7 +174,7 @@ def backward_sums_kernel(
             b_grad = b_first * b_a1 + b_second * b_a2
         else:
             if RECTIFIED:
-                b_grad = tl.where(b_m > 0, b_grad, 0.0)
+                b_grad = tl.where(b_m <= 0, 0.0, b_grad)
             s_first += b_grad
         target = grad_m + place[:, None] * C + c[None, :]
         tl.store(target, b_grad.to(grad_m.dtype.element_ty), mask=inside[:, None] & known[None, :])

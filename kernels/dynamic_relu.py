@@ -4,13 +4,16 @@
 
 One convention holds on every path. Arithmetic and sums are float32 (float64 for a float64 input). Which line is the
 larger is read from the sign of d = (a1 - a2) x + (b1 - b2); the gradient goes to the first line where d > 0, to the
-second where d < 0, and half to each where d = 0, as `torch.maximum` splits it.
+second where d < 0, half to each where d = 0 and all of it to both where d is NaN, as `torch.maximum` splits it.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
 from kernels.backend import resolve_backend
+from kernels.checks import check_device, check_tensor
 
 
 def dynamic_relu_reference(input: Tensor, coefficients: Tensor) -> Tensor:
@@ -37,25 +40,48 @@ def _forward_torch(output: Tensor, input: Tensor, coefficients: Tensor) -> None:
 
 
 def _backward_torch(grad_input: Tensor, grad_output: Tensor, input: Tensor, coefficients: Tensor) -> Tensor:
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    lines = coefficients.to(dtype)
+    x = input if input.dtype == dtype else input.to(dtype)
+    if input.is_cpu:
+        found = _backward_finite(grad_input, grad_output, x, lines)
+        # What is not finite in any of the arguments is not finite in one of these, which are few, nor in their product.
+        if math.isfinite(torch.dot(found.view(-1), lines.reshape(-1))):
+            return found.to(coefficients.dtype)
+    return _backward_any(grad_input, grad_output, x, lines).to(coefficients.dtype)
+
+
+def _backward_finite(grad_input: Tensor, grad_output: Tensor, x: Tensor, lines: Tensor) -> Tensor:
+    """For finite numbers; `x` and `lines`, the coefficients, are in the type of sums, as is what is returned."""
     # A hand-written chain of whole-tensor calls in four buffers: small maps cost by the number of calls, large ones by
     # fresh memory. On a CPU `where`, `heaviside` and comparisons are many times slower than `sign`.
-    dtype = torch.promote_types(input.dtype, torch.float32)
-    a1, b1, a2, b2 = coefficients.to(dtype)[..., None, None].unbind(1)
-    x = input if input.dtype == dtype else input.to(dtype)
+    a1, b1, a2, b2 = lines[..., None, None].unbind(1)
     sign = _line(x, a1 - a2, b1 - b2).sign_()
-    half = grad_output.to(dtype) * 0.5
+    half = grad_output.to(x.dtype) * 0.5
     first = torch.addcmul(half, half, sign)
     second = torch.addcmul(half, half, sign, value=-1, out=sign)
     product, pixels = half, (2, 3)
     grad_a1 = torch.mul(first, x, out=product).sum(pixels)
     grad_a2 = torch.mul(second, x, out=product).sum(pixels)
-    grad_coefficients = torch.stack([grad_a1, first.sum(pixels), grad_a2, second.sum(pixels)], 1)
+    grad_lines = torch.stack([grad_a1, first.sum(pixels), grad_a2, second.sum(pixels)], 1)
     second.mul_(a2)
-    if input.dtype == dtype:
+    if grad_input.dtype == x.dtype:
         torch.mul(first, a1, out=grad_input).add_(second)
     else:
         grad_input.copy_(first.mul_(a1).add_(second))
-    return grad_coefficients.to(coefficients.dtype)
+    return grad_lines
+
+
+def _backward_any(grad_input: Tensor, grad_output: Tensor, x: Tensor, lines: Tensor) -> Tensor:
+    """`_backward_finite` for any numbers."""
+    a1, b1, a2, b2 = lines[..., None, None].unbind(1)
+    difference = _line(x, a1 - a2, b1 - b2)
+    grad = grad_output.to(x.dtype)
+    grad = torch.where(difference == 0, grad * 0.5, grad)
+    first, second = grad.masked_fill(difference < 0, 0), grad.masked_fill(difference > 0, 0)
+    grad_input.copy_(first * a1 + second * a2)
+    sums = (first * x, first, second * x, second)
+    return torch.stack([each.sum((2, 3)) for each in sums], 1)
 
 
 def _empty_output(input: Tensor) -> Tensor:
@@ -135,18 +161,17 @@ def dynamic_relu(input: Tensor, coefficients: Tensor) -> Tensor:
         innermost, contiguous otherwise.
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit.
+        TypeError: an argument is no tensor.
+        ValueError: a shape, a type or a device does not fit; the message names the argument.
 
     Source: Chen et al., "Dynamic ReLU", ECCV 2020, Eq. 3 with K = 2; Dai et al., "Dynamic Head", CVPR 2021, Eq. 5.
     """
-    if input.dim() != 4 or coefficients.shape != (input.shape[0], 4, input.shape[1]):
+    check_tensor("input", input, "(N, C, H, W)", 4)
+    check_tensor("coefficients", coefficients, "(N, 4, C)", 3)
+    check_device("coefficients", coefficients, "input", input)
+    batch, channels = input.shape[:2]
+    if coefficients.shape != (batch, 4, channels):
         raise ValueError(
-            f"dynamic_relu takes input (N, C, H, W) and coefficients (N, 4, C), "
-            f"got {tuple(input.shape)} and {tuple(coefficients.shape)}"
-        )
-    if not (input.is_floating_point() and coefficients.is_floating_point() and input.device == coefficients.device):
-        raise ValueError(
-            f"dynamic_relu takes floating-point tensors on one device, got input {input.dtype} on {input.device} and "
-            f"coefficients {coefficients.dtype} on {coefficients.device}"
+            f"coefficients must be (N, 4, C) = {(batch, 4, channels)} for this input, got {tuple(coefficients.shape)}"
         )
     return torch.ops.dyhead.dynamic_relu(input, coefficients, resolve_backend(input.device))

@@ -107,9 +107,10 @@ def _backward_kernel(
         b_grad_y = tl.load(grad_y + o_grad_y, mask=m_pc, other=0.0).to(DTYPE)
         b_x = tl.load(x + o_x, mask=m_pc, other=0.0).to(DTYPE)
         b_d = (b_a1 - b_a2) * b_x + (b_b1 - b_b2)
-        b_share = tl.where(b_d > 0, 1.0, tl.where(b_d < 0, 0.0, 0.5)).to(DTYPE)
-        b_first = b_grad_y * b_share
-        b_second = b_grad_y - b_first
+        # Where the difference is NaN both lines get all of the gradient, as from torch.maximum.
+        b_grad_y = tl.where(b_d == 0, b_grad_y * 0.5, b_grad_y)
+        b_first = tl.where(b_d < 0, 0.0, b_grad_y)
+        b_second = tl.where(b_d > 0, 0.0, b_grad_y)
         b_grad_x = b_first * b_a1 + b_second * b_a2
         tl.store(grad_x + o_grad_x, b_grad_x.to(grad_x.dtype.element_ty), mask=m_pc)
         sum_a1 += b_first * b_x

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from relu_calls import PLACES, check_nan
 
 from kernels import OPS, dynamic_relu
 from kernels.dynamic_relu import dynamic_relu_reference
@@ -123,6 +124,12 @@ def test_equal_lines_share_the_gradient_of_their_coefficients():
     assert found.flatten().tolist() == [10, 2, 10, 2]
 
 
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_spreads_as_in_the_definition(place, dtype):
+    check_nan(place, dtype)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_nan_reaches_the_output(device):
     coefficients = torch.zeros(1, 4, 2, device=device)
@@ -196,19 +203,27 @@ def test_meta_tensors():
     assert output.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize(
-    ("input", "coefficients", "message"),
-    [
-        (torch.ones(2, 3, 4), torch.ones(2, 4, 3), r"input \(N, C, H, W\)"),
-        (torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4), r"\(2, 3, 4, 4\) and \(2, 3, 4\)"),
-        (torch.ones(2, 3, 4, 4), torch.ones(1, 4, 3), "coefficients"),
-        (torch.ones(2, 3, 4, 4, dtype=torch.int64), torch.ones(2, 4, 3), "floating-point"),
-        (torch.ones(2, 3, 4, 4), torch.ones(2, 4, 3, device="meta"), "on one device"),
-    ],
-)
-def test_what_does_not_fit_is_named(input, coefficients, message):
+BAD = {
+    r"input must be \(N, C, H, W\), got shape \(2, 3, 4\)": {"input": torch.ones(2, 3, 4)},
+    r"coefficients must be \(N, 4, C\) = \(2, 4, 3\) .*, got \(2, 3, 4\)": {"coefficients": torch.ones(2, 3, 4)},
+    r"coefficients must be .*, got \(1, 4, 3\)": {"coefficients": torch.ones(1, 4, 3)},
+    r"coefficients must be \(N, 4, C\), got shape \(2, 12\)": {"coefficients": torch.ones(2, 12)},
+    "input must be floating point .*, got torch.int64": {"input": torch.ones(2, 3, 4, 4, dtype=torch.int64)},
+    "coefficients must be floating point": {"coefficients": torch.ones(2, 4, 3, dtype=torch.float8_e5m2)},
+    "coefficients must be on the device of input, cpu; it is on meta": {"coefficients": torch.ones(2, 4, 3).to("meta")},
+    "input must be a dense tensor": {"input": torch.ones(2, 3, 4, 4).to_sparse()},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_does_not_fit_is_named(message):
     with pytest.raises(ValueError, match=message):
-        dynamic_relu(input, coefficients)
+        dynamic_relu(**{"input": torch.ones(2, 3, 4, 4), "coefficients": torch.ones(2, 4, 3)} | BAD[message])
+
+
+def test_what_is_no_tensor_is_named():
+    with pytest.raises(TypeError, match=r"coefficients must be a tensor .*, got list"):
+        dynamic_relu(torch.ones(2, 3, 4, 4), [1.0])
 
 
 @pytest.mark.gpu

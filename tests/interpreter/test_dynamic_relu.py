@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
+from relu_calls import PLACES, check_nan
 
 from kernels import OPS, dynamic_relu, use_backend
 from kernels.dynamic_relu import dynamic_relu_reference
@@ -81,6 +82,12 @@ def test_ties_are_split_in_half():
     cotangent = torch.randn(2, 6, 8, 8)
     expected = gradients(dynamic_relu_reference, input, coefficients, cotangent)
     torch.testing.assert_close(gradients(dynamic_relu, input, coefficients, cotangent), expected)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_nan_spreads_as_in_the_definition(place, dtype):
+    check_nan(place, dtype)
 
 
 def test_nan_reaches_the_output():
