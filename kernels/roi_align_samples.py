@@ -70,7 +70,7 @@ def numbers_on_map(grid: Grid) -> tuple[Tensor, Tensor]:
     one, other = (-2 - grid.first) * density, (grid.length + 1 - grid.first) * density
     begin = (torch.minimum(one, other).floor_() - 1).clamp_(0, 1e30)
     end = torch.minimum(torch.maximum(one, other).ceil_() + 2, grid.samples)
-    # Numbers beyond those that the type tells apart are no longer bounded by the map of themselves.
+    # The map holds no more, whatever rounding makes of numbers beyond those that the type tells apart.
     return begin, (end - begin).clamp_(0, 2 * grid.longest + 8 if grid.adaptive else None)
 
 

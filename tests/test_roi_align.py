@@ -341,6 +341,17 @@ def test_boxes_of_any_size_are_finite(far, dtype):
         assert out.abs().max() <= 1 and not out[2].any()
 
 
+@pytest.mark.parametrize("ratio", [0, 1])
+def test_samples_exactly_a_cell_outside_count_and_no_others(ratio):
+    """A box of one cell has one sample, where it begins; the map is two cells, of 1 and 3."""
+    x = torch.tensor([[1.0, 3.0], [1.0, 3.0]])[None, None]
+    wanted = {-1.0: 1, -1.001: 0, 2.0: 3, 2.001: 0, 0.5: 2}
+    boxes = torch.tensor([[start, 0.0, start + 1, 1.0] for start in wanted])
+    for features, own in ((x, boxes), (x.mT, boxes[:, [1, 0, 3, 2]])):
+        out = roi_align(features, [own], 1, 1.0, ratio)
+        torch.testing.assert_close(out.flatten(), torch.tensor([float(want) for want in wanted.values()]))
+
+
 def test_empty_in_every_way():
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
     box = torch.tensor([[0.0, 0.0, 3.0, 3.0]])
