@@ -61,7 +61,7 @@ def backward_points_kernel(
         o = tl.arange(0, BLOCK_O)
         gradient = load_gradient(grad_rows, o, inside, o < C)
     y, x, factor = locate_sample(tap, predicted, ho, wo, inside, stride, SIGMOID, REAL)
-    p00, p01, p10, p11, w00, w01, w10, w11 = find_corners(y, x, factor, H, W, INDEX)
+    p00, p01, p10, p11, w00, w01, w10, w11, h00, h01, h10, h11 = find_corners(y, x, factor, inside, H, W, INDEX)
     # The products of the sample's gradient with its four corners, over all channels.
     s00 = tl.zeros((TILE_H * TILE_W,), dtype=REAL)
     s01 = tl.zeros((TILE_H * TILE_W,), dtype=REAL)
@@ -80,16 +80,16 @@ def backward_points_kernel(
                 other=0.0,
             )
             column = tl.dot(gradient, weights, column, input_precision=PRECISION, out_dtype=REAL)
-        s00 += tl.sum(load_rows(pyramid, p00, c, c < C, C, even).to(REAL) * column, 1)
-        s01 += tl.sum(load_rows(pyramid, p01, c, c < C, C, even).to(REAL) * column, 1)
-        s10 += tl.sum(load_rows(pyramid, p10, c, c < C, C, even).to(REAL) * column, 1)
-        s11 += tl.sum(load_rows(pyramid, p11, c, c < C, C, even).to(REAL) * column, 1)
+        s00 += tl.sum(load_rows(pyramid, p00, h00, c, c < C, C, even).to(REAL) * column, 1)
+        s01 += tl.sum(load_rows(pyramid, p01, h01, c, c < C, C, even).to(REAL) * column, 1)
+        s10 += tl.sum(load_rows(pyramid, p10, h10, c, c < C, C, even).to(REAL) * column, 1)
+        s11 += tl.sum(load_rows(pyramid, p11, h11, c, c < C, C, even).to(REAL) * column, 1)
         if TO_PYRAMID:
-            add_rows(grad_pyramid, p00, w00, column, c, c < C, C)
-            add_rows(grad_pyramid, p01, w01, column, c, c < C, C)
-            add_rows(grad_pyramid, p10, w10, column, c, c < C, C)
-            add_rows(grad_pyramid, p11, w11, column, c, c < C, C)
-    down, right, along = point_gradients(s00, s01, s10, s11, y, x, factor, H, W)
+            add_rows(grad_pyramid, p00, w00, h00, column, c, c < C, C)
+            add_rows(grad_pyramid, p01, w01, h01, column, c, c < C, C)
+            add_rows(grad_pyramid, p10, w10, h10, column, c, c < C, C)
+            add_rows(grad_pyramid, p11, w11, h11, column, c, c < C, C)
+    down, right, along = point_gradients(s00, s01, s10, s11, y, x, factor, h00 | h01 | h10 | h11)
     if SIGMOID:
         along *= factor * (1 - factor)
     # Neighbouring pixels lie side by side: a whole row of `predicted` is never at hand.

@@ -63,7 +63,6 @@ def locate_sample(tap, predicted, ho, wo, inside, stride, SIGMOID: tl.constexpr,
     factor = tl.load(predicted + (MASKS + tap), mask=inside, other=0.0).to(REAL)
     if SIGMOID:
         factor = 1 / (1 + tl.exp(-factor))
-    factor = tl.where(inside, factor, 0.0)
     return (ho * stride - 1 + tap // 3).to(REAL) + dy, (wo * stride - 1 + tap % 3).to(REAL) + dx, factor
 
 
@@ -75,12 +74,12 @@ def locate_step(
     """The corners (PIXELS, BLOCK_C) of one tap and block of channels, and their weights (PIXELS,)."""
     c = step // 9 * BLOCK_C + tl.arange(0, BLOCK_C)
     y, xx, factor = locate_sample(step % 9, predicted, ho, wo, inside, stride, SIGMOID, REAL)
-    p00, p01, p10, p11, w00, w01, w10, w11 = find_corners(y, xx, factor, H, W, INDEX)
+    p00, p01, p10, p11, w00, w01, w10, w11, h00, h01, h10, h11 = find_corners(y, xx, factor, inside, H, W, INDEX)
     even: tl.constexpr = C % BLOCK_C == 0
-    v00 = load_rows(x, p00, c, c < C, C, even)
-    v01 = load_rows(x, p01, c, c < C, C, even)
-    v10 = load_rows(x, p10, c, c < C, C, even)
-    v11 = load_rows(x, p11, c, c < C, C, even)
+    v00 = load_rows(x, p00, h00, c, c < C, C, even)
+    v01 = load_rows(x, p01, h01, c, c < C, C, even)
+    v10 = load_rows(x, p10, h10, c, c < C, C, even)
+    v11 = load_rows(x, p11, h11, c, c < C, C, even)
     return v00, v01, v10, v11, w00, w01, w10, w11
 
 

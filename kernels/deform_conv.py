@@ -7,8 +7,11 @@ at its regular place plus an offset, times a mask. Conventions, where public imp
 - At a coordinate of exactly -1 or exactly the size the sample is zero and so is the gradient of the offset, as in mmcv
   and the released DyHead. torchvision has a one-sided derivative there. Zero offsets meet it at every padded border.
 - At integer coordinates the gradient of the offset is the right-hand derivative, as in mmcv and torchvision.
-- At a coordinate that is NaN or infinite nothing is sampled, and what is not sampled has no gradient. In Triton a
-  sample outside the map reads the nearest pixel, times 0: where that pixel is NaN or infinite, the result is NaN.
+- At a coordinate that is NaN or infinite nothing is sampled. What is not sampled is zero, whatever pixels are near it,
+  and the offset has no gradient there.
+- Any other NaN or infinity spreads as in `reference`. The input's gradient in Triton is the exception: from a gradient
+  or mask that is not finite it is NaN or infinite in some pixels around the sample that have no share in it (with
+  deterministic algorithms), or not in those whose share is 0 (without).
 - Products of 16-bit numbers are summed in float32 and rounded once.
 """
 

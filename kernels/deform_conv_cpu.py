@@ -10,6 +10,7 @@ after level. P is the number of output pixels of all levels and images, T of tap
 points; K = T*C is the length of one row of the column matrix.
 """
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -127,7 +128,8 @@ def _fill_table(inputs: list[Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
     return table
 
 
-def _find_corners(offsets: list[Tensor], masks: list[Tensor], plan: Plan) -> Corners:
+def _places(offsets: list[Tensor], plan: Plan) -> Tensor:
+    """Where the points sample (2, M): both coordinates are below `plan.high`, or nothing is sampled."""
     place = torch.empty_like(plan.start)
     for part, offset in _points(place, offsets, plan):
         part.copy_(offset)
@@ -135,7 +137,11 @@ def _find_corners(offsets: list[Tensor], masks: list[Tensor], plan: Plan) -> Cor
     # Both ends of the open interval (-1, size) go to the zeros at `size`, which another row of zeros follows: at
     # exactly -1 nothing is sampled and the gradient is zero. So does what is not a number. The large number is one that
     # the minimum replaces.
-    place = torch.minimum(threshold(place.nan_to_num_(1e9), -1.0, 1e9), plan.high)
+    return torch.minimum(threshold(place.nan_to_num_(1e9), -1.0, 1e9), plan.high)
+
+
+def _find_corners(offsets: list[Tensor], masks: list[Tensor], plan: Plan) -> Corners:
+    place = _places(offsets, plan)
     low = place.floor()
     fraction = place.sub_(low)
     low = low.to(plan.pitch.dtype)
@@ -280,7 +286,7 @@ def _backward_images(
         if needs_dots:
             dots[4 * points.start : 4 * points.stop] = _corner_dots(grad_columns[pixels], table, corners, plan, points)
     if needs_dots:
-        _write_point_gradients(dots, corners, plan, to_offsets, to_masks)
+        _write_point_gradients(dots, corners, offsets, plan, to_offsets, to_masks)
     if to_inputs:
         summed = _sum_into_table(grad_columns.view(-1, channels // plan.groups), corners, plan)
         for target, view in zip(to_inputs, _maps(summed, plan), strict=True):
@@ -301,7 +307,7 @@ def _corner_dots(grad_columns: Tensor, table: Tensor, corners: Corners, plan: Pl
     )
 
 
-def _write_point_gradients(dots: Tensor, corners: Corners, plan: Plan, to_offsets, to_masks) -> None:
+def _write_point_gradients(dots: Tensor, corners: Corners, offsets, plan: Plan, to_offsets, to_masks) -> None:
     """Gradients of offsets and masks from those of the four corner weights."""
     dots = dots.view(-1, 2, 2).permute(1, 2, 0)
     y, x = corners.fraction
@@ -316,6 +322,11 @@ def _write_point_gradients(dots: Tensor, corners: Corners, plan: Plan, to_offset
         grad_place = torch.stack((down, torch.lerp(across[0], across[1], y)))
         if corners.mask is not None:
             grad_place *= corners.mask
+        # A coordinate at which nothing is sampled has no gradient, though the mask or the output's gradient be NaN. On
+        # a GPU a look at the numbers would wait for them.
+        if not grad_place.is_cpu or not math.isfinite(grad_place.sum()):
+            sampled = (_places(offsets, plan) < plan.high).all(0)
+            grad_place = torch.where(sampled, grad_place, 0)
         for part, target in _points(grad_place, to_offsets, plan):
             target.copy_(part)
 

@@ -17,7 +17,7 @@ follow the order of the index, and the result has the same bits in every run.
 
 A sample is a tap of a row of the output's gradient, numbered tap * rows + row. Names are otherwise those of
 `kernels.deform_conv_triton`. In 16 bits the shares and their product with the gradients are rounded to the tensors'
-type, as samples are in the forward pass. A gradient that is not finite spreads over the tiles it reaches.
+type, as samples are in the forward pass. A gradient or mask that is not finite spreads over the tiles it reaches.
 """
 
 import triton

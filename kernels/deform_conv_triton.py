@@ -49,41 +49,40 @@ def locate_point(
 
 
 @triton.jit
-def _neighbours(place, size):
-    """The two pixels around a coordinate, moved into the map; which of them are in it; the distance from the first."""
-    # Far coordinates, which an integer need not hold, go where both neighbours are outside. So does what is no number:
-    # of it and another one, the machines' maximum is the other one, and whatever else it became would be outside, too.
-    place = tl.minimum(tl.maximum(place, -2.0), size + 1.0)
+def _neighbours(place, sampled, size):
+    """The pixel at or before a coordinate; whether it and the next one are in the map; the distance from it."""
+    # What is not sampled may be a number that no integer holds, or none.
+    place = tl.where(sampled, place, 0.0)
     low = tl.floor(place)
     first = low.to(tl.int32)
-    has0 = (first >= 0) & (first < size)
-    has1 = (first >= -1) & (first < size - 1)
-    near0 = tl.minimum(tl.maximum(first, 0), size - 1)
-    near1 = tl.minimum(tl.maximum(first + 1, 0), size - 1)
-    return near0, near1, has0, has1, place - low
+    return first, sampled & (place >= 0), sampled & (place < size - 1), place - low
 
 
 @triton.jit
-def find_corners(y, x, factor, H, W, INDEX: tl.constexpr):
-    """The four pixels around a sample, as places in the map, and their weights: zero where there is no pixel."""
-    y0, y1, has_y0, has_y1, fy = _neighbours(y, H)
-    x0, x1, has_x0, has_x1, fx = _neighbours(x, W)
-    wy0 = tl.where(has_y0, 1 - fy, 0.0) * factor
-    wy1 = tl.where(has_y1, fy, 0.0) * factor
-    wx0 = tl.where(has_x0, 1 - fx, 0.0)
-    wx1 = tl.where(has_x1, fx, 0.0)
-    line0 = y0.to(INDEX) * W
-    line1 = y1.to(INDEX) * W
-    return line0 + x0, line0 + x1, line1 + x0, line1 + x1, wy0 * wx0, wy0 * wx1, wy1 * wx0, wy1 * wx1
+def find_corners(y, x, factor, inside, H, W, INDEX: tl.constexpr):
+    """The four pixels around a sample, as places in the map, their weights, and which of them there are.
+
+    A sample of a pixel that is not `inside`, outside of the map or at NaN has none.
+    """
+    sampled = inside & (y > -1) & (y < H) & (x > -1) & (x < W)
+    y0, has_y0, has_y1, fy = _neighbours(y, sampled, H)
+    x0, has_x0, has_x1, fx = _neighbours(x, sampled, W)
+    wy0, wy1 = (1 - fy) * factor, fy * factor
+    p00 = y0.to(INDEX) * W + x0
+    return (
+        p00, p00 + 1, p00 + W, p00 + W + 1,
+        wy0 * (1 - fx), wy0 * fx, wy1 * (1 - fx), wy1 * fx,
+        has_y0 & has_x0, has_y0 & has_x1, has_y1 & has_x0, has_y1 & has_x1,
+    )  # fmt: skip
 
 
 @triton.jit
-def load_rows(base, place, channels, known, STRIDE: tl.constexpr, EVEN: tl.constexpr):
-    """(PIXELS, BLOCK_C): the channels of one pixel of the map for each row."""
+def load_rows(base, place, there, channels, known, STRIDE: tl.constexpr, EVEN: tl.constexpr):
+    """(PIXELS, BLOCK_C): the channels of one pixel of the map for each row, zeros where there is none."""
     pointers = base + (place * STRIDE)[:, None] + channels[None, :]
     if EVEN:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=known[None, :], other=0.0)
+        return tl.load(pointers, mask=there[:, None], other=0.0)
+    return tl.load(pointers, mask=there[:, None] & known[None, :], other=0.0)
 
 
 @triton.jit
@@ -101,12 +100,12 @@ def locate_step(
     y, xx, factor = locate_point(
         offset, mask, offset_c, mask_c, ho, wo, inside, point, KW, TAPS, GEOMETRY, HAS_MASK, REAL, INDEX
     )
-    p00, p01, p10, p11, w00, w01, w10, w11 = find_corners(y, xx, factor, H, W, INDEX)
+    p00, p01, p10, p11, w00, w01, w10, w11, h00, h01, h10, h11 = find_corners(y, xx, factor, inside, H, W, INDEX)
     even: tl.constexpr = SPAN % BLOCK_C == 0
-    v00 = load_rows(x, p00, first, known, C * GROUPS, even)
-    v01 = load_rows(x, p01, first, known, C * GROUPS, even)
-    v10 = load_rows(x, p10, first, known, C * GROUPS, even)
-    v11 = load_rows(x, p11, first, known, C * GROUPS, even)
+    v00 = load_rows(x, p00, h00, first, known, C * GROUPS, even)
+    v01 = load_rows(x, p01, h01, first, known, C * GROUPS, even)
+    v10 = load_rows(x, p10, h10, first, known, C * GROUPS, even)
+    v11 = load_rows(x, p11, h11, first, known, C * GROUPS, even)
     return v00, v01, v10, v11, w00, w01, w10, w11
 
 
@@ -201,7 +200,7 @@ def backward_points_kernel(
     y, xx, factor = locate_point(
         offset, mask, offset_c, mask_c, ho, wo, inside, point, KW, TAPS, GEOMETRY, HAS_MASK, REAL, INDEX
     )
-    p00, p01, p10, p11, w00, w01, w10, w11 = find_corners(y, xx, factor, H, W, INDEX)
+    p00, p01, p10, p11, w00, w01, w10, w11, h00, h01, h10, h11 = find_corners(y, xx, factor, inside, H, W, INDEX)
     x += image * H * W * (C * GROUPS)
     grad_x += image * H * W * (C * GROUPS)
     grad += image * HO * WO * (OUT * GROUPS)
@@ -233,16 +232,16 @@ def backward_points_kernel(
             )
             column = tl.dot(gradient, weights, column, input_precision=PRECISION, out_dtype=REAL)
         if TO_OFFSET or TO_MASK:
-            s00 += tl.sum(load_rows(x, p00, channel, known, C * GROUPS, even).to(REAL) * column, 1)
-            s01 += tl.sum(load_rows(x, p01, channel, known, C * GROUPS, even).to(REAL) * column, 1)
-            s10 += tl.sum(load_rows(x, p10, channel, known, C * GROUPS, even).to(REAL) * column, 1)
-            s11 += tl.sum(load_rows(x, p11, channel, known, C * GROUPS, even).to(REAL) * column, 1)
+            s00 += tl.sum(load_rows(x, p00, h00, channel, known, C * GROUPS, even).to(REAL) * column, 1)
+            s01 += tl.sum(load_rows(x, p01, h01, channel, known, C * GROUPS, even).to(REAL) * column, 1)
+            s10 += tl.sum(load_rows(x, p10, h10, channel, known, C * GROUPS, even).to(REAL) * column, 1)
+            s11 += tl.sum(load_rows(x, p11, h11, channel, known, C * GROUPS, even).to(REAL) * column, 1)
         if TO_X:
-            add_rows(grad_x, p00, w00, column, channel, known, C * GROUPS)
-            add_rows(grad_x, p01, w01, column, channel, known, C * GROUPS)
-            add_rows(grad_x, p10, w10, column, channel, known, C * GROUPS)
-            add_rows(grad_x, p11, w11, column, channel, known, C * GROUPS)
-    down, right, along = point_gradients(s00, s01, s10, s11, y, xx, factor, H, W)
+            add_rows(grad_x, p00, w00, h00, column, channel, known, C * GROUPS)
+            add_rows(grad_x, p01, w01, h01, column, channel, known, C * GROUPS)
+            add_rows(grad_x, p10, w10, h10, column, channel, known, C * GROUPS)
+            add_rows(grad_x, p11, w11, h11, column, channel, known, C * GROUPS)
+    down, right, along = point_gradients(s00, s01, s10, s11, y, xx, factor, h00 | h01 | h10 | h11)
     if TO_OFFSET:
         target = grad_offset + image * grad_offset_n + high * grad_offset_h + wide * grad_offset_w
         target += (2 * point).to(INDEX) * grad_offset_c
@@ -255,24 +254,18 @@ def backward_points_kernel(
 
 
 @triton.jit
-def point_gradients(s00, s01, s10, s11, y, x, factor, H, W):
+def point_gradients(s00, s01, s10, s11, y, x, factor, sampled):
     """Gradients of dy, dx and the mask, from the products of the sample's gradient with the four corners."""
-    _, _, has_y0, has_y1, fy = _neighbours(y, H)
-    _, _, has_x0, has_x1, fx = _neighbours(x, W)
-    s00 = tl.where(has_y0 & has_x0, s00, 0.0)
-    s01 = tl.where(has_y0 & has_x1, s01, 0.0)
-    s10 = tl.where(has_y1 & has_x0, s10, 0.0)
-    s11 = tl.where(has_y1 & has_x1, s11, 0.0)
+    y, x = tl.where(sampled, y, 0.0), tl.where(sampled, x, 0.0)
+    fy, fx = y - tl.floor(y), x - tl.floor(x)
     across0 = s01 - s00
     across1 = s11 - s10
     along0 = s00 + fx * across0
     along1 = s10 + fx * across1
-    # At exactly -1 nothing is sampled, though the right-hand derivative would not be zero; nor is it where a coordinate
-    # is no number.
-    sampled = (y > -1) & (x > -1)
+    # What is not sampled has no gradient, though the mask, or the gradient of the sample, be NaN.
     down = tl.where(sampled, factor * (along1 - along0), 0.0)
     right = tl.where(sampled, factor * (across0 + fy * (across1 - across0)), 0.0)
-    return down, right, tl.where(sampled, along0 + fy * (along1 - along0), 0.0)
+    return down, right, along0 + fy * (along1 - along0)
 
 
 @triton.jit
@@ -282,10 +275,11 @@ def load_gradient(rows, o, inside, known):
 
 
 @triton.jit
-def add_rows(base, place, factor, column, channels, known, STRIDE: tl.constexpr):
+def add_rows(base, place, factor, there, column, channels, known, STRIDE: tl.constexpr):
     """Add to the channels of one pixel of the map for each row; a row whose factor is zero is left out."""
     pointers = base + (place * STRIDE)[:, None] + channels[None, :]
-    tl.atomic_add(pointers, column * factor[:, None], mask=(factor != 0)[:, None] & known[None, :], sem="relaxed")
+    added = there & (factor != 0)
+    tl.atomic_add(pointers, column * factor[:, None], mask=added[:, None] & known[None, :], sem="relaxed")
 
 
 @triton.jit
