@@ -31,8 +31,9 @@ def check_tensor(name: str, value: Any, shape: str, dims: int, dtypes: Sequence[
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor {shape}, got {kind_of(value)}")
-    if value.layout is not torch.strided:
-        raise ValueError(f"{name} must be a dense tensor {shape}, got one with the layout {value.layout}")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested one" if value.is_nested else f"one with the layout {value.layout}"
+        raise ValueError(f"{name} must be a dense tensor {shape}, got {kind}")
     if value.dim() != dims:
         raise ValueError(f"{name} must be {shape}, got shape {tuple(value.shape)}")
     if value.dtype not in dtypes:

@@ -117,6 +117,8 @@ def check_alike(inputs: Sequence[Tensor], offsets: Sequence[Tensor]) -> None:
 
 def _check_kind(name: str, tensor: Tensor, weight: Tensor) -> None:
     check_device(name, tensor, "weight", weight)
-    # Autocast brings all of them to one type.
-    if tensor.dtype != weight.dtype and (weight.is_meta or not torch.is_autocast_enabled(weight.device.type)):
-        raise ValueError(f"{name} must be of weight's type, {weight.dtype}, got {tensor.dtype}")
+    if tensor.dtype != weight.dtype:
+        # Autocast brings all of them to one type, but for float64, which it leaves as it is.
+        cast = not weight.is_meta and torch.is_autocast_enabled(weight.device.type)
+        if not cast or torch.float64 in (tensor.dtype, weight.dtype):
+            raise ValueError(f"{name} must be of weight's type, {weight.dtype}, got {tensor.dtype}")

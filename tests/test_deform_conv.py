@@ -1,5 +1,7 @@
 """deform_conv2d on the PyTorch path: golden vectors, odd shapes, gradients, the operator's registration, bad input."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -283,6 +285,9 @@ def test_autocast_casts_everything_together():
         assert torch.equal(inputs[name].grad.bfloat16(), rounded[name].grad), name
 
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    NESTED = torch.nested.nested_tensor([torch.zeros(6, 5, 7)] * 2)
 BAD = {
     r"input must be \(N, C, H, W\), got shape \(6, 5, 7\)": {"input": torch.zeros(6, 5, 7)},
     r"weight must be \(O, C / groups, kh, kw\), got shape": {"weight": torch.zeros(5, 6, 3)},
@@ -304,7 +309,8 @@ BAD = {
     "padding must be .* got 3 numbers": {"padding": (1, 2, 3)},
     "stride must be within": {"stride": 2**70},
     "mask must be on the device of weight, cpu; it is on meta": {"mask": torch.zeros(2, 9, 5, 7, device="meta")},
-    "input must be a dense tensor": {"input": torch.zeros(2, 6, 5, 7).to_sparse()},
+    "input must be a dense tensor .* the layout torch.sparse_coo": {"input": torch.zeros(2, 6, 5, 7).to_sparse()},
+    "input must be a dense tensor .* a nested one": {"input": NESTED},
 }
 BAD_TYPES = {
     "weight must be a tensor .*, got NoneType None": {"weight": None},
@@ -328,11 +334,16 @@ def test_arguments_of_a_wrong_type_are_named(message):
         deform_conv2d(**arguments(dtype=torch.float32) | BAD_TYPES[message])
 
 
-def test_autocast_converts_floating_point_only():
-    inputs = arguments(dtype=torch.float32) | {"mask": torch.ones(2, 9, 5, 7, dtype=torch.float64)}
-    with torch.autocast("cpu", torch.bfloat16):
-        with pytest.raises(ValueError, match="offset must be floating point"):
-            deform_conv2d(**inputs | {"offset": inputs["offset"].detach().long()})
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"offset": torch.zeros(2, 18, 5, 7, dtype=torch.int64)}, "offset must be floating point"),
+        ({"mask": torch.ones(2, 9, 5, 7, dtype=torch.float64)}, "mask must be of weight's type, torch.float32, got"),
+    ],
+)
+def test_autocast_converts_neither_integers_nor_float64(wrong, message):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=message):
+        deform_conv2d(**arguments(dtype=torch.float32) | wrong)
 
 
 def test_levels_that_do_not_belong_together():
