@@ -4,7 +4,8 @@
 
 One convention holds on every path. Arithmetic and sums are float32 (float64 for a float64 input). Which line is the
 larger is read from the sign of d = (a1 - a2) x + (b1 - b2); the gradient goes to the first line where d > 0, to the
-second where d < 0, half to each where d = 0 and all of it to both where d is NaN, as `torch.maximum` splits it.
+second where d < 0, half to each where d = 0 and all of it to both where d is NaN, as `torch.maximum` splits it. Only
+where infinities cancel in the lines and not in d, or the other way around, `torch.maximum` splits it otherwise.
 """
 
 import math

@@ -5,7 +5,18 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from relu_calls import PLACES, check_nan
+from hypothesis import given, settings
+from relu_calls import (
+    INFINITIES,
+    NOT_FINITE,
+    PLACES,
+    check_extreme,
+    check_infinity,
+    check_not_finite,
+    extreme_call,
+    malformed_call,
+    refusal,
+)
 
 from kernels import OPS, dynamic_relu
 from kernels.dynamic_relu import dynamic_relu_reference
@@ -22,6 +33,7 @@ SHAPES = [
     Shape("many pixels", 2, 3, 40, 50),
 ]
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
 
 def inputs(shape=SHAPES[4], dtype=torch.float32, device="cpu"):
@@ -124,10 +136,28 @@ def test_equal_lines_share_the_gradient_of_their_coefficients():
     assert found.flatten().tolist() == [10, 2, 10, 2]
 
 
+@pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nan_spreads_as_in_the_definition(place, dtype):
-    check_nan(place, dtype)
+def test_what_is_not_finite_spreads_as_in_the_definition(place, dtype, value):
+    check_not_finite(place, value, dtype)
+
+
+@pytest.mark.parametrize("name", INFINITIES)
+def test_lines_that_meet_at_infinity(name):
+    check_infinity(name)
+
+
+@EXAMPLES
+@given(call=malformed_call())
+def test_malformed_calls_are_refused(call):
+    refusal(call, "torch")
+
+
+@EXAMPLES
+@given(call=extreme_call([*DTYPES, torch.float32]))
+def test_extreme_calls_are_the_definitions(call):
+    check_extreme(call, "torch")
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

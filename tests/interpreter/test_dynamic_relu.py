@@ -5,7 +5,18 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
-from relu_calls import PLACES, check_nan
+from hypothesis import given, settings
+from relu_calls import (
+    INFINITIES,
+    NOT_FINITE,
+    PLACES,
+    check_extreme,
+    check_infinity,
+    check_not_finite,
+    extreme_call,
+    malformed_call,
+    refusal,
+)
 
 from kernels import OPS, dynamic_relu, use_backend
 from kernels.dynamic_relu import dynamic_relu_reference
@@ -23,6 +34,7 @@ SHAPES = [
     Shape("many pixels", 1, 3, 40, 50),
 ]
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
 
 @pytest.fixture(autouse=True)
@@ -84,10 +96,28 @@ def test_ties_are_split_in_half():
     torch.testing.assert_close(gradients(dynamic_relu, input, coefficients, cotangent), expected)
 
 
+@pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-def test_nan_spreads_as_in_the_definition(place, dtype):
-    check_nan(place, dtype)
+def test_what_is_not_finite_spreads_as_in_the_definition(place, dtype, value):
+    check_not_finite(place, value, dtype)
+
+
+@pytest.mark.parametrize("name", INFINITIES)
+def test_lines_that_meet_at_infinity(name):
+    check_infinity(name)
+
+
+@EXAMPLES
+@given(call=malformed_call())
+def test_malformed_calls_are_refused_alike_on_both_paths(call):
+    assert refusal(call, "triton") == refusal(call, "torch")
+
+
+@EXAMPLES
+@given(call=extreme_call([*DTYPES[:3], torch.float32]))
+def test_extreme_calls_are_the_definitions(call):
+    check_extreme(call, "triton")
 
 
 def test_nan_reaches_the_output():
