@@ -23,6 +23,11 @@ def dynamic_relu_reference(input: Tensor, coefficients: Tensor) -> Tensor:
     return torch.maximum(a1 * input + b1, a2 * input + b2)
 
 
+def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # `Tensor.to` costs as much as an operator on a tiny tensor, also where there is nothing to convert.
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def _line(x: Tensor, slope: Tensor, intercept: Tensor) -> Tensor:
     # addcmul is one pass, but runs scalar code when the innermost dimension is broadcast, as it is in NCHW.
     if x.stride(1) == 1:
@@ -32,7 +37,7 @@ def _line(x: Tensor, slope: Tensor, intercept: Tensor) -> Tensor:
 
 def _forward_torch(output: Tensor, input: Tensor, coefficients: Tensor) -> None:
     dtype = torch.promote_types(input.dtype, torch.float32)
-    a1, b1, a2, b2 = coefficients.to(dtype)[..., None, None].unbind(1)
+    a1, b1, a2, b2 = _to(coefficients, dtype)[..., None, None].unbind(1)
     if input.dtype == dtype:
         torch.maximum(_line(input, a1, b1), _line(input, a2, b2), out=output)
     else:
@@ -42,13 +47,12 @@ def _forward_torch(output: Tensor, input: Tensor, coefficients: Tensor) -> None:
 
 def _backward_torch(grad_input: Tensor, grad_output: Tensor, input: Tensor, coefficients: Tensor) -> Tensor:
     dtype = torch.promote_types(input.dtype, torch.float32)
-    lines = coefficients.to(dtype)
-    x = input if input.dtype == dtype else input.to(dtype)
+    lines, x = _to(coefficients, dtype), _to(input, dtype)
     if input.is_cpu:
         found = _backward_finite(grad_input, grad_output, x, lines)
         # What is not finite in any of the arguments is not finite in one of these, which are few, nor in their product.
         if math.isfinite(torch.dot(found.view(-1), lines.reshape(-1))):
-            return found.to(coefficients.dtype)
+            return _to(found, coefficients.dtype)
     return _backward_any(grad_input, grad_output, x, lines).to(coefficients.dtype)
 
 
@@ -58,7 +62,7 @@ def _backward_finite(grad_input: Tensor, grad_output: Tensor, x: Tensor, lines: 
     # fresh memory. On a CPU `where`, `heaviside` and comparisons are many times slower than `sign`.
     a1, b1, a2, b2 = lines[..., None, None].unbind(1)
     sign = _line(x, a1 - a2, b1 - b2).sign_()
-    half = grad_output.to(x.dtype) * 0.5
+    half = _to(grad_output, x.dtype) * 0.5
     first = torch.addcmul(half, half, sign)
     second = torch.addcmul(half, half, sign, value=-1, out=sign)
     product, pixels = half, (2, 3)
@@ -170,7 +174,7 @@ def dynamic_relu(input: Tensor, coefficients: Tensor) -> Tensor:
     check_tensor("input", input, "(N, C, H, W)", 4)
     check_tensor("coefficients", coefficients, "(N, 4, C)", 3)
     check_device("coefficients", coefficients, "input", input)
-    batch, channels = input.shape[:2]
+    batch, channels, _, _ = input.shape
     if coefficients.shape != (batch, 4, channels):
         raise ValueError(
             f"coefficients must be (N, 4, C) = {(batch, 4, channels)} for this input, got {tuple(coefficients.shape)}"
