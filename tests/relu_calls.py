@@ -85,37 +85,36 @@ def check_infinity(name: str) -> None:
     torch.testing.assert_close([output.double(), grad_input.double(), found.double()], wanted, equal_nan=True)
 
 
-def _no_tensors(wanted: Tensor) -> list[Any]:
-    """What a tensor of that many dimensions is not."""
+def _no_tensors(wanted: Tensor) -> list[list[Any]]:
+    """What such a tensor is not: another Python type, another type of numbers, of other dimensions, or elsewhere."""
     dtypes = (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e5m2, torch.float8_e4m3fn)
-    wrong = [*(wanted.to(dtype) for dtype in dtypes), wanted[None], wanted[..., 0], wanted.sum()]
-    wrong += [wanted.to("meta"), wanted.to_sparse(), torch.nested.nested_tensor(list(wanted.detach()))]
-    return [*wrong, None, 2, 0.5, True, "tensor", wanted.numpy(), wanted.tolist(), (wanted,), {}, [], object()]
+    return [
+        [None, 2, 0.5, True, "tensor", wanted.numpy(), wanted.tolist(), (wanted,), {}, [], object()],
+        [wanted.to(dtype) for dtype in dtypes],
+        [wanted[None], wanted[..., 0], wanted.sum()],
+        [wanted.to("meta"), wanted.to_sparse(), torch.nested.nested_tensor(list(wanted))],
+    ]
 
 
 @st.composite
 def malformed_call(draw) -> dict[str, Any]:
-    """Arguments of which one or both are wrong, or that do not fit together, or have changed places."""
+    """Arguments of which one is wrong, or both are, or that do not fit together or have changed places."""
     n, c, h, w = (draw(st.integers(1, 3)) for _ in range(4))
-    input, coefficients = torch.ones(n, c, h, w), torch.ones(n, 4, c)
-    # Of no batch and no channels, too: what holds nothing is checked all the same.
-    shapes = [(n + 1, 4, c), (n, 4, c + 1), (n, 3, c), (n, 5, c), (n, 0, c), (n, c + 4, 4), (0, 4, c), (n, 4, 0)]
-    wrong = {
-        "input": [*_no_tensors(input), input[:0], input[:, :0], coefficients],
-        "coefficients": [*_no_tensors(coefficients), *(torch.ones(shape) for shape in shapes), input],
-    }
-    if draw(st.integers(0, 9)) == 0:
-        return {"input": coefficients, "coefficients": input}
-    arguments = {"input": input, "coefficients": coefficients}
-    for name in draw(st.sampled_from([["input"], ["coefficients"], ["input", "coefficients"]])):
-        arguments[name] = draw(st.sampled_from(wrong[name]))
-    # Two wrong ones may fit each other.
-    tensors = [x for x in arguments.values() if isinstance(x, Tensor) and not x.is_nested]
-    if len(tensors) == 2 and (tensors[0].dim(), tensors[1].dim()) == (4, 3) and len({x.device for x in tensors}) == 1:
-        good = all(x.layout is torch.strided and x.dtype in (torch.float32,) for x in tensors)
-        if good and tensors[1].shape == (len(tensors[0]), 4, tensors[0].shape[1]):
-            arguments["coefficients"] = None
-    return arguments
+    good = {"input": torch.ones(n, c, h, w), "coefficients": torch.ones(n, 4, c)}
+    which = draw(st.sampled_from(["input", "coefficients", "both", "shapes", "shapes"]))
+    if which == "shapes":
+        # What holds nothing is checked all the same.
+        shapes = [(n + 1, 4, c), (n, 4, c + 1), (n, 3, c), (n, 5, c), (n, 0, c), (0, 4, c), (n, 4, 0), (n, c + 4, 4)]
+        wrong = [good | {"coefficients": torch.ones(shape)} for shape in shapes]
+        wrong += [good | {"input": good["input"][:0]}, good | {"input": good["input"][:, :0]}]
+        wrong.append({"input": good["coefficients"], "coefficients": good["input"]})
+        return draw(st.sampled_from(wrong))
+    for name in good:
+        if which in (name, "both"):
+            # Of both, the device is right: they might be on the same wrong one, and fit.
+            ways = _no_tensors(good[name])[: 3 if which == "both" else 4]
+            good[name] = draw(st.sampled_from(draw(st.sampled_from(ways))))
+    return good
 
 
 def refusal(arguments: dict[str, Any], backend: str) -> tuple[type, str]:
