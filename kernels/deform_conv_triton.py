@@ -49,13 +49,11 @@ def locate_point(
 
 
 @triton.jit
-def _neighbours(place, sampled, size):
+def _neighbours(place, size):
     """The pixel at or before a coordinate; whether it and the next one are in the map; the distance from it."""
-    # What is not sampled may be a number that no integer holds, or none.
-    place = tl.where(sampled, place, 0.0)
     low = tl.floor(place)
     first = low.to(tl.int32)
-    return first, sampled & (place >= 0), sampled & (place < size - 1), place - low
+    return first, place >= 0, place < size - 1, place - low
 
 
 @triton.jit
@@ -65,8 +63,10 @@ def find_corners(y, x, factor, inside, H, W, INDEX: tl.constexpr):
     A sample of a pixel that is not `inside`, outside of the map or at NaN has none.
     """
     sampled = inside & (y > -1) & (y < H) & (x > -1) & (x < W)
-    y0, has_y0, has_y1, fy = _neighbours(y, sampled, H)
-    x0, has_x0, has_x1, fx = _neighbours(x, sampled, W)
+    # What is not sampled, and need not be a number that an integer holds, goes above the map: it has no first line.
+    y0, has_y0, has_y1, fy = _neighbours(tl.where(sampled, y, -2.0), H)
+    x0, has_x0, has_x1, fx = _neighbours(tl.where(sampled, x, 0.0), W)
+    has_y1 &= sampled
     wy0, wy1 = (1 - fy) * factor, fy * factor
     p00 = y0.to(INDEX) * W + x0
     return (
