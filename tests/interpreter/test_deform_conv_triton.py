@@ -86,13 +86,14 @@ def test_far_and_infinite_offsets():
 
 
 def test_only_the_gradients_asked_for():
-    inputs = PLAIN.inputs(torch.float64)
-    expected = gradients(reference, inputs, PLAIN.geometry)
+    case = Case("", "", batch=1, channels=2, outputs=2, size=(2, 3), kernel=(1, 2), padding=(0, 1))
+    inputs = case.inputs(torch.float64)
+    expected = gradients(reference, inputs, case.geometry)
     cotangent = torch.randn(expected["output"].shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    for name in ("input", "offset", "weight"):
+    for name in inputs:
         leaves = {k: x.detach() for k, x in inputs.items()}
         leaves[name].requires_grad_()
-        deform_conv2d(**leaves, **PLAIN.geometry).backward(cotangent)
+        deform_conv2d(**leaves, **case.geometry).backward(cotangent)
         torch.testing.assert_close(leaves[name].grad, expected[name])
 
 
@@ -126,7 +127,7 @@ def test_levels_and_empty_batches():
 
 
 def test_opcheck():
-    inputs = Case("", "", batch=1, channels=2, outputs=2, size=(2, 3)).inputs(torch.float32)
+    inputs = Case("", "", batch=1, channels=2, outputs=2, size=(2, 2), kernel=(1, 1)).inputs(torch.float32)
     lists = [[inputs[name]] for name in ("input", "offset", "mask")]
     settings = (inputs["weight"], inputs["bias"], [1, 1], [1, 1], [1, 1], "triton")
     opcheck(torch.ops.dyhead.deform_conv2d.default, (*lists, *settings))
