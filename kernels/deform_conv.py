@@ -9,9 +9,9 @@ at its regular place plus an offset, times a mask. Conventions, where public imp
 - At integer coordinates the gradient of the offset is the right-hand derivative, as in mmcv and torchvision.
 - At a coordinate that is NaN or infinite nothing is sampled. What is not sampled is zero, whatever pixels are near it,
   and the offset has no gradient there.
-- Any other NaN or infinity spreads as in `reference`. The input's gradient in Triton is the exception: from a gradient
-  or mask that is not finite it is NaN or infinite in some pixels around the sample that have no share in it (with
-  deterministic algorithms), or not in those whose share is 0 (without).
+- Any other NaN or infinity spreads as in `reference`. The input's gradient in Triton is the exception: from a gradient,
+  mask or weight that is not finite it is NaN or infinite in some pixels around the sample that have no share in it
+  (with deterministic algorithms), or not in those whose share is 0 (without).
 - Products of 16-bit numbers are summed in float32 and rounded once.
 """
 

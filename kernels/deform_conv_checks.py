@@ -39,6 +39,9 @@ def check_lists(inputs: Any, offsets: Any, masks: Any) -> None:
     for name, value in (("offsets", offsets), ("masks", masks)):
         if value is not None and len(value) != len(inputs):
             raise ValueError(f"{name} must be as many as inputs, {len(inputs)}, got {len(value)}")
+    for level, mask in enumerate(masks or ()):
+        if mask is None:
+            raise TypeError(f"masks[{level}] must be a tensor, as those of all levels or none must be, got None")
 
 
 def check_weight(weight: Any, bias: Any) -> None:
