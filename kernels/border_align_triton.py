@@ -52,6 +52,35 @@ def _load(x, place, c, known):
 
 
 @triton.jit
+def _largest(
+    x, c, wanted, b_x, b_y, step_x, step_y, H, W, stride_h, stride_w,
+    POOL: tl.constexpr, EXACT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """The largest sample of each box and channel, and its number; EXACT also where a cell is infinite."""
+    best = tl.full((BLOCK_B, BLOCK_C), float("-inf"), REAL)
+    winner = tl.zeros((BLOCK_B, BLOCK_C), dtype=tl.int32)
+    for i in range(POOL + 1):
+        p00, p01, p10, p11, across, down, inside = _corners(
+            b_x + i * step_x, b_y + i * step_y, H, W, stride_h, stride_w
+        )
+        across, down = across[:, None], down[:, None]
+        known = wanted & inside[:, None]
+        v00, v01 = _load(x, p00, c, known).to(REAL), _load(x, p01, c, known).to(REAL)
+        v10, v11 = _load(x, p10, c, known).to(REAL), _load(x, p11, c, known).to(REAL)
+        # Between equal cells this is exactly their value, so that the first of equal samples is found.
+        above, below = v00 + across * (v01 - v00), v10 + across * (v11 - v10)
+        sample = above + down * (below - above)
+        if EXACT:
+            weighted = (v00 * (1 - across) + v01 * across) * (1 - down) + (v10 * (1 - across) + v11 * across) * down
+            sample = tl.where(tl.abs(sample) < float("inf"), sample, weighted)
+        # As in PyTorch, what is not a number is larger than all numbers.
+        larger = (sample > best) | ((sample != sample) & (best == best))
+        best = tl.where(larger, sample, best)
+        winner = tl.where(larger, i, winner)
+    return best, winner
+
+
+@triton.jit
 def forward_kernel(
     x, boxes, out, chosen, count, H, W, C, stride_n, stride_h, stride_w,
     POOL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
@@ -64,26 +93,14 @@ def forward_kernel(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     wanted = (box < count)[:, None] & (c < C)[None, :]
     x += image * stride_n + border * C
-    best = tl.full((BLOCK_B, BLOCK_C), float("-inf"), REAL)
-    winner = tl.zeros((BLOCK_B, BLOCK_C), dtype=tl.int32)
-    for i in range(POOL + 1):
-        p00, p01, p10, p11, across, down, inside = _corners(
-            b_x + i * step_x, b_y + i * step_y, H, W, stride_h, stride_w
+    best, winner = _largest(
+        x, c, wanted, b_x, b_y, step_x, step_y, H, W, stride_h, stride_w, POOL, False, BLOCK_B, BLOCK_C, REAL
+    )
+    # An infinity less an infinity is none: where anything came out as NaN, it is looked at again, and exactly.
+    if tl.max((best != best).to(tl.int32)) > 0:
+        best, winner = _largest(
+            x, c, wanted, b_x, b_y, step_x, step_y, H, W, stride_h, stride_w, POOL, True, BLOCK_B, BLOCK_C, REAL
         )
-        known = wanted & inside[:, None]
-        v00, v01 = _load(x, p00, c, known).to(REAL), _load(x, p01, c, known).to(REAL)
-        v10, v11 = _load(x, p10, c, known).to(REAL), _load(x, p11, c, known).to(REAL)
-        # Between equal cells this is exactly their value, so that the first of equal samples is found.
-        above, below = v00 + across[:, None] * (v01 - v00), v10 + across[:, None] * (v11 - v10)
-        sample = above + down[:, None] * (below - above)
-        # A difference with an infinity is another number than a weighted sum with it.
-        above = v00 * (1 - across[:, None]) + v01 * across[:, None]
-        below = v10 * (1 - across[:, None]) + v11 * across[:, None]
-        sample = tl.where(tl.abs(sample) < float("inf"), sample, above * (1 - down[:, None]) + below * down[:, None])
-        # As in PyTorch, what is not a number is larger than all numbers.
-        larger = (sample > best) | ((sample != sample) & (best == best))
-        best = tl.where(larger, sample, best)
-        winner = tl.where(larger, i, winner)
     pointers = ((image * count + box) * 4 + border)[:, None] * C + c[None, :]
     tl.store(out + pointers, best.to(out.dtype.element_ty), mask=wanted)
     tl.store(chosen + pointers, winner.to(tl.uint8), mask=wanted)
