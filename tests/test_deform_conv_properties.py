@@ -5,17 +5,14 @@ import torch
 from deform_calls import (
     AXES,
     UNREAL,
-    Call,
     alone,
     check_extreme,
     check_unreal,
     defined,
     extreme_call,
-    malformed,
-    malformed_call,
-    refusal,
     second_of_two_levels,
 )
+from deform_malformed import Call, malformed, malformed_call, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

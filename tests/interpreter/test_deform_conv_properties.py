@@ -9,10 +9,9 @@ from deform_calls import (
     check_extreme,
     check_unreal,
     extreme_call,
-    malformed_call,
-    refusal,
     second_of_two_levels,
 )
+from deform_malformed import malformed_call, refusal
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
