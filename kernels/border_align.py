@@ -129,10 +129,11 @@ def _backward_torch(grad: Tensor, chosen: Tensor, boxes: Tensor, shape: Sequence
     won = chosen.permute(0, 3, 1, 2).reshape(images * 4, -1, count)
     won = (won + torch.arange(0, count * samples, samples, device=grad.device)).flatten(1)
     grad = grad.permute(0, 3, 1, 2).reshape(won.shape).to(boxes.dtype)
-    # Not as a factor of the weights: a gradient may be NaN.
-    grad = grad.masked_fill(~inside.gather(1, won), 0)
+    if not grad.is_cpu or not math.isfinite(grad.sum()):
+        # 0 × NaN is NaN, also where nothing was sampled. On a GPU a look at the numbers would wait for them.
+        grad = grad.masked_fill(~inside.gather(1, won), 0)
     for cells, weights in zip(*_corners(position, inside, (height, width)), strict=True):
-        value = weights.gather(1, won) * grad
+        value = (weights * inside).gather(1, won) * grad
         result.scatter_add_(1, cells.gather(1, won).view(len(result), count), value.view(len(result), count))
     return result.view(shape)
 
