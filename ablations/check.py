@@ -10,12 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ablations.annotations import BAD_ANNOTATIONS, Annotations, ImageEntry, check_annotations, mask_problems
+from ablations.annotations import Annotations, ImageEntry, check_annotations, mask_problems
 from ablations.images import MAX_PIXELS
 from ablations.json_file import read_json
 from ablations.problems import ID, MISSING, DataError, Lenient, identity, mixed, quote, whole, wrong
-
-__all__ = ["BAD_ANNOTATIONS", "Annotations", "DataError", "ImageEntry", "Instances", "quote", "read_instances"]
 
 
 @dataclass(frozen=True, eq=False)

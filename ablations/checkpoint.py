@@ -18,6 +18,7 @@ import torch
 from ablations.annotations import BAD_ANNOTATIONS
 from ablations.coco import Split, read_split
 from ablations.evaluate import evaluate
+from ablations.images import MAX_PIXELS
 from ablations.loader import EvalLoader
 from ablations.machine import device_name, machine_info
 from ablations.store import atomic_write_text
@@ -42,9 +43,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a directory in COCO layout")
     bad = "boxes that cannot be: list them and stop (refuse, the default), or leave them out and say how many (drop)"
     parser.add_argument("--bad-annotations", choices=BAD_ANNOTATIONS, default="refuse", help=bad)
-    parser.add_argument(
-        "--max-image-pixels", type=int, metavar="N", help="most pixels of an image (default: 178956970, Pillow's limit)"
-    )
+    most = f"most pixels of an image (default: {MAX_PIXELS}, Pillow's own limit)"
+    parser.add_argument("--max-image-pixels", type=int, metavar="N", help=most)
     parser.add_argument(
         "--short-side", type=int, metavar="N", help="pixels of the shorter side (default: the layout's)"
     )

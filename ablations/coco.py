@@ -19,9 +19,11 @@ from typing import Literal
 
 import numpy as np
 
-from ablations.check import BAD_ANNOTATIONS, Annotations, DataError, ImageEntry, quote, read_instances
+from ablations.annotations import BAD_ANNOTATIONS, Annotations, ImageEntry
+from ablations.check import read_instances
 from ablations.image_files import ImageFiles
 from ablations.images import Header, ImageError, applied_orientation, decode, limit_pixels
+from ablations.problems import DataError, quote
 
 __all__ = ["DataError", "Dataset", "ImageRecord", "Split", "find_root", "read_dataset", "read_image", "read_split"]
 

@@ -7,7 +7,6 @@ so a resumed run sees what an uninterrupted one would have seen, and threads tha
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from numbers import Integral
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from ablations.annotations import mask_problems
 from ablations.coco import DataError, ImageRecord, Split, read_image
 from ablations.segments import bitmap
+from kernels.checks import check_integer
 
 CACHE_BYTES = 512 << 20
 
@@ -128,7 +128,7 @@ class Loader:
         masks: Whether the targets have masks; every object then needs a segmentation (`check_segmentations`).
 
     Raises:
-        ValueError: an argument is out of range.
+        TypeError, ValueError: an argument is no whole number, or out of range.
         DataError: masks are wanted, and objects lack a segmentation.
     """
 
@@ -145,10 +145,10 @@ class Loader:
         cache_bytes: int = CACHE_BYTES,
         masks: bool = False,
     ):
-        _check_whole("seed", seed, 0)
+        check_integer("seed", seed, 0)
         if not 0 <= flip <= 1:
             raise ValueError(f"flip is {flip!r}, expected a probability, 0 to 1")
-        _check_sizes(split, batch_size, short_sides, max_size, threads, cache_bytes)
+        _check_arguments(split, batch_size, short_sides, max_size, threads, cache_bytes)
         if masks:
             _refuse(split, mask_problems(split.annotations, training=True))
         self.records = split.images
@@ -286,7 +286,7 @@ class EvalLoader:
         threads, cache_bytes: As for `Loader`.
 
     Raises:
-        ValueError: an argument is out of range.
+        TypeError, ValueError: an argument is no whole number, or out of range.
     """
 
     def __init__(
@@ -299,7 +299,7 @@ class EvalLoader:
         threads: int = 0,
         cache_bytes: int = 0,
     ):
-        _check_sizes(split, batch_size, (short_side,), max_size, threads, cache_bytes)
+        _check_arguments(split, batch_size, (short_side,), max_size, threads, cache_bytes)
         self.records, self.batch_size = split.images, batch_size
         self.short_side, self.max_size = short_side, max_size
         self._pixels = _Pixels(self.records, (short_side,), max_size, cache_bytes)
@@ -334,21 +334,16 @@ class EvalLoader:
         return images, shown
 
 
-def _check_sizes(
+def _check_arguments(
     split: Split, batch_size: int, short_sides: Sequence[int], max_size: int, threads: int, cache_bytes: int
 ) -> None:
     if not split.images:
         raise ValueError("split has no images, expected at least one")
-    _check_whole("batch_size", batch_size, 1)
-    _check_whole("threads", threads, 0)
-    _check_whole("cache_bytes", cache_bytes, 0)
+    check_integer("batch_size", batch_size, 1)
+    check_integer("threads", threads, 0)
+    check_integer("cache_bytes", cache_bytes, 0)
     if not len(short_sides):
         raise ValueError("short_sides is empty, expected at least one side")
     for side in short_sides:
-        _check_whole("a side of short_sides", side, 1)
-    _check_whole("max_size", max_size, 1)
-
-
-def _check_whole(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
+        check_integer("a side of short_sides", side, 1)
+    check_integer("max_size", max_size, 1)

@@ -21,7 +21,7 @@ from ablations.annotations import BAD_ANNOTATIONS
 from ablations.coco import Dataset, read_dataset
 from ablations.generate import generate
 from ablations.grid import GRIDS, PRESETS, Cell, Preset, build_grid, only
-from ablations.loader import check_segmentations
+from ablations.images import MAX_PIXELS
 from ablations.machine import device_name, machine_info
 from ablations.pool import run_cells
 from ablations.progress import TRAINING_SHARE, Progress, clock
@@ -59,7 +59,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     bad = "boxes outside their image, of negative size or not finite, or of an unknown category: list them and stop "
     bad += "(refuse, the default), or leave them out of both splits and say how many (drop)"
     what.add_argument("--bad-annotations", choices=BAD_ANNOTATIONS, default="refuse", help=bad)
-    most = "most pixels of an image (default: 178956970, Pillow's own limit)"
+    most = f"most pixels of an image (default: {MAX_PIXELS}, Pillow's own limit)"
     what.add_argument("--max-image-pixels", type=positive, metavar="N", help=most)
     what.add_argument("--only", default="", metavar="TERMS", help='keep matching cells, for instance "LSC,depth=1"')
     names = f"of {', '.join(DETECTORS)} (default: atss; all of them for --grid detectors)"
@@ -138,9 +138,6 @@ def open_data(options: argparse.Namespace, preset: Preset) -> Dataset:
         if time.monotonic() - began > 1:
             print(f"made the default data set, {directory}, in {clock(time.monotonic() - began)}")
     data = read_dataset(directory, **asdict(reading(options)))
-    if options.masks:
-        for split in (data.train, data.val):
-            check_segmentations(split)
     for note in data.notes:
         print(note)
     return data
@@ -224,9 +221,11 @@ def main(arguments: list[str] | None = None) -> int:
     if only_evaluated:
         names = ", ".join(cell.name for cell in only_evaluated)
         print(f"trained already, on the same training data, and now only evaluated: {names}")
+        report_reuse("weights", [trained.find(out, cell) for cell in only_evaluated], options.device, command)
     if options.dry_run:
         return dry_run(rows, todo, only_evaluated, out, workers)
-    report_reuse([row for cell, row in rows.items() if cell not in todo], options.device, command)
+    done = [row["machine"] for cell, row in rows.items() if cell not in todo]
+    report_reuse("rows", done, options.device, command)
     if options.fresh:
         paths = [path for cell in todo for path in (out / "cells" / f"{cell.key}.json", trained.folder(out, cell))]
         set_aside(out, paths)
@@ -289,12 +288,12 @@ def dry_run(
     return OK
 
 
-def report_reuse(rows: list[dict], device: str, command: str) -> None:
-    """Say in one line when rows are reused that another commit made."""
+def report_reuse(what: str, records: list[dict], device: str, command: str) -> None:
+    """Say in one line when rows or weights are reused that another commit made; each record has its `commit`."""
     here = machine_info(device, command)["commit"]
-    others = sorted({row["machine"].get("commit") or "unknown" for row in rows} - {here})
+    others = sorted({record.get("commit") or "unknown" for record in records} - {here})
     if others:
-        print(f"reusing rows made at commit {', '.join(others)}; --fresh runs them again at {here}")
+        print(f"reusing {what} made at commit {', '.join(others)}; --fresh runs them again at {here}")
 
 
 def set_aside(out: Path, paths: list[Path]) -> None:

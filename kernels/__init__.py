@@ -7,7 +7,7 @@ What holds for all of them, on both paths:
 - A coordinate (an offset, a side of a box, the index of a box's image) that is NaN, infinite or of no image samples
   nothing: its samples count as 0 and have a gradient of 0, and no other sample, image or box is touched.
 - A NaN or an infinity anywhere else, in a map, a mask, a weight or a gradient, spreads as in plain PyTorch: to what is
-  computed from it, 0 × NaN included, and to nothing else.
+  computed from it, 0 × NaN included, and to nothing else. The few exceptions stand at the top of the operator's file.
 """
 
 from kernels.backend import use_backend

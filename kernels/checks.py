@@ -106,5 +106,7 @@ def check_flag(name: str, value: Any) -> bool:
 
 def kind_of(value: Any) -> str:
     """A value as a message calls it: its type, and the value where it is short."""
+    if value is None:
+        return "None"
     text = type(value).__name__
-    return f"{text} {value!r}" if isinstance(value, int | float | str | None) and len(repr(value)) < 40 else text
+    return f"{text} {value!r}" if isinstance(value, int | float | str) and len(repr(value)) < 40 else text

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import IO
 
 FOLDER = Path(__file__).parent / "interpreter"
 COMMAND = [sys.executable, "-m", "pytest", str(FOLDER), "-p", "no:cacheprovider", "--tb=short"]
@@ -16,7 +17,7 @@ class InterpreterChild:
 
     def __init__(self):
         self.process: subprocess.Popen | None = None
-        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.output: IO[str] | None = None
 
     def pytest_collection_modifyitems(self, items):
         items.sort(key=lambda item: "interpreter_child" in getattr(item, "fixturenames", ()))
@@ -25,6 +26,7 @@ class InterpreterChild:
         option = session.config.option
         wanted = session.items and "interpreter_child" in getattr(session.items[-1], "fixturenames", ())
         if wanted and not option.collectonly and not getattr(option, "benchmark_only", False):
+            self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115
             # Triton reads TRITON_INTERPRET when a kernel is made, so it has to be there before the first import.
             environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
             self.process = subprocess.Popen(

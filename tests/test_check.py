@@ -7,8 +7,9 @@ import pytest
 from tiny_coco import annotation, documents, edited, json_path, write, write_json
 
 from ablations import json_file, problems
-from ablations.check import DataError, read_instances
+from ablations.check import read_instances
 from ablations.coco import read_dataset, read_split
+from ablations.problems import DataError
 
 
 def set_in(*path):

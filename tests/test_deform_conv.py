@@ -313,7 +313,7 @@ BAD = {
     "input must be a dense tensor .* a nested one": {"input": NESTED},
 }
 BAD_TYPES = {
-    "weight must be a tensor .*, got NoneType None": {"weight": None},
+    "weight must be a tensor .*, got None": {"weight": None},
     "offset must be a tensor .*, got list": {"offset": [0.0]},
     "input must be a tensor .*, got ndarray": {"input": np.zeros((2, 6, 5, 7), np.float32)},
     "dilation must be a whole number, got float 1.5": {"dilation": 1.5},

@@ -338,26 +338,27 @@ def test_boxes_come_back_to_the_original(tmp_path):
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"batch_size": 0}, "batch_size is 0, expected a whole number of at least 1"),
-        ({"batch_size": 2.5}, "batch_size is 2.5"),
-        ({"batch_size": True}, "batch_size is True"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number, got float 2.5"),
+        ({"batch_size": True}, "batch_size must be a whole number, got bool True"),
         ({"short_sides": ()}, "short_sides is empty"),
-        ({"short_sides": (16, 0)}, "a side of short_sides is 0, expected a whole number of at least 1"),
-        ({"short_sides": (16.5,)}, "a side of short_sides is 16.5"),
-        ({"max_size": 0}, "max_size is 0"),
-        ({"seed": -1}, "seed is -1, expected a whole number of at least 0"),
+        ({"short_sides": (16, 0)}, "a side of short_sides must be at least 1, got 0"),
+        ({"short_sides": (16.5,)}, "a side of short_sides must be a whole number, got float 16.5"),
+        ({"max_size": 0}, "max_size must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"flip": 1.5}, "flip is 1.5, expected a probability"),
         ({"flip": float("nan")}, "flip is nan"),
-        ({"threads": -1}, "threads is -1"),
-        ({"cache_bytes": -1}, "cache_bytes is -1"),
+        ({"threads": -1}, "threads must be at least 0, got -1"),
+        ({"cache_bytes": -1}, "cache_bytes must be at least 0, got -1"),
     ],
     ids=str,
 )
 def test_arguments_out_of_range(mixed, change, message):
-    with pytest.raises(ValueError, match=message):
+    kind = TypeError if "a whole number" in message else ValueError
+    with pytest.raises(kind, match=message):
         Loader(mixed, **{"batch_size": 2, "seed": 0, "short_sides": (16,), "max_size": 64, **change})
     if change.keys() <= {"batch_size", "max_size", "threads", "cache_bytes"}:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(kind, match=message):
             EvalLoader(mixed, **{"batch_size": 2, "short_side": 16, "max_size": 64, **change})
     with pytest.raises(ValueError, match="split has no images"):
         EvalLoader(replace(mixed, images=[]), 2, 16, 64)
