@@ -40,7 +40,7 @@ def test_extreme_calls_are_the_definitions(levels, data):
 
 
 @pytest.mark.parametrize("inverse", [False, True], ids=["atomic", "deterministic"])
-@pytest.mark.parametrize(("value", "axes"), zip(UNREAL, AXES, strict=True))
+@pytest.mark.parametrize(("value", "axes"), list(zip(UNREAL, AXES, strict=True)))
 def test_an_unreal_offset_samples_nothing(value, axes, inverse):
     with use_backend("triton"):
         check_unreal(alone, value, AXES[axes], inverse=inverse)

@@ -4,13 +4,11 @@
 # ruff: noqa: F401
 
 import pytest
-import test_roi_align as all_cases
+import test_roi_align_far as far_cases
 import torch
 from test_roi_align import (
     check_vectors,
-    test_a_box_of_1e9_pixels_is_its_share_of_the_map,
     test_a_gradient_of_half_precision_has_its_type,
-    test_a_gradient_that_is_not_finite_reaches_the_cells_that_were_read,
     test_a_ramp_is_read_at_the_bins_centres,
     test_a_row_of_no_image_is_0_and_reads_nothing,
     test_any_strides,
@@ -25,6 +23,10 @@ from test_roi_align import (
     test_rows_are_pooled_in_the_order_given,
     test_samples_exactly_a_cell_outside_count_and_no_others,
     test_there_is_no_second_derivative,
+)
+from test_roi_align_far import (
+    test_a_box_of_1e9_pixels_is_its_share_of_the_map,
+    test_a_gradient_that_is_not_finite_reaches_the_cells_that_were_read,
     test_what_is_not_finite_in_a_map_reaches_the_bins_that_read_it,
 )
 
@@ -87,8 +89,8 @@ def test_deterministic_algorithms_take_the_backward_in_pytorch():
     ],
 )
 def test_a_box_that_is_not_finite_is_0_and_harms_no_other(value, side, ratio, aligned):
-    all_cases.test_a_box_that_is_not_finite_is_0_and_harms_no_other(value, side, ratio, aligned)
+    far_cases.test_a_box_that_is_not_finite_is_0_and_harms_no_other(value, side, ratio, aligned)
 
 
 def test_boxes_with_more_samples_than_an_integer_holds_are_finite():
-    all_cases.test_boxes_of_any_size_are_finite(1.5e6, torch.float32)
+    far_cases.test_boxes_of_any_size_are_finite(1.5e6, torch.float32)
