@@ -1,7 +1,7 @@
 """`python -m ablations.checkpoint FILE --layout NAME --data DIR`: the average precision of a released detector on COCO.
 
 FILE is a checkpoint of ATSS with DyHead as the authors or mmdetection released it, DIR has COCO's layout; its val part
-is evaluated. What the layouts are stands in `heads/release_layouts.py`. The result is printed and written as JSON.
+is evaluated. What the layouts are stands in `heads/released/layouts.py`. The result is printed and written as JSON.
 """
 
 import argparse
@@ -15,16 +15,16 @@ from pathlib import Path
 
 import torch
 
-from ablations.annotations import BAD_ANNOTATIONS
-from ablations.coco import Split, read_split
-from ablations.evaluate import evaluate
-from ablations.images import MAX_PIXELS
-from ablations.loader import EvalLoader
-from ablations.machine import device_name, machine_info
-from ablations.store import atomic_write_text
+from ablations.data.annotations import BAD_ANNOTATIONS
+from ablations.data.coco import Split, read_split
+from ablations.data.images import MAX_PIXELS
+from ablations.data.loader import EvalLoader
+from ablations.experiment.evaluate import evaluate
+from ablations.rows.machine import device_name, machine_info
+from ablations.rows.store import atomic_write_text
 from heads.detector import Detector
-from heads.release_layouts import LAYOUTS, open_released
-from heads.weights import read_weights
+from heads.released.layouts import LAYOUTS, open_released
+from heads.released.weights import read_weights
 from kernels import use_backend
 from kernels.backend import BACKENDS
 

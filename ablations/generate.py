@@ -19,8 +19,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ablations.scenes import Difficulty, draw_scene
-from ablations.shapes import SHAPES
+from ablations.generated.outlines import SHAPES
+from ablations.generated.scenes import Difficulty, draw_scene
 
 # Any change of what is drawn or written raises it: the directory and the JSON carry it, and so does a data fingerprint.
 VERSION = 2

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 
-from heads.attention import COARSE_OFFSETS
 from heads.build import TWO_STAGE
-from heads.dyhead import ATTENTIONS, FORMULATIONS, canonical
-from heads.faster_rcnn import PLACEMENTS
+from heads.dyhead.attention import COARSE_OFFSETS
+from heads.dyhead.dyhead import ATTENTIONS, FORMULATIONS, canonical
+from heads.two_stage.faster_rcnn import PLACEMENTS
 
 GRIDS = ("default", "combinations", "depth", "detectors", "full")
 

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from ablations.report import write_report
-from ablations.store import atomic_write_text, read_rows
-from ablations.tables import write_tables
+from ablations.rows.store import atomic_write_text, read_rows
+from ablations.rows.tables import write_tables
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 

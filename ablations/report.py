@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from ablations.effects import EFFECTS, effects_table
-from ablations.gains import GAINS_NOTE, GAINS_TITLE, gains_table
-from ablations.plots import ap_against_depth, ap_against_latency, gain_by_detector, to_svg
-from ablations.store import atomic_write_text, read_rows
-from ablations.tables import Section, as_text, make_sections, write_tables
+from ablations.rows.effects import EFFECTS, effects_table
+from ablations.rows.gains import GAINS_NOTE, GAINS_TITLE, gains_table
+from ablations.rows.plots import ap_against_depth, ap_against_latency, gain_by_detector, to_svg
+from ablations.rows.store import atomic_write_text, read_rows
+from ablations.rows.tables import Section, as_text, make_sections, write_tables
 
 CAPTIONS = {
     ap_against_latency: "AP against latency. The steps join the cells that none beats in both; dashed: the baseline.",

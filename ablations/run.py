@@ -16,21 +16,21 @@ from statistics import mean
 
 import torch
 
-from ablations import trained
-from ablations.annotations import BAD_ANNOTATIONS
-from ablations.coco import Dataset, read_dataset
+from ablations.data.annotations import BAD_ANNOTATIONS
+from ablations.data.coco import Dataset, read_dataset
+from ablations.data.images import MAX_PIXELS
+from ablations.experiment import trained
+from ablations.experiment.pool import run_cells
+from ablations.experiment.progress import TRAINING_SHARE, Progress, clock
+from ablations.experiment.work import Job, Reading
 from ablations.generate import generate
 from ablations.grid import GRIDS, PRESETS, Cell, Preset, build_grid, only
-from ablations.images import MAX_PIXELS
-from ablations.machine import device_name, machine_info
-from ablations.pool import run_cells
-from ablations.progress import TRAINING_SHARE, Progress, clock
 from ablations.report import write_report
-from ablations.store import read_row, read_rows
-from ablations.tables import write_tables
-from ablations.work import Job, Reading
+from ablations.rows.machine import device_name, machine_info
+from ablations.rows.store import read_row, read_rows
+from ablations.rows.tables import write_tables
+from heads.backbones.resnet import BACKBONES, load_imagenet
 from heads.build import DETECTORS, WITH_MASKS
-from heads.resnet import BACKBONES, load_imagenet
 from kernels.backend import BACKENDS
 
 RUNS = Path("runs")

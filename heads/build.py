@@ -2,17 +2,17 @@
 
 from torch import nn
 
-from heads.atss import atss
-from heads.borderdet import borderdet
-from heads.cascade_rcnn import cascade_rcnn
-from heads.detr import detr
-from heads.dyhead import DyHead
-from heads.faster_rcnn import PLACEMENTS, faster_rcnn
-from heads.fcos import fcos
-from heads.mask_rcnn import mask_rcnn
-from heads.reppoints import reppoints
-from heads.resnet import BACKBONES
-from heads.retinanet import retinanet
+from heads.backbones.resnet import BACKBONES
+from heads.dense.atss import atss
+from heads.dense.borderdet import borderdet
+from heads.dense.fcos import fcos
+from heads.dense.reppoints import reppoints
+from heads.dense.retinanet import retinanet
+from heads.dyhead.dyhead import DyHead
+from heads.query.detr import detr
+from heads.two_stage.cascade_rcnn import cascade_rcnn
+from heads.two_stage.faster_rcnn import PLACEMENTS, faster_rcnn
+from heads.two_stage.mask_rcnn import mask_rcnn
 
 # Name -> (backbone, number of classes, channels of the pyramid, DyHead or None for the detector's own towers) -> model.
 DETECTORS = {
@@ -54,7 +54,7 @@ def build_detector(
         formulation, coarse_offsets: See `DyHead`.
         channels: Channels of the pyramid, a multiple of 16.
         placement: Where the DyHead sits: `"trunk"`, or, in a two-stage detector, `"around_roi"`; see
-            `heads/faster_rcnn.py`.
+            `heads/two_stage/faster_rcnn.py`.
 
     Returns:
         A module called as torchvision's detectors are: `model(images, targets)` -> losses in training, `model(images)`

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from heads.targets import usable_targets
-from kernels.checks import check_device, kind_of
+from kernels.runtime.checks import check_device, kind_of
 
 # ImageNet's channel statistics, RGB in [0, 1].
 MEAN = (0.485, 0.456, 0.406)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.checks import INTEGER, check_device, check_tensor, kind_of
+from kernels.runtime.checks import INTEGER, check_device, check_tensor, kind_of
 
 KEYS = ("boxes", "labels")
 BOXES = "boxes are x1, y1, x2, y2 in pixels, finite, with x2 > x1 and y2 > y1; x, y, width, height are none"

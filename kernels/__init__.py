@@ -2,8 +2,9 @@
 
 What holds for all of them, on both paths:
 
-- Arguments are checked once, before a path is chosen, and no check reads what a tensor holds (`kernels/checks.py`). A
-  ValueError, or a TypeError for a wrong Python type, names the argument, what it is and what is wanted.
+- Arguments are checked once, before a path is chosen, and no check reads what a tensor holds
+  (`kernels/runtime/checks.py`). A ValueError, or a TypeError for a wrong Python type, names the argument, what it is
+  and what is wanted.
 - A coordinate (an offset, a side of a box, the index of a box's image) that is NaN, infinite or of no image samples
   nothing: its samples count as 0 and have a gradient of 0, and no other sample, image or box is touched.
 - A NaN or an infinity anywhere else, in a map, a mask, a weight or a gradient, spreads as in plain PyTorch: to what is
@@ -11,12 +12,12 @@ What holds for all of them, on both paths:
 """
 
 from kernels.backend import use_backend
-from kernels.border_align import border_align
-from kernels.deform_conv import deform_conv2d, deform_conv2d_levels
-from kernels.dynamic_relu import dynamic_relu
-from kernels.nms import batched_nms, nms
-from kernels.op import OPS
-from kernels.roi_align import roi_align
+from kernels.bench.op import OPS
+from kernels.deform_conv.operator import deform_conv2d, deform_conv2d_levels
+from kernels.dynamic_relu.operator import dynamic_relu
+from kernels.regions.border_align import border_align
+from kernels.regions.nms import batched_nms, nms
+from kernels.regions.roi_align import roi_align
 
 __all__ = [
     "OPS",

@@ -3,17 +3,15 @@
 import os
 import shlex
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from interpreter_child import InterpreterChild
+from places import GOLDEN
 from tabulate import tabulate
 
-from ablations.machine import machine_info as describe_machine
-
-GOLDEN = Path(__file__).parent / "golden"
+from ablations.rows.machine import machine_info as describe_machine
 
 
 class Unmeasured:

@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parent.parent
 ALLOWED = {"kernels": {"kernels"}, "heads": {"heads", "kernels"}, "ablations": {"ablations", "heads", "kernels"}}
 FILES = [path for package in ALLOWED for path in sorted((ROOT / package).rglob("*.py"))]
 

@@ -6,10 +6,14 @@ import torch
 from torch import nn
 
 from heads import DyHead
-from heads.dyhead import ATTENTIONS
-from kernels import block_conv, block_conv_backward, block_maps, block_tail, use_backend
-from kernels.block_layout import join, layout
-from kernels.tiles import Tiles
+from heads.dyhead.dyhead import ATTENTIONS
+from kernels import use_backend
+from kernels.block import conv as block_conv
+from kernels.block import conv_backward as block_conv_backward
+from kernels.block import maps as block_maps
+from kernels.block import tail as block_tail
+from kernels.block.layout import join, layout
+from kernels.runtime.tiles import Tiles
 
 # Odd, even and one-pixel sizes; the last two levels upsample from one row or one pixel.
 SIZES = ((6, 5), (3, 3), (2, 2), (1, 1))
@@ -138,7 +142,7 @@ def test_tiles_that_divide_nothing(monkeypatch):
 
 
 def test_golden_block_of_one_level(golden):
-    from test_dyhead import run_golden
+    from golden_blocks import run_golden
 
     data = golden("dyhead_mmdet_c32_b1_1level")
     error = dict.fromkeys(("outputs", "grad_inputs", "grad_params_rel"), 0.0)

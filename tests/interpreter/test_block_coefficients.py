@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels import block_coefficients
-from kernels.block_coefficients import coefficients, coefficients_reference
+from kernels.block import coefficients as block_coefficients
+from kernels.block.coefficients import coefficients, coefficients_reference
 
 GROUPS, EPS = 16, 1e-5
 # Four levels as a pyramid has them: the first has no finer neighbour, the last no coarser one.

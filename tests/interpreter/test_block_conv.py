@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from kernels import block_conv_backward
-from kernels.block_conv import convolve
-from kernels.block_layout import join, layout
-from kernels.deform_conv import reference
-from kernels.launch import Launch
+from kernels.block import conv_backward as block_conv_backward
+from kernels.block.conv import convolve
+from kernels.block.layout import join, layout
+from kernels.deform_conv.operator import reference
+from kernels.runtime.launch import Launch
 
 BACKWARD = ["backward_points_kernel", "backward_predicted_kernel", "backward_weight_kernel", "add_kernel"]
 

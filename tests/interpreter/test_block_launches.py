@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from heads import DyHead
 from kernels import use_backend
-from kernels.launch import Launch
+from kernels.runtime.launch import Launch
 
 # Neither views nor work: memory, and questions about types.
 FREE = {"empty", "empty_like", "new_empty", "new_empty_strided", "detach", "_unsafe_view", "promote_types"}

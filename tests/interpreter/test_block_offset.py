@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import block_offset
-from kernels.block_layout import join, layout
-from kernels.block_offset import predict
-from kernels.launch import real
-from kernels.tiles import Tiles
+from kernels.block import offset as block_offset
+from kernels.block.layout import join, layout
+from kernels.block.offset import predict
+from kernels.runtime.launch import real
+from kernels.runtime.tiles import Tiles
 
 # Odd, even and one-pixel sizes: every tile and every run of pixels ends in the middle of a level, or beyond it.
 SIZES = ((7, 10), (4, 5), (2, 3), (1, 2), (1, 1))

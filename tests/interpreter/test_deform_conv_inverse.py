@@ -6,8 +6,10 @@ from deform_conv_cases import CASES, Case
 from torch import Tensor
 from torch.library import opcheck
 
-from kernels import deform_conv_cpu, deform_conv_inverse, deform_conv_launch
-from kernels.deform_conv import reference
+from kernels.deform_conv import cpu as deform_conv_cpu
+from kernels.deform_conv import inverse as deform_conv_inverse
+from kernels.deform_conv import launch as deform_conv_launch
+from kernels.deform_conv.operator import reference
 
 PLAIN = CASES[0]
 NEEDS = [True, False, False, False, False]

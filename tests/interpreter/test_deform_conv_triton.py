@@ -5,8 +5,9 @@ import torch
 from deform_conv_cases import CASES, Case, check, check_golden, gradients
 from torch.library import opcheck
 
-from kernels import deform_conv2d, deform_conv2d_levels, deform_conv_launch, use_backend
-from kernels.deform_conv import reference
+from kernels import deform_conv2d, deform_conv2d_levels, use_backend
+from kernels.deform_conv import launch as deform_conv_launch
+from kernels.deform_conv.operator import reference
 
 # The interpreter's time is that of the number of programs; these are the files that need few.
 FILES = ["k1_p0", "s1_groups2_dil2", "s1_zero", "s2_dg1", "s2_far_dg2", "tiny_1x1", "tiny_2x2"]

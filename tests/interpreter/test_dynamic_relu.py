@@ -19,11 +19,11 @@ from relu_calls import (
 )
 
 from kernels import OPS, dynamic_relu, use_backend
-from kernels.dynamic_relu import dynamic_relu_reference
-from kernels.op import Shape, rounding
+from kernels.bench.op import Shape, rounding
+from kernels.dynamic_relu.operator import dynamic_relu_reference
 
 # The package has a function of the same name as its module.
-kernels_module = importlib.import_module("kernels.dynamic_relu_triton")
+kernels_module = importlib.import_module("kernels.dynamic_relu.kernels")
 OP = next(op for op in OPS if op.name == "dynamic_relu")
 # Every one ends in the middle of a tile, in one direction or both; the last two take several tiles.
 SHAPES = [

@@ -63,7 +63,7 @@ def test_each_box_suppresses_only_the_next(every_bit_set):
 
 
 def test_the_walk_in_pieces(monkeypatch, every_bit_set):
-    monkeypatch.setattr(importlib.import_module("kernels.nms_triton"), "_PIECE", 32)
+    monkeypatch.setattr(importlib.import_module("kernels.regions.nms_kernels"), "_PIECE", 32)
     check_scene({"count": 200, "duplicates": True}, 1, 0.3)
 
 
@@ -71,5 +71,5 @@ def test_more_boxes_than_the_matrix_holds(monkeypatch):
     boxes, scores, labels = (torch.from_numpy(a) for a in random_scene(90, 0, classes=2))
     want = batched_nms(boxes, scores, labels, 0.3)
     monkeypatch.setattr(importlib.import_module("kernels.nms"), "_MOST_TRITON", 89)
-    monkeypatch.setattr(importlib.import_module("kernels.nms_triton"), "greedy", None)
+    monkeypatch.setattr(importlib.import_module("kernels.regions.nms_kernels"), "greedy", None)
     assert torch.equal(batched_nms(boxes, scores, labels, 0.3), want)

@@ -1,4 +1,5 @@
-"""Small random heads under the interpreter, fused against separate; larger ones are in tests/test_fused_gpu.py."""
+"""Small random heads under the interpreter, fused against separate; larger ones are in
+tests/kernels/block/test_fused_gpu.py."""
 
 from dataclasses import replace
 

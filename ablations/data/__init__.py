@@ -1,0 +1,1 @@
+"""Reading and checking data in COCO's layout, and loading batches of it."""

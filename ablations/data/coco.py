@@ -1,0 +1,380 @@
+"""A data directory in COCO layout, checked as a whole before anything trains on it.
+
+    DIR/annotations/instances_{train,val}2017.json     (or the same below DIR/coco)
+    DIR/{train,val}2017/                               the images, of any format that Pillow decodes by itself
+
+Reading checks both instances files (`ablations/data/check.py`) and every image they name
+(`ablations/data/image_files.py`): presence, header, declared size and end marker, and all pixels where that takes no
+more than seconds. What cannot be used is a `DataError` that lists all problems of the file.
+"""
+
+import gc
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ablations.data.annotations import BAD_ANNOTATIONS, Annotations, ImageEntry
+from ablations.data.check import read_instances
+from ablations.data.image_files import ImageFiles
+from ablations.data.images import Header, ImageError, applied_orientation, decode, limit_pixels
+from ablations.data.problems import DataError, quote
+
+__all__ = ["DataError", "Dataset", "ImageRecord", "Split", "find_root", "read_dataset", "read_image", "read_split"]
+
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageRecord:
+    """One image and what there is to learn in it.
+
+    Attributes:
+        image_id: COCO's id.
+        path: The file.
+        width, height: Size in pixels of the upright image, as declared and as checked.
+        orientation: EXIF orientation, 1..8, that the decoder applies.
+        boxes: (n, 4) float32, x1, y1, x2, y2 in pixels, clipped to the image, of positive size, without the crowd
+            regions; n may be 0.
+        labels: (n,) int64, 0-based and contiguous.
+        area: (n,) float64, square pixels, as given, or width × height of the box.
+        segmentations: n values: a list of polygons, (2m,) float64 each, a run-length dict, or None.
+        crowd_boxes: (m, 4) float32, regions that training ignores.
+    """
+
+    image_id: int | str
+    path: str
+    width: int
+    height: int
+    orientation: int
+    boxes: np.ndarray
+    labels: np.ndarray
+    area: np.ndarray
+    segmentations: list
+    crowd_boxes: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One part, train or val, of a data set.
+
+    Attributes:
+        name: `"train"` or `"val"`.
+        path: The instances file.
+        images: The images in id order.
+        category_ids: COCO's id of each label.
+        category_names: The name of each label.
+        annotations: The columns that `ground_truth` is made of.
+        fingerprint: Hash of the instances file and of every image's name and size in bytes.
+        notes: One line for each thing that was dropped, clipped or read leniently, with the count.
+        dropped: How many annotations were left out of training and ground truth, by reason; empty without any.
+    """
+
+    name: str
+    path: Path
+    images: list[ImageRecord]
+    category_ids: tuple[int | str, ...]
+    category_names: tuple[str, ...]
+    annotations: Annotations
+    fingerprint: str
+    notes: list[str]
+    dropped: dict[str, int]
+
+    @property
+    def ground_truth(self) -> dict:
+        """A new COCO-format dict, ready to be a `pycocotools.coco.COCO().dataset`.
+
+        Boxes, areas and crowd flags are as given, boxes of no size included, so that the result is pycocotools' own on
+        the original file, less the annotations that `dropped` counts. Segmentations are there where they are usable.
+        Annotation ids count from 1: an annotation of id 0 can never be found in pycocotools.
+        """
+        columns = self.annotations
+        ids = [record.image_id for record in self.images]
+        annotations = [
+            {
+                "id": number,
+                "image_id": ids[image],
+                "category_id": self.category_ids[category],
+                "bbox": box,
+                "area": area,
+                "iscrowd": crowd,
+            }
+            for number, (image, category, box, area, crowd) in enumerate(
+                zip(
+                    columns.image.tolist(),
+                    columns.category.tolist(),
+                    columns.bbox.tolist(),
+                    columns.area.tolist(),
+                    columns.crowd.astype(int).tolist(),
+                    strict=True,
+                ),
+                start=1,
+            )
+        ]
+        for annotation, segmentation in zip(annotations, columns.segmentation, strict=True):
+            if type(segmentation) is list:
+                annotation["segmentation"] = [polygon.tolist() for polygon in segmentation]
+            elif segmentation is not None:
+                annotation["segmentation"] = dict(segmentation)
+        names = zip(self.category_ids, self.category_names, strict=True)
+        folder = os.path.join(self.path.parent.parent, f"{self.name}2017", "")
+        return {
+            "info": {},
+            "licenses": [],
+            "images": [
+                {"id": r.image_id, "file_name": r.path.removeprefix(folder), "width": r.width, "height": r.height}
+                for r in self.images
+            ],
+            "annotations": annotations,
+            "categories": [{"id": category, "name": name} for category, name in names],
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Both parts of a data set, with the same categories, those of the training part.
+
+    Attributes:
+        root: The directory that holds `annotations`.
+        train, val: The parts.
+        fingerprint: Hash of both parts' fingerprints: equal for equal content wherever it lies.
+        notes: What was dropped, clipped or read leniently in both, one line each, naming the file.
+    """
+
+    root: Path
+    train: Split
+    val: Split
+    fingerprint: str
+    notes: list[str]
+
+
+def find_root(directory: str | os.PathLike) -> Path:
+    """The directory that holds `annotations`: `directory` itself or `coco` below it.
+
+    Raises:
+        DataError: there is no such directory.
+    """
+    directory = Path(directory)
+    try:
+        if not directory.exists():
+            raise DataError(directory, ["no such directory"])
+        if not directory.is_dir():
+            raise DataError(directory, ["is not a directory"])
+        for root in (directory, directory / "coco"):
+            if (root / "annotations").is_dir():
+                return root
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(directory, [f"cannot be read: {error}"]) from error
+    raise DataError(
+        directory,
+        ["no COCO layout here: neither annotations/instances_train2017.json nor coco/annotations/... was found"],
+    )
+
+
+def read_dataset(
+    directory: str | os.PathLike,
+    *,
+    masks: bool = False,
+    bad_annotations: Literal["refuse", "drop"] = "drop",
+    max_image_pixels: int | None = None,
+) -> Dataset:
+    """Read and check both parts.
+
+    The validation part takes the categories of the training part, so that a label means the same in both. It may lack
+    some of them; one that only it has is left out if nothing is annotated with it.
+
+    Args:
+        masks, bad_annotations, max_image_pixels: as in `read_split`.
+
+    Raises:
+        DataError: lists the problems of both instances files, and categories that differ between the two.
+        ValueError: an argument is out of range.
+    """
+    _check_arguments(bad_annotations, max_image_pixels)
+    root = find_root(directory)
+    parts, problems = [], []
+    for name in SPLITS:
+        try:
+            part = read_split(
+                root, name, masks=masks, bad_annotations=bad_annotations, max_image_pixels=max_image_pixels
+            )
+            parts.append(part)
+        except DataError as error:
+            failed = error
+            problems += [f"{os.path.relpath(error.path, root)}: {problem}" for problem in error.problems]
+    if len(parts) == 1:
+        raise failed
+    if problems:
+        raise DataError(root, problems)
+    train, val = parts
+    val = _with_categories_of(train, val)
+    fingerprint = hashlib.sha256(f"{train.fingerprint} {val.fingerprint}".encode()).hexdigest()[:32]
+    notes = [f"{part.path.name}: {note}" for part in (train, val) for note in part.notes]
+    return Dataset(root, train, val, fingerprint, notes)
+
+
+def _check_arguments(bad_annotations: str, max_image_pixels: int | None) -> int:
+    """The most pixels of an image."""
+    if bad_annotations not in BAD_ANNOTATIONS:
+        raise ValueError(f"bad_annotations is {bad_annotations!r}, expected {' or '.join(BAD_ANNOTATIONS)}")
+    return limit_pixels(max_image_pixels)
+
+
+def _with_categories_of(train: Split, val: Split) -> Split:
+    """The validation part with the categories and label numbers of the training part.
+
+    Raises:
+        DataError: an id has two names, or an annotated category is unknown to the training part.
+    """
+    if (train.category_ids, train.category_names) == (val.category_ids, val.category_names):
+        return val
+    names = dict(zip(train.category_ids, train.category_names, strict=True))
+    labels = {category: label for label, category in enumerate(train.category_ids)}
+    annotated = np.bincount(val.annotations.category, minlength=len(val.category_ids)).tolist()
+    problems, unused = [], []
+    for category, name, count in zip(val.category_ids, val.category_names, annotated, strict=True):
+        here = f"category id {quote(category)} is {quote(name)}"
+        if category not in names:
+            if count:
+                problems.append(f"{here}, with {count} annotations, but absent in {train.path.name}")
+            else:
+                unused.append(quote(name))
+        elif names[category] != name:
+            problems.append(f"{here}, but {quote(names[category])} in {train.path.name}")
+    if problems:
+        raise DataError(val.path, problems)
+    notes = list(val.notes)
+    if unused:
+        notes.append(f"categories without annotations that the training split lacks, left out: {', '.join(unused)}")
+    lacking = len(names.keys() - set(val.category_ids))
+    if lacking:
+        notes.append(f"categories of the training split that this one lacks: {lacking}")
+    # A category that is left out labels nothing.
+    relabel = np.array([labels.get(category, -1) for category in val.category_ids], dtype=np.int64)
+    return replace(
+        val,
+        images=[replace(record, labels=relabel[record.labels]) for record in val.images],
+        category_ids=train.category_ids,
+        category_names=train.category_names,
+        annotations=replace(val.annotations, category=relabel[val.annotations.category]),
+        notes=notes,
+    )
+
+
+def read_split(
+    directory: str | os.PathLike,
+    split: Literal["train", "val"],
+    *,
+    masks: bool = False,
+    bad_annotations: Literal["refuse", "drop"] = "drop",
+    max_image_pixels: int | None = None,
+) -> Split:
+    """Read and check one part of a data directory.
+
+    Every image file is opened. If the declared pixels of all are at most `image_files.DECODED_PIXELS`, every one is
+    decoded too, so that training on small data never meets a broken file; of more, only those that are neither JPEG
+    nor PNG.
+
+    Args:
+        masks: Whether segmentations are needed. Without, odd ones are read as none; `loader.check_segmentations` can
+            still list them.
+        bad_annotations: What becomes of boxes outside their image, of negative size or not finite, and of annotations
+            of an unknown category: a problem, or left out of training and ground truth, and counted.
+        max_image_pixels: The most pixels of an image; None for 178,956,970, Pillow's own limit.
+
+    Raises:
+        DataError: lists every problem of the instances file, or, where that is sound, every problem of its images.
+        ValueError: an argument is out of range.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
+    most_pixels = _check_arguments(bad_annotations, max_image_pixels)
+    root = find_root(directory)
+    path, folder = root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"
+    files = ImageFiles(path, folder, most_pixels)
+    with _no_garbage_collection():
+        instances = read_instances(
+            path,
+            masks=masks,
+            training=split == "train",
+            bad_annotations=bad_annotations,
+            most_pixels=most_pixels,
+            measure=files.sizes,
+        )
+        headers = files.check(instances.images)
+        hashed = hashlib.sha256(instances.digest.encode())
+        for entry, header in zip(instances.images, headers, strict=True):
+            hashed.update(f"{entry.file_name}\0{header.file_bytes}\0".encode())
+        return Split(
+            name=split,
+            path=path,
+            images=list(_records(folder, instances.images, headers, instances.annotations)),
+            category_ids=tuple(category for category, _ in instances.categories),
+            category_names=tuple(name for _, name in instances.categories),
+            annotations=instances.annotations,
+            fingerprint=hashed.hexdigest()[:32],
+            notes=instances.notes,
+            dropped=instances.dropped,
+        )
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Parsing makes millions of objects and no cycles; collecting among them takes as long as the parsing itself."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _records(
+    folder: Path, entries: list[ImageEntry], headers: list[Header], columns: Annotations
+) -> Iterator[ImageRecord]:
+    whole = (columns.corners[:, 2:] > columns.corners[:, :2]).all(1)
+    places = np.arange(len(entries) + 1)
+
+    def by_image(rows: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        rows = rows[np.argsort(columns.image[rows], kind="stable")]
+        return rows, np.searchsorted(columns.image[rows], places).tolist()
+
+    rows, bounds = by_image(np.flatnonzero(columns.trained_on))
+    boxes, labels, area = columns.corners[rows], columns.category[rows], columns.area[rows]
+    segmentations = [columns.segmentation[row] for row in rows.tolist()]
+    crowd_rows, crowd_bounds = by_image(np.flatnonzero(whole & columns.crowd))
+    crowd_boxes = columns.corners[crowd_rows]
+    for place, (entry, header) in enumerate(zip(entries, headers, strict=True)):
+        own = slice(bounds[place], bounds[place + 1])
+        yield ImageRecord(
+            image_id=entry.image_id,
+            path=os.path.join(folder, entry.file_name),
+            width=entry.width,
+            height=entry.height,
+            orientation=applied_orientation(header, entry.width, entry.height),
+            boxes=boxes[own],
+            labels=labels[own],
+            area=area[own],
+            segmentations=segmentations[own],
+            crowd_boxes=crowd_boxes[crowd_bounds[place] : crowd_bounds[place + 1]],
+        )
+
+
+def read_image(record: ImageRecord) -> np.ndarray:
+    """Decode an image of a split: (height, width, 3) uint8 RGB.
+
+    Raises:
+        DataError: the file does not decode, or is not as it was when the split was read.
+    """
+    try:
+        return decode(record.path, record.width, record.height, record.orientation)
+    except ImageError as error:
+        raise DataError(record.path, [str(error)]) from error

@@ -1,0 +1,287 @@
+"""COCO average precision and recall, by pycocotools, in percent.
+
+pycocotools defines the numbers; this file closes what it lets through silently: annotation ids of 0 or given twice
+(either destroys AP without a word), empty results (an IndexError), scores and boxes that are not finite, images that
+are missing or counted twice, category ids nobody knows, ids that a float64 does not hold, dicts of the caller that come
+back changed, and -1 for a slice without ground truth.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from ablations.rows.store import METRICS
+
+
+def evaluate(
+    predictions: Iterable[tuple[int | str, Mapping]],
+    ground_truth: Mapping,
+    category_ids: Sequence[int | str],
+    iou_type: Literal["bbox", "segm"] = "bbox",
+) -> dict[str, float | None]:
+    """Average precision and recall over IoU 0.50:0.95, at most 100 detections an image and category.
+
+    Crowd regions are ignored: a detection on one is neither right nor wrong, and any number may lie on it. The order of
+    the predictions does not matter: images are taken by id, and among equal scores a model's own order stands.
+
+    Args:
+        predictions: one `(image_id, detections)` for every image of the ground truth, an empty one where nothing was
+            found. `detections`: `boxes` (K, 4) xyxy in pixels of the original image, `scores` (K,), `labels` (K,)
+            0-based and contiguous; for `"segm"` also `masks`, (K, H, W) of the original size or K compressed RLEs.
+            Tensors on any device or arrays.
+        ground_truth: an instances file in COCO's layout: `images`, `annotations`, `categories`. Not changed. Ids are
+            whole numbers of any size, or all text. An absent `area` is width × height, an absent `iscrowd` 0.
+        category_ids: the category id of each label; only these categories are evaluated.
+        iou_type: what overlaps, boxes or masks.
+
+    Returns:
+        `AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl` in percent; None where a slice has no ground
+        truth, 0.0 where it has and nothing was found.
+
+    Raises:
+        ValueError: a score, box or label that cannot be (the message names the image), an image missing, unknown or
+            given twice, or a category id that the ground truth does not list.
+    """
+    categories = _numbers("category", (category["id"] for category in ground_truth["categories"]))
+    unknown = [category for category in category_ids if category not in categories]
+    if unknown:
+        raise ValueError(f"category ids {unknown} are not in the ground truth, which has {list(categories)}")
+    if len(set(category_ids)) != len(category_ids):
+        raise ValueError(f"category_ids holds an id twice: {list(category_ids)}")
+    evaluated = [categories[category] for category in category_ids]
+    images = _numbers("image", (image["id"] for image in ground_truth["images"]))
+
+    truth = _ground_truth(ground_truth, images, categories, iou_type)
+    found = _detections(predictions, images, truth, evaluated, iou_type)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        found.createIndex()
+        evaluation = _Evaluation(truth, found, iou_type)
+        evaluation.params.catIds = sorted(evaluated)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    # pycocotools writes -1 where there is nothing to find; a percentage of -100 would be averaged by somebody.
+    return {
+        name: None if value < 0 else 100.0 * float(value) for name, value in zip(METRICS, evaluation.stats, strict=True)
+    }
+
+
+def _numbers(kind: str, ids: Iterable[int | str]) -> dict[int | str, int]:
+    """The numbers from 1 that stand for ids within pycocotools, which passes some through float64: in the ids' order.
+
+    Raises:
+        ValueError: the ids have no order.
+    """
+    try:
+        return {value: number for number, value in enumerate(sorted(set(ids)), 1)}
+    except TypeError as error:
+        raise ValueError(f"{kind} ids must be whole numbers, or all text: {error}") from error
+
+
+def _ground_truth(source: Mapping, images: Mapping, categories: Mapping, iou_type: str) -> COCO:
+    """A copy of the ground truth that pycocotools may write to, its images, categories and annotations renumbered.
+
+    COCOeval notes a match as the annotation's id and reads 0 as none, so an id of 0 is never found, and two annotations
+    of one id shadow each other.
+    """
+    truth = COCO()
+    annotations = []
+    for number, annotation in enumerate(source["annotations"], 1):
+        if annotation["image_id"] not in images:
+            raise ValueError(f"annotation {annotation.get('id')} is on an unknown image, {annotation['image_id']}")
+        if annotation["category_id"] not in categories:
+            raise ValueError(
+                f"annotation {annotation.get('id')} is of an unknown category, {annotation['category_id']}"
+            )
+        width, height = annotation["bbox"][2:]
+        area = annotation.get("area")
+        copy = {
+            "id": number,
+            "image_id": images[annotation["image_id"]],
+            "category_id": categories[annotation["category_id"]],
+            "bbox": list(annotation["bbox"]),
+            "area": width * height if area is None else area,
+            "iscrowd": int(annotation.get("iscrowd") or 0),
+        }
+        if iou_type == "segm":
+            if not annotation.get("segmentation"):
+                raise ValueError(f"annotation {annotation.get('id')} has no segmentation to evaluate masks with")
+            copy["segmentation"] = annotation["segmentation"]
+        annotations.append(copy)
+    truth.dataset = {
+        "images": [{**image, "id": images[image["id"]]} for image in source["images"]],
+        "annotations": annotations,
+        "categories": [{**category, "id": categories[category["id"]]} for category in source["categories"]],
+    }
+    return truth
+
+
+def _array(values, dtype) -> np.ndarray:
+    if hasattr(values, "detach"):
+        values = values.detach().cpu().numpy()
+    return np.asarray(values, dtype=dtype)
+
+
+def _detections(
+    predictions: Iterable[tuple[int | str, Mapping]],
+    numbers: Mapping[int | str, int],
+    truth: COCO,
+    categories: Sequence[int],
+    iou_type: str,
+) -> COCO:
+    """What was found, with the images and categories renumbered as those of the ground truth are."""
+    images = {image["id"]: image for image in truth.dataset["images"]}
+    by_image: dict[int | str, list[dict]] = {}
+    for image_id, detections in predictions:
+        # Of a number in an array or a tensor, the number.
+        image_id = image_id.item() if hasattr(image_id, "item") else image_id
+        if image_id not in numbers:
+            raise ValueError(f"a prediction is for image {image_id}, which the ground truth does not have")
+        if image_id in by_image:
+            raise ValueError(f"image {image_id} was predicted twice")
+        image = images[numbers[image_id]]
+        by_image[image_id] = _image_detections(image_id, image, detections, categories, iou_type)
+    missing = sorted(numbers.keys() - by_image.keys())
+    if missing:
+        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise ValueError(f"{len(missing)} of {len(images)} images have no prediction: {shown}")
+
+    annotations = [annotation for detections in by_image.values() for annotation in detections]
+    for number, annotation in enumerate(annotations, 1):
+        annotation["id"] = number
+    found = COCO()
+    found.dataset = {**truth.dataset, "annotations": annotations}
+    return found
+
+
+def _image_detections(
+    image_id: int | str, image: Mapping, detections: Mapping, category_ids: Sequence[int], iou_type: str
+) -> list[dict]:
+    boxes = _array(detections["boxes"], np.float64).reshape(-1, 4)
+    scores = _array(detections["scores"], np.float64)
+    labels = _array(detections["labels"], np.int64)
+    if not len(boxes) == len(scores) == len(labels):
+        raise ValueError(f"image {image_id}: {len(boxes)} boxes, {len(scores)} scores and {len(labels)} labels")
+    for name, values, finite in (
+        ("box", boxes, np.isfinite(boxes).all(axis=1)),
+        ("score", scores, np.isfinite(scores)),
+    ):
+        bad = np.flatnonzero(~finite)
+        if len(bad):
+            raise ValueError(f"image {image_id}: {name} {bad[0]} is {values[bad[0]].tolist()}, not a finite number")
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    bad = np.flatnonzero((sizes < 0).any(axis=1))
+    if len(bad):
+        raise ValueError(f"image {image_id}: box {bad[0]} is {boxes[bad[0]].tolist()}; x2 and y2 must not be less")
+    bad = np.flatnonzero((labels < 0) | (labels >= len(category_ids)))
+    if len(bad):
+        raise ValueError(f"image {image_id}: label {labels[bad[0]]}; there are {len(category_ids)} categories")
+
+    annotations = [
+        {
+            "image_id": image["id"],
+            "category_id": category_ids[label],
+            "bbox": [*corner, *size],
+            "area": size[0] * size[1],
+            "score": score,
+            "iscrowd": 0,
+        }
+        for corner, size, score, label in zip(
+            boxes[:, :2].tolist(), sizes.tolist(), scores.tolist(), labels.tolist(), strict=True
+        )
+    ]
+    if iou_type == "segm":
+        masks = _run_lengths(image_id, image, detections["masks"], len(boxes))
+        for annotation, mask, area in zip(annotations, masks, rle.area(masks) if masks else [], strict=True):
+            annotation["segmentation"] = mask
+            annotation["area"] = float(area)
+    return annotations
+
+
+def run_lengths(masks) -> list[dict]:
+    """Masks (K, H, W), a tensor on any device or an array, as K compressed RLEs: a hundredth of the memory."""
+    masks = _array(masks, np.uint8)
+    return rle.encode(np.asfortranarray(masks.transpose(1, 2, 0))) if len(masks) else []
+
+
+def _run_lengths(image_id: int | str, image: Mapping, masks, count: int) -> list[dict]:
+    if not isinstance(masks, list | tuple):
+        masks = run_lengths(masks)
+    if len(masks) != count:
+        raise ValueError(f"image {image_id}: {count} boxes and {len(masks)} masks")
+    expected = [image["height"], image["width"]]
+    for mask in masks:
+        if list(mask["size"]) != expected:
+            raise ValueError(f"image {image_id}: a mask of size {list(mask['size'])}, the image has {expected}")
+    return list(masks)
+
+
+class _Evaluation(COCOeval):
+    """COCOeval with the matching of one image written for numpy: the same matches, several times as fast.
+
+    pycocotools walks area ranges × thresholds × detections × annotations in Python. Area ranges and thresholds do not
+    see each other, and most detections overlap nothing by half; so only the others are walked, for all ranges and
+    thresholds at once.
+    """
+
+    def _prepare(self):
+        super()._prepare()
+        self._matched = {}
+
+    def evaluateImg(self, imgId, catId, aRng, maxDet):
+        truth, found = self._gts[imgId, catId], self._dts[imgId, catId]
+        if not truth and not found:
+            return None
+        if (imgId, catId) not in self._matched:
+            self._matched[imgId, catId] = self._match(truth, found, self.ious[imgId, catId], maxDet)
+        return self._matched[imgId, catId][tuple(aRng)]
+
+    def _match(self, truth: list[dict], found: list[dict], overlaps, most: int) -> dict[tuple, dict]:
+        """What `accumulate` reads of one image and category, for every area range. R = area ranges × thresholds."""
+        ranges = np.array(self.params.areaRng, dtype=float)
+        thresholds = np.minimum(self.params.iouThrs, 1 - 1e-10)
+        order = np.argsort([-detection["score"] for detection in found], kind="mergesort")
+        found = [found[i] for i in order[:most]]
+        ious = np.asarray(overlaps, dtype=float).reshape(len(found), len(truth))
+        ids = np.array([annotation["id"] for annotation in truth], dtype=float)
+        crowd = np.array([annotation["iscrowd"] for annotation in truth], dtype=bool)
+        areas = np.array([annotation["area"] for annotation in truth], dtype=float)
+        found_areas = np.array([detection["area"] for detection in found], dtype=float)
+        ignored = crowd | (areas < ranges[:, :1]) | (areas > ranges[:, 1:])
+        outside = (found_areas < ranges[:, :1]) | (found_areas > ranges[:, 1:])
+
+        shape = (len(ranges), len(thresholds))
+        matches = np.zeros((*shape, len(found)))
+        matches_ignored = np.zeros((*shape, len(found)), dtype=bool)
+        if ious.size:
+            free = np.ones((*shape, len(truth)), dtype=bool)
+            for d in np.flatnonzero(ious.max(axis=1) >= thresholds.min()):
+                overlap = np.where(free & (ious[d] >= thresholds[:, None]), ious[d], -1.0)
+                # A detection takes an ignored annotation only where no counted one is left for it.
+                counted = np.where(ignored[:, None], -1.0, overlap)
+                overlap = np.where((counted >= 0).any(axis=2, keepdims=True), counted, overlap)
+                # Of equal overlaps the last one counts, as in the loop that this replaces.
+                best = len(truth) - 1 - overlap[..., ::-1].argmax(axis=2)
+                a, t = np.nonzero(overlap.max(axis=2) >= 0)
+                best = best[a, t]
+                matches[a, t, d] = ids[best]
+                matches_ignored[a, t, d] = ignored[a, best]
+                # Any number of detections may lie on a crowd.
+                free[a, t, best] = crowd[best]
+        scores = [detection["score"] for detection in found]
+        return {
+            tuple(area): {
+                "dtMatches": matches[a],
+                "dtScores": scores,
+                "dtIgnore": matches_ignored[a] | ((matches[a] == 0) & outside[a]),
+                "gtIgnore": ignored[a].astype(int),
+            }
+            for a, area in enumerate(self.params.areaRng)
+        }

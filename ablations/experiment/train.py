@@ -1,0 +1,156 @@
+"""The training loop of one cell: SGD or AdamW, warm-up, step schedule, clipping, checkpoints, exact resume.
+
+A step is a pure function of the weights, the optimiser's state, the seed and the step's number: the batch and every
+random draw are derived from them. A checkpoint therefore needs no loader state, and a run that was killed and resumed
+ends with the same bits on a CPU as one that was not.
+"""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ablations.experiment.trained import CHECKPOINT
+from ablations.grid import Cell
+from ablations.rows.store import atomic_file
+
+MOMENTUM = 0.9
+MAX_GRADIENT_NORM = 10.0
+# The paper divides the learning rate by 10 after 67 % and 89 % of the steps.
+MILESTONES = (0.67, 0.89)
+CHECKPOINTS = 5
+
+
+class Diverged(RuntimeError):
+    """The loss stopped being a finite number."""
+
+
+def learning_rate(cell: Cell, step: int) -> float:
+    """Linear warm-up, then a tenth after each milestone."""
+    warmup = min(1.0, (step + 1) / cell.warmup) if cell.warmup else 1.0
+    drops = sum(step >= milestone * cell.steps for milestone in MILESTONES)
+    return cell.lr * warmup * 0.1**drops
+
+
+def parameter_groups(model: nn.Module, cell: Cell) -> list[dict]:
+    """Trained parameters in groups with a `weight_decay` and an `lr_share` each.
+
+    Weight decay is for weights, not for biases, norms and scales, nor for Swin's biases of relative positions, as
+    published. `lr_share`, of the cell's learning rate, may differ in the backbone and where offsets are predicted.
+    """
+    groups = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not name.endswith("relative_position_bias_table")
+            share = cell.backbone_lr if name.startswith("backbone.") else 1.0
+            # DyHead's layer is called `offset`, a backbone's `conv_offset`.
+            if name.rpartition(".")[0].endswith("offset"):
+                share *= cell.offset_lr
+            groups[cell.weight_decay if decays else 0.0, share].append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_share": share}
+        for (decay, share), parameters in groups.items()
+    ]
+
+
+def build_optimizer(model: nn.Module, cell: Cell, device: torch.device) -> torch.optim.Optimizer:
+    """The cell's optimiser: SGD with momentum, or AdamW with PyTorch's betas."""
+    fused = device.type in ("cpu", "cuda")
+    groups = parameter_groups(model, cell)
+    if cell.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=cell.lr, momentum=MOMENTUM, fused=fused)
+    if cell.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=cell.lr, fused=fused)
+    raise ValueError(f"unknown optimizer {cell.optimizer!r}; it is sgd or adamw")
+
+
+def train(
+    cell: Cell,
+    model: nn.Module,
+    batch: Callable[[int], tuple[list[Tensor], list[dict]]],
+    device: torch.device,
+    directory: Path,
+    busy: Callable = nullcontext,
+    report: Callable[[int, float], None] = lambda step, loss: None,
+) -> dict:
+    """Train `model` in place, from the checkpoint in `directory` if there is one.
+
+    Args:
+        cell: Supplies the optimiser, the schedule, the seed and the precision.
+        model: On `device`, freshly initialised with the cell's seed.
+        batch: Step number -> images and targets; a pure function.
+        device: Where to train.
+        directory: Where checkpoints are kept; made if need be.
+        busy: Context manager around every step; latency is measured only while no step runs.
+        report: Called with the step's number and its loss.
+
+    Returns:
+        `steps`, `images`, `seconds` and `loss`, the mean of the watched steps in the last tenth.
+
+    Raises:
+        Diverged: A loss was not finite; the message has the step and the parts of the loss.
+    """
+    optimizer = build_optimizer(model, cell, device)
+    checkpoint = directory / CHECKPOINT
+    step, tail, seconds = load_checkpoint(checkpoint, model, optimizer, device)
+    began = time.monotonic() - seconds
+    every = math.ceil(cell.steps / CHECKPOINTS)
+    # bfloat16 has float32's range, so no loss scaling is needed.
+    autocast = torch.autocast(device.type, torch.bfloat16) if cell.precision == "bf16" else nullcontext()
+    model.train()
+    while step < cell.steps:
+        with busy():
+            torch.manual_seed(cell.seed * 1_000_003 + step)
+            images, targets = batch(step)
+            images = [image.to(device, non_blocking=True) for image in images]
+            targets = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in t.items()} for t in targets]
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(cell, step) * group["lr_share"]
+            with autocast:
+                losses = model(images, targets, check_targets=False)
+            loss = sum(losses.values())
+            # Asking a GPU for the value waits for it, so there it is asked only now and then.
+            step += 1
+            watched = device.type == "cpu" or step % 20 == 0 or step % every == 0 or step == cell.steps
+            if watched and not math.isfinite(value := loss.item()):
+                parts = ", ".join(f"{name} {part.item():g}" for name, part in losses.items())
+                raise Diverged(f"loss is not finite at step {step} of {cell.steps}: {parts}")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+            optimizer.step()
+            if watched:
+                report(step, value)
+                if step > 0.9 * cell.steps:
+                    tail.append(value)
+        if step % every == 0 or step == cell.steps:
+            save_checkpoint(checkpoint, model, optimizer, step, tail, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    return {"steps": step, "images": step * cell.batch_size, "seconds": seconds, "loss": sum(tail) / len(tail)}
+
+
+def save_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, tail: list[float], seconds: float
+) -> None:
+    """Write a checkpoint so that a kill at any moment leaves either the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    with atomic_file(path) as file:
+        torch.save({**state, "step": step, "tail": tail, "seconds": seconds}, file)
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> tuple[int, list[float], float]:
+    """Restore a checkpoint: steps and seconds it has behind it and the last losses; zeros where there is none."""
+    if not path.exists():
+        return 0, [], 0.0
+    state = torch.load(path, map_location=device, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["tail"], state["seconds"]

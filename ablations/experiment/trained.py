@@ -1,0 +1,74 @@
+"""Trained weights outlive their evaluation: where they lie, and when a cell needs no training.
+
+What training reads and what evaluation reads are told apart. The weights of a cell lie in `cells/<training key>/`, a
+hash of everything that decides them (`Cell.training_key`); when training has ended, `training.json` beside them says
+so. A cell whose evaluation failed, whose val part was mended, or that differs from another one in how it is tested
+finds them there and is only evaluated.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ablations.grid import DATA, Cell
+from ablations.rows.store import atomic_write_text, read_rows
+
+CHECKPOINT = "checkpoint.pt"
+
+
+def folder(out: Path, cell: Cell) -> Path:
+    """Where the weights of a cell are, or will be."""
+    return out / "cells" / cell.training_key
+
+
+def find(out: Path, cell: Cell) -> dict | None:
+    """What a finished training of this cell left on record (steps, images, seconds, loss), or None without one."""
+    place = folder(out, cell)
+    try:
+        record = json.loads((place / "training.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and (place / CHECKPOINT).is_file() else None
+
+
+def keep(out: Path, cell: Cell, record: dict) -> None:
+    """Put on record that training has ended; the weights are there already."""
+    atomic_write_text(folder(out, cell) / "training.json", json.dumps(record) + "\n")
+
+
+def load(out: Path, cell: Cell, model: nn.Module, device: torch.device) -> None:
+    """Give `model` the trained weights of a cell that `find` has found."""
+    state = torch.load(folder(out, cell) / CHECKPOINT, map_location=device, weights_only=True)
+    model.load_state_dict(state["model"])
+
+
+def is_done(out: Path, cell: Cell, row: dict | None, retry_failed: bool) -> bool:
+    """Whether a cell needs nothing more: it has a good row, or one of a training that failed and is not to be retried.
+
+    A failed row of a cell whose training ended is one of a failed evaluation: that is tried again by every run.
+    """
+    if row is None or row["status"] == "ok":
+        return row is not None
+    return not retry_failed and find(out, cell) is None
+
+
+def outdated(out: Path, cells: list[Cell]) -> list[dict]:
+    """Failed rows of these cells on data that have been changed since: what failed there has no place in a table.
+
+    A row counts where its data were bad or its evaluation failed, and all but the data is that of one of `cells`.
+    """
+    wanted = {_but_data(asdict(cell)): cell.key for cell in cells}
+    return [
+        row
+        for row in read_rows(out)
+        if row["status"] != "ok"
+        and (row["status"] == "bad_data" or row.get("training"))
+        and wanted.get(_but_data(row["cell"]), row["key"]) != row["key"]
+    ]
+
+
+def _but_data(cell: dict) -> str:
+    return json.dumps({name: value for name, value in cell.items() if name not in DATA}, sort_keys=True)

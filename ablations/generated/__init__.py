@@ -1,0 +1,1 @@
+"""What the generated data set shows."""

@@ -1,0 +1,1 @@
+"""What detectors do with boxes: codings, anchors, assignment, sampling, losses, selection."""

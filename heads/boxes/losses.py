@@ -1,0 +1,127 @@
+"""The losses of detection, each a sum over elements divided by a normaliser that the caller states.
+
+Papers and code bases differ most in what they divide by, so no loss here averages by itself. A `normaliser` is a number
+or a scalar tensor; it is never differentiated.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from heads.boxes.boxes import giou, iou
+
+
+class _FocalSum(torch.autograd.Function):
+    """Sum of the focal loss with the gradient made in the forward, where all its parts are at hand.
+
+    With x the logit of an element, s = -x where the class is the target and s = x elsewhere, p = sigmoid(s):
+    loss = weight * p**gamma * softplus(s), and d loss / d s = weight * p**gamma * (gamma * (1 - p) * softplus(s) + p).
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, is_target: Tensor, weight: Tensor | None, alpha: float, gamma: float) -> Tensor:
+        signed = torch.where(is_target, -logits, logits)
+        p = signed.sigmoid()
+        cross_entropy = F.softplus(signed)
+        # alpha for targets, 1 - alpha for the rest.
+        scale = is_target.to(logits.dtype).mul_(2 * alpha - 1).add_(1 - alpha)
+        if weight is not None:
+            scale = scale * weight
+        scale.mul_(p * p if gamma == 2 else p**gamma)
+        loss = (scale * cross_entropy).sum()
+        if ctx.needs_input_grad[0]:
+            slope = cross_entropy.mul_(gamma * (1 - p)).add_(p).mul_(scale)
+            ctx.save_for_backward(torch.where(is_target, -slope, slope))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (slope,) = ctx.saved_tensors
+        return grad * slope, None, None, None, None
+
+
+def sigmoid_focal_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    normaliser: Tensor | float,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Focal loss on independent sigmoids (Lin et al., 2017): `-alpha_t (1 - p_t)^gamma log p_t`, summed, normalised.
+
+    Args:
+        logits: (..., C) floating point; half precision is computed in float32.
+        labels: (...) int64, the target class; a value outside 0…C-1 is background.
+        normaliser: what the sum is divided by.
+        alpha: weight of the target class's term; the others weigh `1 - alpha`.
+        gamma: focusing exponent, at least 0.
+        weight: (...) weights of the rows, or None for ones; not differentiated.
+
+    Returns:
+        A scalar. It can be differentiated once.
+    """
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    is_target = labels[..., None] == torch.arange(logits.shape[-1], device=logits.device)
+    weight = None if weight is None else weight[..., None].to(logits.dtype)
+    return _FocalSum.apply(logits, is_target, weight, alpha, gamma) / normaliser
+
+
+def giou_loss(
+    predicted: Tensor,
+    target: Tensor,
+    *,
+    normaliser: Tensor | float,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    eps_rule: Literal["max", "add"] = "max",
+) -> Tensor:
+    """`1 - GIoU` of `(n, 4)` boxes in pixels, weighted by (n,), summed, normalised. See `giou` for `eps`."""
+    return _total(1 - giou(predicted, target, eps, eps_rule), weight) / normaliser
+
+
+def iou_loss(
+    predicted: Tensor,
+    target: Tensor,
+    *,
+    normaliser: Tensor | float,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """`-log(IoU)` of `(n, 4)` boxes in pixels (UnitBox, Yu et al., 2016), weighted, summed, normalised; IoU >= eps."""
+    return _total(-iou(predicted, target, eps).clamp(min=eps).log(), weight) / normaliser
+
+
+def centerness_loss(logits: Tensor, target: Tensor, *, normaliser: Tensor | float) -> Tensor:
+    """Binary cross-entropy of `(n,)` logits with targets in [0, 1], summed, normalised."""
+    return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / normaliser
+
+
+def smooth_l1_loss(
+    predicted: Tensor,
+    target: Tensor,
+    *,
+    normaliser: Tensor | float,
+    beta: float = 0.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Huber's loss over `beta`: `0.5 d² / beta` below `beta`, `|d| - 0.5 beta` above; 0 gives L1. Summed, normalised.
+
+    Args:
+        predicted: (..., k).
+        target: (..., k).
+        weight: (...) weights of the rows, or None for ones.
+    """
+    if weight is None:
+        return F.smooth_l1_loss(predicted, target, reduction="sum", beta=beta) / normaliser
+    return _total(F.smooth_l1_loss(predicted, target, reduction="none", beta=beta), weight[..., None]) / normaliser
+
+
+def _total(loss: Tensor, weight: Tensor | None) -> Tensor:
+    return loss.sum() if weight is None else (loss * weight).sum()

@@ -1,0 +1,1 @@
+"""Detectors that predict at every position."""

@@ -1,0 +1,298 @@
+"""ATSS (Zhang, Chi, Yao, Lei, Li, CVPR 2020): its prediction head; `heads/dense/towers.py` has its towers.
+
+Ingredients, as published:
+- one square anchor per cell, eight strides wide; 9 candidates per level, IoU threshold mean + standard deviation;
+- towers of four 3×3 convolutions with GroupNorm and ReLU for classification, four more for boxes and centerness;
+- focal loss (alpha 0.25, gamma 2, prior 0.01), 2 × GIoU loss weighted by centerness, cross-entropy of centerness;
+- a learned scale on each level's box deltas; deltas with weights 10, 10, 5, 5;
+- detections: class probability above 0.05, the 1,000 best of a level, score = probability × centerness (no root),
+  suppression at IoU 0.6 within a class, 100 boxes.
+
+Two releases of ATSS with DyHead differ in details that move losses and detections; `convention` selects one:
+
+| detail                      | "mmdet" (mmdetection 3.3)                | "official" (DynamicHead, detectron2)  |
+|-----------------------------|------------------------------------------|---------------------------------------|
+| anchors in the padding      | take no part                             | are background                        |
+| classification divided by   | sum over images of max(positives, 1)     | max(positives of the batch, 1)        |
+| box loss divided by         | max(sum of centerness targets, 1)        | sum of centerness targets             |
+| GIoU's guard                | union and enclosing area at least 1e-6   | 1e-7 added to both                    |
+| width and height deltas     | clamped on both sides                    | clamped from above                    |
+| the 1,000 best of a level by| class probability                        | class probability × centerness        |
+| boxes clipped to the image  | before suppression                       | after suppression                     |
+
+They also differ in settings that have arguments of their own: the official model centres anchors in their cells
+(`anchor_offset=0.5`, as does mmdetection's "r50-caffe" DyHead configuration) and predicts with 1×1 convolutions;
+mmdetection's ATSS and its "r50" DyHead configuration use offset 0 and 3×3 convolutions. `build_detector("atss")`
+follows "mmdet" with the anchors and predictors of the official model.
+
+Deviations: an image without boxes raises an error in the official code and is all background here. Suppression compares
+class labels instead of shifting boxes by class, and ties go by order (see `kernels/regions/nms.py`,
+`heads/boxes/assign.py`). Targets stay boxes; the official code encodes and decodes them. mmdetection's pad_shape is
+recomputed from the image's size, and the 1.2e-7 it adds to every normaliser is left out. Towers of fewer than 256
+channels start with the published variance of a sum, not of a weight (`heads/dense/towers.py`).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from heads.backbones.fpn import FPN
+from heads.backbones.resnet import ResNet
+from heads.boxes.anchors import Grid, Sizes, anchor_grid, cell_anchors, outside_padding
+from heads.boxes.assign import assign_atss
+from heads.boxes.boxes import DeltaCoder, centerness_of, encode_distances
+from heads.boxes.losses import centerness_loss, giou_loss, sigmoid_focal_loss
+from heads.boxes.selection import best_per_level, detections, predict_rows
+from heads.dense.towers import ConvTowers, Scale
+from heads.detector import Detector, PredictionHead
+from heads.dyhead.dyhead import DyHead
+
+
+@dataclass(frozen=True)
+class Convention:
+    """The details in which the two releases differ, row by row as in the table above."""
+
+    padding_is_background: bool
+    empty_images_count: bool
+    least_centerness: float
+    giou_eps: float
+    giou_eps_rule: Literal["max", "add"]
+    delta_clamp: Literal["both", "above"]
+    rank_by_product: bool
+    clip_first: bool
+
+
+CONVENTIONS = {
+    "mmdet": Convention(False, True, 1.0, 1e-6, "max", "both", False, True),
+    # The smallest normal number stands for "not clamped": it only turns 0 / 0 of a batch without boxes into 0.
+    "official": Convention(True, False, torch.finfo(torch.float32).tiny, 1e-7, "add", "above", True, False),
+}
+
+
+class ATSSOutputs(NamedTuple):
+    """What the head predicts for a batch, one row per anchor: A anchors, levels in order, row by row.
+
+    Attributes:
+        logits: (N, A, C) class logits.
+        deltas: (N, A, 4) dx, dy, dw, dh, scaled.
+        centerness: (N, A) logits.
+        sizes: (height, width) of each level's map.
+    """
+
+    logits: Tensor
+    deltas: Tensor
+    centerness: Tensor
+    sizes: Sizes
+
+
+class ATSSTargets(NamedTuple):
+    """What a batch is trained towards; P anchors of the batch are positive.
+
+    Attributes:
+        matched: (N, A) int64, index into the batch's boxes, or -1.
+        labels: (N, A) int64, C for background.
+        positive: (P,) int64, indices into the N * A anchors.
+        anchors: (P, 4) of the positive ones.
+        boxes: (P, 4).
+        centerness: (P,) in [0, 1].
+        valid: (N, A) bool, which anchors count; None for all.
+    """
+
+    matched: Tensor
+    labels: Tensor
+    positive: Tensor
+    anchors: Tensor
+    boxes: Tensor
+    centerness: Tensor
+    valid: Tensor | None
+
+
+class ATSSHead(PredictionHead):
+    """Predicts class, box and centerness for one anchor per cell; see the top of this file.
+
+    Args:
+        in_channels: of the trunk's maps.
+        num_classes: C, without background.
+        strides: pixels per cell, by level.
+        kernel_size: of the predictors.
+        convention: "mmdet" or "official".
+        anchor_offset: where in its cell an anchor is centred, in cells.
+        anchor_scale: side of an anchor in strides.
+        candidates: anchors per level and box that the assignment considers.
+        pad_divisor: of "mmdet"'s rule for anchors in the padding, see `outside_padding`; `pad_size_divisor` there.
+        prior: class probability that an untrained head predicts.
+        focal_alpha, focal_gamma: of the focal loss.
+        box_weight: of the GIoU loss.
+        score_threshold: class probability that a candidate must exceed.
+        candidates_per_level: the most that a level sends into suppression.
+        iou_threshold: of the suppression.
+        max_detections: per image.
+
+    Raises:
+        ValueError: the convention is unknown.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        num_classes: int,
+        strides: Sequence[int] = (8, 16, 32, 64, 128),
+        kernel_size: int = 1,
+        convention: Literal["mmdet", "official"] = "mmdet",
+        anchor_offset: float = 0.5,
+        anchor_scale: float = 8.0,
+        candidates: int = 9,
+        pad_divisor: int = 32,
+        prior: float = 0.01,
+        focal_alpha: float = 0.25,
+        focal_gamma: float = 2.0,
+        box_weight: float = 2.0,
+        score_threshold: float = 0.05,
+        candidates_per_level: int = 1000,
+        iou_threshold: float = 0.6,
+        max_detections: int = 100,
+    ):
+        super().__init__()
+        if convention not in CONVENTIONS:
+            raise ValueError(f"unknown convention {convention!r}; the conventions are {', '.join(CONVENTIONS)}")
+        self.convention = CONVENTIONS[convention]
+        self.num_classes = num_classes
+        self.strides = tuple(strides)
+        self.cells = [cell_anchors([anchor_scale * stride]) for stride in strides]
+        self.anchor_offset = anchor_offset
+        self.candidates = candidates
+        self.pad_divisor = pad_divisor
+        self.focal = {"alpha": focal_alpha, "gamma": focal_gamma}
+        self.box_weight = box_weight
+        self.score_threshold = score_threshold
+        self.candidates_per_level = candidates_per_level
+        self.iou_threshold = iou_threshold
+        self.max_detections = max_detections
+        self.coder = DeltaCoder(stds=(0.1, 0.1, 0.2, 0.2), clamp=self.convention.delta_clamp)
+
+        padding = kernel_size // 2
+        self.cls_logits = nn.Conv2d(in_channels, num_classes, kernel_size, padding=padding)
+        self.bbox_pred = nn.Conv2d(in_channels, 4, kernel_size, padding=padding)
+        self.centerness = nn.Conv2d(in_channels, 1, kernel_size, padding=padding)
+        self.scales = nn.ModuleList(Scale() for _ in strides)
+        for predictor in (self.cls_logits, self.bbox_pred, self.centerness):
+            nn.init.normal_(predictor.weight, std=0.01)
+            nn.init.zeros_(predictor.bias)
+        nn.init.constant_(self.cls_logits.bias, -math.log((1 - prior) / prior))
+
+    def forward(self, cls_features: list[Tensor], reg_features: list[Tensor]) -> ATSSOutputs:
+        """Predict from the trunk's maps (N, C, H_l, W_l); both lists may be the same one, as with DyHead."""
+        sizes = tuple((f.shape[2], f.shape[3]) for f in reg_features)
+        # One convolution does the work of those that read the same map.
+        if cls_features is reg_features:
+            logits, deltas, centerness = predict_rows(reg_features, self.cls_logits, self.bbox_pred, self.centerness)
+        else:
+            (logits,) = predict_rows(cls_features, self.cls_logits)
+            deltas, centerness = predict_rows(reg_features, self.bbox_pred, self.centerness)
+        scale = torch.cat([s.scale.expand(h * w) for s, (h, w) in zip(self.scales, sizes, strict=True)])
+        return ATSSOutputs(logits, deltas * scale[:, None], centerness[..., 0], sizes)
+
+    def grid(self, outputs: ATSSOutputs) -> Grid:
+        """The anchors of `outputs`, in the order of its rows."""
+        return anchor_grid(outputs.sizes, self.strides, self.cells, self.anchor_offset, outputs.deltas.device)
+
+    def targets(self, grid: Grid, targets: list[dict], image_sizes: list[tuple[int, int]]) -> ATSSTargets:
+        """Assign boxes to anchors. Arguments as in `loss`."""
+        boxes, device = [t["boxes"] for t in targets], grid.anchors.device
+        valid_sizes = valid = None
+        if not self.convention.padding_is_background:
+            valid_sizes, valid = outside_padding(grid, image_sizes, self.pad_divisor)
+        matched = assign_atss(grid, boxes, self.candidates, valid_sizes)
+        background = torch.tensor([self.num_classes], device=device)
+        # An index of -1 reads the last entry: background.
+        labels = torch.cat([*(t["labels"] for t in targets), background])[matched]
+        flat = matched.flatten()
+        positive = (flat >= 0).nonzero()[:, 0]
+        cell = positive % matched.shape[1]
+        target = torch.cat(boxes)[flat[positive]]
+        central = centerness_of(encode_distances(target, grid.centres[cell]))
+        return ATSSTargets(matched, labels, positive, grid.anchors[cell], target, central, valid)
+
+    def loss(self, outputs: ATSSOutputs, targets: list[dict], image_sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
+        """The three losses of a batch, to be summed.
+
+        Args:
+            outputs: of `forward`.
+            targets: one dict an image: `boxes` (n, 4) xyxy in pixels, `labels` (n,) int64 below C; n may be 0.
+            image_sizes: (height, width) of each image before padding.
+
+        Returns:
+            `loss_cls`, `loss_bbox`, `loss_centerness`: scalars.
+        """
+        rule, grid = self.convention, self.grid(outputs)
+        goal = self.targets(grid, targets, image_sizes)
+        if rule.empty_images_count:
+            normaliser = (goal.matched >= 0).sum(1).clamp(min=1).sum()
+        else:
+            normaliser = max(len(goal.positive), 1)
+        predicted = self.coder.decode(outputs.deltas.flatten(0, 1)[goal.positive], goal.anchors)
+        return {
+            "loss_cls": sigmoid_focal_loss(
+                outputs.logits, goal.labels, normaliser=normaliser, weight=goal.valid, **self.focal
+            ),
+            "loss_bbox": self.box_weight
+            * giou_loss(
+                predicted,
+                goal.boxes,
+                weight=goal.centerness,
+                normaliser=goal.centerness.sum().clamp(min=rule.least_centerness),
+                eps=rule.giou_eps,
+                eps_rule=rule.giou_eps_rule,
+            ),
+            "loss_centerness": centerness_loss(
+                outputs.centerness.flatten()[goal.positive], goal.centerness, normaliser=normaliser
+            ),
+        }
+
+    @torch.no_grad()
+    def predict(self, outputs: ATSSOutputs, image_sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
+        """Detections, one dict an image, by falling score.
+
+        Args:
+            outputs: of `forward`.
+            image_sizes: (height, width) of each image before padding.
+
+        Returns:
+            `boxes` (K, 4) xyxy in pixels, clipped to the image; `scores` (K,); `labels` (K,) int64.
+        """
+        rule, grid = self.convention, self.grid(outputs)
+        scores, centerness = outputs.logits.sigmoid(), outputs.centerness.sigmoid()
+        results = []
+        for image, size in enumerate(image_sizes):
+            product = scores[image] * centerness[image, :, None]
+            anchor, label = best_per_level(
+                scores[image],
+                self.score_threshold,
+                self.candidates_per_level,
+                grid.counts,
+                product if rule.rank_by_product else None,
+            )
+            boxes = self.coder.decode(outputs.deltas[image, anchor], grid.anchors[anchor])
+            results.append(
+                detections(
+                    boxes,
+                    product[anchor, label],
+                    label,
+                    size,
+                    self.iou_threshold,
+                    self.max_detections,
+                    rule.clip_first,
+                )
+            )
+        return results
+
+
+def atss(body: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
+    """ATSS; DyHead takes the place of both towers. Either is followed by the 1×1 predictors of the authors' code."""
+    head = ATSSHead(in_channels=channels, num_classes=num_classes, strides=FPN.strides)
+    return Detector(body, FPN(body.channels, channels), dyhead or ConvTowers(channels), head)

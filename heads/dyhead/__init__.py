@@ -1,0 +1,1 @@
+"""DyHead: its blocks, its attentions, its fused form."""

@@ -1,0 +1,1 @@
+"""Detectors that predict a set from queries."""

@@ -1,0 +1,294 @@
+"""DETR (Carion et al., ECCV 2020): a set of boxes from a transformer, without anchors and without suppression.
+
+Ingredients, as published (mmdetection 3.3's 150-epoch configuration):
+- C5 through a 1×1 convolution, six encoder layers, six decoder layers on 100 learned queries; 8 heads, layers of 2,048,
+  dropout 0.1, sine positions that know the padding; one norm behind every decoder layer;
+- each query says a class or background, and through three layers a box: centre and sides in shares of its image;
+- the queries are paired with the boxes at the least cost, for every decoder layer anew: - probability of the class,
+  + 5 L1 of the shares, - 2 GIoU in pixels;
+- losses of every decoder layer: cross-entropy in which background weighs 0.1, divided by the sum of the weights;
+  5 L1 and 2 (1 - GIoU) of the pairs, divided by their number;
+- detections: each query's best class, the 100 best of an image.
+
+Where DyHead sits: DETR has no pyramid. With DyHead, P3–P7 are built from C3–C5, DyHead takes the encoder's place, and
+the decoder looks at the cells of all levels, each with its position and a learned vector for its level. The cells pass
+a norm first, as those of the encoder do in its last layer: DyHead leaves them so small that a decoder that starts from
+zeros divides by next to nothing. Plain DETR is the baseline.
+
+Deviations: the numbers of heads, layers and queries, the layers' width and the dropout are proportional to the
+channels, and the published ones at 256, but there are at least 2 layers and 25 queries, and no more dropout than
+published: at 32 channels, 0.1 keeps the classes of even four images from being learned. Where an image has more boxes
+than there are queries, the boxes that cost most stay without one. Published DETR trains for 150 epochs or more; the
+project's schedules are much shorter, and its numbers are not comparable.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from heads.backbones.fpn import FPN
+from heads.backbones.resnet import ResNet
+from heads.boxes.boxes import clip_boxes, giou, pairwise_giou
+from heads.detector import Detector, PredictionHead
+from heads.dyhead.dyhead import DyHead
+from heads.query.hungarian import least_cost_assignment
+from heads.query.transformer import DecoderLayer, EncoderLayer, padding_mask, sine_positions, xavier
+
+DROPOUT = 0.1
+CLASS_COST, BOX_COST, GIOU_COST = 1.0, 5.0, 2.0
+BACKGROUND_WEIGHT = 0.1
+
+
+def to_corners(boxes: Tensor) -> Tensor:
+    """(..., 4) centre and sides to x1, y1, x2, y2."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], -1)
+
+
+def to_centres(boxes: Tensor) -> Tensor:
+    """(..., 4) x1, y1, x2, y2 to centre and sides."""
+    return torch.cat([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], -1)
+
+
+class DETROutputs(NamedTuple):
+    """What D decoder layers say of N images with Q queries.
+
+    Attributes:
+        logits: (D, N, Q, K + 1), background last.
+        boxes: (D, N, Q, 4), centre and sides in shares of the image.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+
+
+class Encoder(nn.Module):
+    """DETR's own trunk: layers in which the cells of one map look at each other."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(*layer_sizes(channels)) for _ in range(depth(channels)))
+        xavier(self)
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """(N, T, C) -> (N, T, C)."""
+        for layer in self.layers:
+            x = layer(x, positions, mask)
+        return x
+
+
+def layer_sizes(channels: int) -> tuple[int, int, int, float]:
+    """Channels, heads, width of the feed-forward part, dropout."""
+    return channels, max(1, channels // 32), 8 * channels, DROPOUT * min(1.0, channels / 256)
+
+
+def depth(channels: int) -> int:
+    """Layers of the encoder, and of the decoder."""
+    return max(2, 6 * channels // 256)
+
+
+class SingleMap(nn.Module):
+    """What plain DETR has for a pyramid: C5 through a 1×1 convolution."""
+
+    def __init__(self, in_channels: int, channels: int):
+        super().__init__()
+        self.projection = nn.Conv2d(in_channels, channels, 1)
+        nn.init.xavier_uniform_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """C3, C4, C5 -> [(N, C, H, W)] of C5."""
+        return [self.projection(features[-1])]
+
+
+class DETRHead(PredictionHead):
+    """Decoder and predictors; see the top of this file.
+
+    Args:
+        in_channels: of the tokens.
+        num_classes: K, without background.
+        queries: boxes that an image can get; None for 100 at 256 channels, in proportion, but 25 at least.
+        layers: of the decoder; None for `depth(in_channels)`.
+        max_detections: per image.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        num_classes: int,
+        queries: int | None = None,
+        layers: int | None = None,
+        max_detections: int = 100,
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.max_detections = max_detections
+        layers = depth(in_channels) if layers is None else layers
+        queries = max(25, 100 * in_channels // 256) if queries is None else queries
+        self.layers = nn.ModuleList(DecoderLayer(*layer_sizes(in_channels)) for _ in range(layers))
+        self.norm = nn.LayerNorm(in_channels)
+        self.queries = nn.Embedding(queries, in_channels)
+        self.class_logits = nn.Linear(in_channels, num_classes + 1)
+        self.box_layers = nn.ModuleList(nn.Linear(in_channels, outputs) for outputs in (in_channels, in_channels, 4))
+        xavier(self)
+
+    def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> DETROutputs:
+        """Predict from tokens (N, T, C), their positions, and (N, T) which of them are padding."""
+        queries = self.queries.weight.expand(len(tokens), -1, -1)
+        x, states = torch.zeros_like(queries), []
+        for layer in self.layers:
+            x = layer(x, queries, tokens, positions, mask)
+            states.append(self.norm(x))
+        return self.predictions(torch.stack(states))
+
+    def predictions(self, states: Tensor) -> DETROutputs:
+        """(D, N, Q, C) to classes and boxes."""
+        boxes = states
+        for layer in self.box_layers[:-1]:
+            boxes = F.relu(layer(boxes))
+        logits, boxes = self.class_logits(states), self.box_layers[-1](boxes)
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits, boxes = logits.float(), boxes.float()
+        return DETROutputs(logits, boxes.sigmoid())
+
+    @torch.no_grad()
+    def pairs(
+        self, outputs: DETROutputs, targets: list[dict], image_sizes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Which prediction learns which box, paired at the least cost.
+
+        Returns:
+            (D * M,) int64 indices into the D * N * Q predictions and (D * M,) int64 indices into the boxes of the
+            batch, decoder layer by decoder layer; M boxes of the batch are paired in each.
+        """
+        layers, images, queries, _ = outputs.boxes.shape
+        costs = [
+            sum(self.costs(outputs.logits[:, image], outputs.boxes[:, image], target, size))
+            for image, (target, size) in enumerate(zip(targets, image_sizes, strict=True))
+        ]
+        # One copy for the batch: each waits for the device. Weights that are not finite are found by the loss; here
+        # they only must not end the run.
+        costs = torch.cat(costs, -1).nan_to_num(1e6, 1e6, -1e6).cpu().numpy()
+        lasts = np.cumsum([len(target["boxes"]) for target in targets])
+        predictions, boxes = [], []
+        for layer in range(layers):
+            for image, (target, last) in enumerate(zip(targets, lasts, strict=True)):
+                first = last - len(target["boxes"])
+                rows, columns = least_cost_assignment(costs[layer, :, first:last])
+                predictions.append(rows + (layer * images + image) * queries)
+                boxes.append(columns + first)
+        pairs = torch.from_numpy(np.stack([np.concatenate(predictions), np.concatenate(boxes)]))
+        return tuple(pairs.to(outputs.boxes.device))
+
+    def costs(
+        self, logits: Tensor, boxes: Tensor, target: dict, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of class, shares and pixels, what each query of one image would cost with each box: (D, Q, n) three times.
+
+        Args:
+            logits: (D, Q, K + 1).
+            boxes: (D, Q, 4) in shares.
+            target: `boxes` (n, 4) xyxy in pixels and `labels` (n,).
+            size: (height, width) of the image.
+        """
+        scale = boxes.new_tensor([size[1], size[0]] * 2)
+        shares = to_centres(target["boxes"].to(boxes.dtype) / scale)
+        return (
+            -CLASS_COST * logits.softmax(-1)[..., target["labels"]],
+            BOX_COST * (boxes[..., :, None, :] - shares).abs().sum(-1),
+            -GIOU_COST * pairwise_giou(to_corners(boxes) * scale, target["boxes"].to(boxes.dtype)),
+        )
+
+    def loss(self, outputs: DETROutputs, targets: list[dict], image_sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
+        """The three losses of each decoder layer, to be summed.
+
+        Args:
+            outputs: of `forward`.
+            targets: one dict an image: `boxes` (n, 4) xyxy in pixels, `labels` (n,) int64 below K; n may be 0.
+            image_sizes: (height, width) of each image before padding.
+
+        Returns:
+            `loss_cls`, `loss_bbox`, `loss_iou` of the last layer, and of those before it `d0.loss_cls` and so on.
+        """
+        layers, _, queries, classes = outputs.logits.shape
+        prediction, box = self.pairs(outputs, targets, image_sizes)
+        paired = len(box) // layers
+        labels = prediction.new_full((outputs.logits.shape[:-1].numel(),), self.num_classes)
+        labels[prediction] = torch.cat([t["labels"] for t in targets])[box]
+        weight = outputs.logits.new_ones(classes)
+        weight[-1] = BACKGROUND_WEIGHT
+        entropy = F.cross_entropy(outputs.logits.flatten(0, 2), labels, weight, reduction="none").view(layers, -1)
+        background = len(labels) // layers - paired
+
+        scale = outputs.boxes.new_tensor([[w, h, w, h] for h, w in image_sizes])
+        scale = scale[prediction // queries % len(image_sizes)]
+        shares = outputs.boxes.flatten(0, 2)[prediction]
+        goals = torch.cat([t["boxes"] for t in targets])[box].to(shares.dtype)
+        distance = (shares - to_centres(goals / scale)).abs().view(layers, -1)
+        overlap = giou(to_corners(shares) * scale, goals).view(layers, -1)
+        sums = {
+            "loss_cls": entropy.sum(1) / max(paired + BACKGROUND_WEIGHT * background, 1),
+            "loss_bbox": BOX_COST * distance.sum(1) / max(paired, 1),
+            "loss_iou": GIOU_COST * (1 - overlap).sum(1) / max(paired, 1),
+        }
+        prefixes = [*(f"d{layer}." for layer in range(layers - 1)), ""]
+        return {f"{prefix}{name}": sums[name][layer] for layer, prefix in enumerate(prefixes) for name in sums}
+
+    @torch.no_grad()
+    def predict(self, outputs: DETROutputs, image_sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
+        """Detections, one dict an image, by falling score: `boxes` (K, 4) clipped, `scores` (K,), `labels` (K,)."""
+        scores, labels = outputs.logits[-1].softmax(-1)[..., :-1].max(-1)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        results = []
+        for image, (height, width) in enumerate(image_sizes):
+            best = order[image, : self.max_detections]
+            boxes = to_corners(outputs.boxes[-1, image, best])
+            boxes = clip_boxes(boxes * boxes.new_tensor([width, height] * 2), (height, width))
+            results.append({"boxes": boxes, "scores": scores[image, : len(best)], "labels": labels[image, best]})
+        return results
+
+
+class DETR(Detector):
+    """Backbone, one map or a pyramid, encoder or DyHead, and `DETRHead`; see the top of this file.
+
+    Args:
+        backbone: (N, 3, H, W) -> C3, C4, C5.
+        fpn: `SingleMap` with an `Encoder`, `FPN` with a `DyHead`.
+        trunk: `Encoder` or `DyHead`.
+        head: decoder and predictors.
+        channels: of the maps.
+    """
+
+    def __init__(self, backbone: nn.Module, fpn: nn.Module, trunk: nn.Module, head: DETRHead, channels: int):
+        super().__init__(backbone, fpn, trunk, head)
+        levels = len(getattr(fpn, "strides", (32,)))
+        self.levels = nn.Parameter(torch.zeros(levels, channels)) if levels > 1 else None
+        self.norm = nn.LayerNorm(channels) if isinstance(trunk, DyHead) else None
+
+    def raw(self, batch: Tensor, sizes: list[tuple[int, int]] | None = None) -> DETROutputs:
+        """Head outputs for a normalised, padded batch (N, 3, H, W) of images of these sizes; None says all are full."""
+        padded = tuple(batch.shape[-2:])
+        sizes = [padded] * len(batch) if sizes is None else sizes
+        maps = self.fpn(self.backbone(batch.contiguous(memory_format=torch.channels_last)))
+        if isinstance(self.trunk, DyHead):
+            maps = self.trunk(maps)
+        masks = [padding_mask(sizes, padded, tuple(m.shape[-2:]), m.device) for m in maps]
+        positions = [sine_positions(mask, m.shape[1]).flatten(1, 2) for mask, m in zip(masks, maps, strict=True)]
+        if self.levels is not None:
+            positions = [p + level for p, level in zip(positions, self.levels, strict=True)]
+        tokens, positions = torch.cat([m.flatten(2).mT for m in maps], 1), torch.cat(positions, 1)
+        mask = torch.cat([mask.flatten(1) for mask in masks], 1)
+        tokens = self.trunk(tokens, positions, mask) if self.norm is None else self.norm(tokens)
+        return self.head(tokens, positions, mask)
+
+
+def detr(body: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
+    """DETR; see the top of this file."""
+    head = DETRHead(in_channels=channels, num_classes=num_classes)
+    if dyhead is None:
+        return DETR(body, SingleMap(body.channels[-1], channels), Encoder(channels), head, channels)
+    return DETR(body, FPN(body.channels, channels), dyhead, head, channels)

@@ -1,0 +1,1 @@
+"""Released weights: the names, the layouts and the files they come in."""

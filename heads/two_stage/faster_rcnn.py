@@ -1,0 +1,206 @@
+"""Faster R-CNN (Ren et al., 2015) on a feature pyramid (Lin et al., 2017).
+
+Ingredients, as published (mmdetection 3.3's 1x configuration):
+- P2–P6 with strides 4–64; the region proposal network of `heads/two_stage/rpn.py` on all of them;
+- training: 2,000 candidates a level and 1,000 proposals an image; with the ground truth added, positive from IoU 0.5,
+  every box at least its best candidate from 0.5; 512 regions an image, at most a quarter positive;
+- RoIAlign to 7×7 on P2–P5, the level by the box's size, as many samples as cells; two layers of 1,024
+  (`heads/two_stage/roi.py`);
+- cross-entropy over classes and background, and L1 on class-specific deltas (weights 10, 10, 5, 5) of the positive
+  regions, both divided by the number of regions;
+- detections: 1,000 candidates a level and 1,000 proposals; probability above 0.05, suppression at IoU 0.5 within a
+  class, 100 boxes.
+
+Where DyHead sits: `placement="trunk"`, between pyramid and region proposal network, as the authors released it; both
+stages stay as they are. `placement="around_roi"`, the paper's Fig. 2(c): the task attention of the last block moves
+behind RoIAlign and takes the place of the two layers; the flattened 7×7 bins go to the two linear layers that predict.
+The baseline has nothing between pyramid and heads.
+
+Deviations: at 256 channels of the pyramid all numbers are the published ones; below, the width of the layers and the
+number of anchors in the first stage's sample fall with the channels, and the numbers of candidates, proposals and
+regions with their square, down to 64 proposals and 32 regions, so that the second stage of a small model costs no more
+than the rest of it. Boxes that clipping leaves without area are dropped. Suppression compares labels instead of
+shifting boxes by class. The sample is drawn from random keys (`heads/boxes/sample.py`).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from heads.backbones.fpn_p2 import FPNFromC2
+from heads.backbones.resnet import ResNet
+from heads.boxes.boxes import DeltaCoder
+from heads.detector import Detector, PredictionHead
+from heads.dyhead.attention import TaskAttention
+from heads.dyhead.dyhead import DyHead
+from heads.two_stage.roi import BINS, BoxHead, Regions, class_detections, pool, sample_regions
+from heads.two_stage.rpn import RPNHead, RPNOutputs
+
+PLACEMENTS = ("trunk", "around_roi")
+
+
+class TwoStageOutputs(NamedTuple):
+    """What does not depend on proposals: the pyramid (N, C, H_l, W_l) and what the first stage says of it."""
+
+    features: list[Tensor]
+    rpn: RPNOutputs
+
+
+class TwoStageHead(PredictionHead):
+    """A region proposal network, and the numbers of boxes that pass between the two stages.
+
+    Args:
+        in_channels: of the maps; with fewer than 256 fewer boxes pass, see the top of this file.
+        strides: pixels per cell, by level; the last level is the first stage's only.
+        anchor_offset: see `RPNHead`.
+        score_threshold: probability that a detection must exceed.
+        iou_threshold: of the suppression within a class.
+        max_detections: per image.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        strides: Sequence[int] = (4, 8, 16, 32, 64),
+        anchor_offset: float = 0.0,
+        score_threshold: float = 0.05,
+        iou_threshold: float = 0.5,
+        max_detections: int = 100,
+    ):
+        super().__init__()
+        self.strides = tuple(strides)[:-1]
+        self.rpn = RPNHead(in_channels, strides, anchor_offset=anchor_offset, samples=in_channels)
+        share = (in_channels / 256) ** 2
+        self.per_image = max(64, int(1000 * share))
+        # By `training`.
+        self.per_level = {True: 2 * self.per_image, False: self.per_image}
+        self.samples = max(32, int(512 * share))
+        self.positive_share = 0.25
+        self.score_threshold = score_threshold
+        self.iou_threshold = iou_threshold
+        self.max_detections = max_detections
+
+    def forward(self, features: list[Tensor], _: list[Tensor]) -> TwoStageOutputs:
+        """Predict from the trunk's maps (N, C, H_l, W_l); the second list is for detectors with two towers."""
+        return TwoStageOutputs(features, self.rpn(features))
+
+    def proposals(self, outputs: TwoStageOutputs, image_sizes: list[tuple[int, int]]) -> list[Tensor]:
+        """For each image (k, 4) boxes, with training's limits while training."""
+        found = self.rpn.proposals(outputs.rpn, image_sizes, self.per_level[self.training], self.per_image)
+        return [boxes for boxes, _ in found]
+
+    def pool(self, outputs: TwoStageOutputs, boxes: Sequence[Tensor], bins: int = BINS) -> Tensor:
+        """What the pyramid shows of the boxes: (R, C, bins, bins)."""
+        return pool(outputs.features[: len(self.strides)], self.strides, boxes, bins)
+
+    def regions_of_a_full_image(self, outputs: TwoStageOutputs, count: int, bins: int = BINS) -> Tensor:
+        """Pooled regions without content to count operations with: (N * count, C, bins, bins)."""
+        images, channels = outputs.features[0].shape[:2]
+        return outputs.features[0].new_zeros(images * count, channels, bins, bins)
+
+
+class FasterRCNNHead(TwoStageHead):
+    """Faster R-CNN's two stages; see the top of this file.
+
+    Args:
+        num_classes: K, without background.
+        task: task attention in place of the two layers behind RoIAlign.
+        others: see `TwoStageHead`.
+    """
+
+    def __init__(self, *, in_channels: int, num_classes: int, task: TaskAttention | None = None, **others):
+        super().__init__(in_channels=in_channels, **others)
+        self.num_classes = num_classes
+        self.box = BoxHead(in_channels, num_classes, 4 * in_channels, task)
+        self.coder = DeltaCoder(stds=(0.1, 0.1, 0.2, 0.2))
+
+    def regions(self, proposals: list[Tensor], targets: list[dict]) -> Regions:
+        """What the second stage learns from. Arguments as in `sample_regions`."""
+        return sample_regions(
+            proposals, targets, 0.5, "moves", self.samples, self.positive_share, background=self.num_classes
+        )
+
+    def loss(
+        self, outputs: TwoStageOutputs, targets: list[dict], image_sizes: list[tuple[int, int]]
+    ) -> dict[str, Tensor]:
+        """The losses of both stages, to be summed.
+
+        Args:
+            outputs: of `forward`.
+            targets: one dict an image: `boxes` (n, 4) xyxy in pixels, `labels` (n,) int64 below K; n may be 0.
+            image_sizes: (height, width) of each image before padding.
+
+        Returns:
+            `loss_rpn_cls`, `loss_rpn_bbox`, `loss_cls`, `loss_bbox`: scalars.
+        """
+        regions = self.regions(self.proposals(outputs, image_sizes), targets)
+        return self.rpn.loss(outputs.rpn, targets, image_sizes) | self.box_loss(outputs, regions)
+
+    def box_loss(self, outputs: TwoStageOutputs, regions: Regions) -> dict[str, Tensor]:
+        """`loss_cls` and `loss_bbox` of the second stage."""
+        logits, deltas = self.box(self.pool(outputs, regions.boxes))
+        classification, boxes = self.box.loss(logits, deltas, regions, self.coder)
+        return {"loss_cls": classification, "loss_bbox": boxes}
+
+    @torch.no_grad()
+    def predict(self, outputs: TwoStageOutputs, image_sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
+        """Detections, one dict an image, by falling score: `boxes` (K, 4) clipped, `scores` (K,), `labels` (K,)."""
+        return self.detect(outputs, self.proposals(outputs, image_sizes), image_sizes)
+
+    def detect(
+        self, outputs: TwoStageOutputs, proposals: list[Tensor], image_sizes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """Detections from given proposals, for each image (k, 4)."""
+        logits, deltas = self.box(self.pool(outputs, proposals))
+        counts = [len(p) for p in proposals]
+        limits = (self.score_threshold, self.iou_threshold, self.max_detections)
+        return [
+            class_detections(probability, delta, boxes, self.coder, size, *limits)
+            for probability, delta, boxes, size in zip(
+                logits.softmax(1).split(counts), deltas.split(counts), proposals, image_sizes, strict=True
+            )
+        ]
+
+    def full_image(self, outputs: TwoStageOutputs) -> None:
+        """Compute what the second stage computes for as many proposals as an image may have, to count operations."""
+        self.box(self.regions_of_a_full_image(outputs, self.per_image))
+
+
+def two_stage(
+    body: ResNet, channels: int, dyhead: DyHead | None, placement: str, make_head: Callable[..., TwoStageHead]
+) -> Detector:
+    """Put a two-stage detector together.
+
+    Args:
+        body: the backbone.
+        channels: of the pyramid.
+        dyhead: the trunk, or None for the baseline, which has none.
+        placement: one of `PLACEMENTS`; see the top of this file.
+        make_head: called with `in_channels` and `task`, the task attention that moves behind RoIAlign, or None.
+
+    Raises:
+        ValueError: the placement is unknown, or there is no block whose task attention could move.
+    """
+    if placement not in PLACEMENTS:
+        raise ValueError(f"unknown placement {placement!r}; the placements are {', '.join(PLACEMENTS)}")
+    task = None
+    if placement == "around_roi":
+        if dyhead is None or not len(dyhead.blocks):
+            raise ValueError(
+                "placement 'around_roi' splits the last block of a DyHead: it needs attentions and depth >= 1"
+            )
+        task, dyhead.blocks[-1].task = dyhead.blocks[-1].task, nn.Identity()
+    body.finest = 2
+    head = make_head(in_channels=channels, task=task)
+    return Detector(body, FPNFromC2(body.channels, channels), dyhead or nn.Identity(), head)
+
+
+def faster_rcnn(
+    body: ResNet, num_classes: int, channels: int, dyhead: DyHead | None, placement: str = "trunk"
+) -> Detector:
+    """Faster R-CNN; see the top of this file."""
+    return two_stage(body, channels, dyhead, placement, partial(FasterRCNNHead, num_classes=num_classes))

@@ -1,0 +1,223 @@
+"""The second stage of two-stage detectors: which boxes it learns from, what it sees of them, what it says of them."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from heads.boxes.assign import IGNORED, assign_max_iou
+from heads.boxes.boxes import DeltaCoder
+from heads.boxes.losses import smooth_l1_loss
+from heads.boxes.sample import sample
+from heads.boxes.selection import detections
+from heads.dyhead.attention import TaskAttention
+from heads.dyhead.paper import PaperTaskAttention
+from kernels import roi_align
+
+BINS = 7
+# The side of a box that the finest level serves up to twice of, in pixels.
+_FINEST_SIDE = 56
+
+
+class Regions(NamedTuple):
+    """The boxes of a batch that a second stage learns from: by image, first the positive ones, then background.
+
+    Attributes:
+        boxes: for each image (r_i, 4) in pixels; R in all.
+        labels: (R,) int64, C for background.
+        positive: (P,) int64, indices into the R boxes.
+        targets: (P, 4), the boxes that the positive ones answer for.
+        matched: (P,) int64, index of that box in the whole batch.
+        given: (R,) bool, the ground truth itself, which is added to the candidates.
+    """
+
+    boxes: list[Tensor]
+    labels: Tensor
+    positive: Tensor
+    targets: Tensor
+    matched: Tensor
+    given: Tensor
+
+    def positives(self, counts: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """The positive boxes (p_i, 4) of each image, and which of its own boxes (p_i,) each answers for.
+
+        Args:
+            counts: how many boxes each image has in the ground truth.
+        """
+        sizes = torch.tensor([len(b) for b in self.boxes], device=self.positive.device)
+        image = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)[self.positive]
+        first = torch.tensor([0, *counts[:-1]], device=sizes.device).cumsum(0)
+        held = torch.bincount(image, minlength=len(sizes)).tolist()
+        boxes = torch.cat(self.boxes)[self.positive]
+        return list(boxes.split(held)), list((self.matched - first[image]).split(held))
+
+
+def sample_regions(
+    proposals: Sequence[Tensor],
+    targets: Sequence[dict],
+    threshold: float,
+    low_quality: Literal["moves"] | None,
+    count: int,
+    positive_share: float,
+    background: int,
+) -> Regions:
+    """Match ground truth and proposals with the ground truth, and draw up to `count` an image.
+
+    Args:
+        proposals: for each image (k_i, 4) in pixels.
+        targets: for each image a dict with `boxes` (n_i, 4) and `labels` (n_i,); n_i may be 0.
+        threshold: IoU from which a candidate is positive.
+        low_quality: see `assign_max_iou`.
+        count, positive_share: see `sample`.
+        background: the label of background.
+    """
+    candidates = [torch.cat([t["boxes"], p]) for t, p in zip(targets, proposals, strict=True)]
+    stacked = nn.utils.rnn.pad_sequence(candidates, batch_first=True)
+    counts = torch.tensor([len(c) for c in candidates], device=stacked.device)
+    valid = torch.arange(stacked.shape[1], device=stacked.device) < counts[:, None]
+    every = [t["boxes"] for t in targets]
+    found = assign_max_iou(stacked, every, threshold, threshold, threshold, low_quality, valid)
+    chosen = sample(found.masked_fill(~valid, IGNORED), count, positive_share)
+
+    # Positive ones first within an image, each group in the order of the candidates.
+    is_positive = found >= 0
+    image, place = (chosen & is_positive).nonzero(as_tuple=True)
+    other_image, other_place = (chosen & ~is_positive).nonzero(as_tuple=True)
+    order = torch.cat([image, other_image]).argsort(stable=True)
+    images, places = torch.cat([image, other_image])[order], torch.cat([place, other_place])[order]
+    matched = found[image, place]
+    given = torch.tensor([len(b) for b in every], device=stacked.device)
+    # An index of -1 reads the last entry: background.
+    labels = torch.cat([*(t["labels"] for t in targets), found.new_tensor([background])])
+    return Regions(
+        boxes=list(stacked[images, places].split(torch.bincount(images, minlength=len(every)).tolist())),
+        labels=labels[found[images, places]],
+        positive=(order < len(image)).nonzero()[:, 0],
+        targets=torch.cat(every)[matched],
+        matched=matched,
+        given=places < given[images],
+    )
+
+
+def levels_of(boxes: Tensor, levels: int) -> Tensor:
+    """Which level serves each of (R, 4) boxes: floor(log2(root of area / 56)), 0 for the finest (Lin et al., 2017)."""
+    width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
+    return ((width * height).sqrt() / _FINEST_SIDE + 1e-6).log2().floor().clamp(0, levels - 1).long()
+
+
+def pool(features: Sequence[Tensor], strides: Sequence[int], boxes: Sequence[Tensor], bins: int) -> Tensor:
+    """RoIAlign of each box on the level that its size calls for.
+
+    Args:
+        features: maps (N, C, H_l, W_l).
+        strides: pixels per cell, by level.
+        boxes: for each image (r_i, 4) in pixels.
+        bins: of a region, along each side.
+
+    Returns:
+        (sum r_i, C, bins, bins), image by image.
+    """
+    images = len(boxes)
+    every = torch.cat(list(boxes))
+    counts = torch.tensor([len(b) for b in boxes], device=every.device)
+    image = torch.arange(images, device=every.device).repeat_interleave(counts)
+    key = levels_of(every, len(features)) * images + image
+    order = key.argsort(stable=True)
+    groups = every[order].split(torch.bincount(key, minlength=len(features) * images).tolist())
+    pieces = []
+    for level, (feature, stride) in enumerate(zip(features, strides, strict=True)):
+        own = list(groups[level * images : (level + 1) * images])
+        # The last level speaks for all where there is no box, so that the result has a gradient.
+        if any(len(b) for b in own) or (not len(every) and feature is features[-1]):
+            pieces.append(roi_align(feature, own, (bins, bins), 1 / stride))
+    return torch.cat(pieces)[order.argsort()]
+
+
+class BoxHead(nn.Module):
+    """Class and box of every region, from what RoIAlign saw of it.
+
+    Two fully connected layers with ReLU, then one linear layer for the classes and one for the boxes. With `task` the
+    two layers are gone: the paper's Fig. 2(c) puts the task attention of DyHead in their place.
+
+    Args:
+        in_channels: C of the pooled regions.
+        num_classes: K, without background.
+        hidden: outputs of the two layers; 1,024 at 256 channels.
+        task: task attention that takes the place of the two layers.
+        class_agnostic: one box for all classes instead of one for each.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        hidden: int,
+        task: TaskAttention | None = None,
+        class_agnostic: bool = False,
+    ):
+        super().__init__()
+        inputs = in_channels * BINS * BINS
+        self.num_classes = num_classes
+        self.task = task
+        self.fc1 = nn.Linear(inputs, hidden) if task is None else None
+        self.fc2 = nn.Linear(hidden, hidden) if task is None else None
+        self.cls_score = nn.Linear(inputs if task else hidden, num_classes + 1)
+        self.bbox_pred = nn.Linear(inputs if task else hidden, 4 if class_agnostic else 4 * num_classes)
+        for layer in (self.fc1, self.fc2):
+            if layer is not None:
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        for layer, std in ((self.cls_score, 0.01), (self.bbox_pred, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, C, 7, 7) -> logits (R, K + 1), background last, and deltas (R, K, 4), or (R, 1, 4) class-agnostic."""
+        if isinstance(self.task, PaperTaskAttention):
+            regions = self.task(regions[:, None])[:, 0]
+        elif self.task is not None:
+            regions = self.task([regions])[0]
+        x = regions.flatten(1)
+        if self.task is None:
+            x = F.relu(self.fc2(F.relu(self.fc1(x))))
+        logits, deltas = self.cls_score(x), self.bbox_pred(x)
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits, deltas = logits.float(), deltas.float()
+        return logits, deltas.unflatten(1, (-1, 4))
+
+    def loss(
+        self, logits: Tensor, deltas: Tensor, regions: Regions, coder: DeltaCoder, beta: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy, and (smooth) L1 of the positive regions' deltas, both divided by the number of regions."""
+        count = max(len(logits), 1)
+        classification = F.cross_entropy(logits, regions.labels, reduction="sum") / count
+        column = 0 if deltas.shape[1] == 1 else regions.labels[regions.positive]
+        goals = coder.encode(regions.targets, torch.cat(regions.boxes)[regions.positive])
+        return classification, smooth_l1_loss(deltas[regions.positive, column], goals, normaliser=count, beta=beta)
+
+
+def class_detections(
+    probabilities: Tensor,
+    deltas: Tensor,
+    boxes: Tensor,
+    coder: DeltaCoder,
+    size: tuple[int, int],
+    score_threshold: float,
+    iou_threshold: float,
+    max_detections: int,
+) -> dict[str, Tensor]:
+    """One image's detections from what a `BoxHead` says of its regions.
+
+    Args:
+        probabilities: (R, K + 1), background last.
+        deltas: (R, K or 1, 4).
+        boxes: (R, 4), which the deltas start from.
+        size: (height, width) of the image.
+    """
+    region, label = (probabilities[:, :-1] > score_threshold).nonzero(as_tuple=True)
+    column = label if deltas.shape[1] > 1 else 0
+    found = coder.decode(deltas[region, column], boxes[region])
+    scores = probabilities[region, label]
+    return detections(found, scores, label, size, iou_threshold, max_detections, clip_first=True)

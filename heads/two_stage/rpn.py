@@ -1,0 +1,170 @@
+"""The region proposal network of Faster R-CNN (Ren, He, Girshick, Sun, 2015), as FPN uses it.
+
+Ingredients, as published (mmdetection 3.3's configuration):
+- three anchors per cell, eight strides wide, of ratios 1:2, 1:1, 2:1, on P2–P6; a shared 3×3 convolution with ReLU;
+- positive from IoU 0.7, background below 0.3, and every box's best anchors from 0.3; 256 sampled an image, at most half
+  of them positive; anchors in the padding take no part;
+- binary cross-entropy and L1 on deltas, both divided by the sum over images of max(positives, 1) + max(negatives, 1);
+- proposals: the best of every level by score, decoded and clipped, those without area dropped, suppression at IoU 0.7
+  within a level, the best of an image; no score is too low.
+
+Deviations: the sample is drawn for the whole batch at once from random keys, not by permuting; the 1.2e-7 that
+mmdetection adds to every normaliser is left out; suppression compares levels instead of shifting boxes by level.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from heads.boxes.anchors import Grid, Sizes, anchor_grid, cell_anchors, outside_padding
+from heads.boxes.assign import IGNORED, assign_max_iou
+from heads.boxes.boxes import DeltaCoder
+from heads.boxes.losses import smooth_l1_loss
+from heads.boxes.sample import sample
+from heads.boxes.selection import predict_rows
+from kernels import batched_nms
+
+
+class RPNOutputs(NamedTuple):
+    """One row per anchor: A anchors, levels in order, row by row, ratio by ratio.
+
+    Attributes:
+        logits: (N, A), of being an object.
+        deltas: (N, A, 4) dx, dy, dw, dh.
+        sizes: (height, width) of each level's map.
+    """
+
+    logits: Tensor
+    deltas: Tensor
+    sizes: Sizes
+
+
+class RPNHead(nn.Module):
+    """Says of every anchor whether an object is there, and where exactly; see the top of this file.
+
+    Args:
+        in_channels: of the maps.
+        strides: pixels per cell, by level.
+        anchor_scale: side of a square anchor in strides.
+        ratios: height to width of the anchors of a cell.
+        anchor_offset: where in its cell an anchor is centred, in cells: 0 (mmdetection) or 0.5.
+        pad_divisor: see `outside_padding`.
+        samples: anchors of an image that the losses see.
+        least_side: proposals must be wider and higher than this many pixels.
+        iou_threshold: of the suppression.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        strides: Sequence[int] = (4, 8, 16, 32, 64),
+        *,
+        anchor_scale: float = 8.0,
+        ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        anchor_offset: float = 0.0,
+        pad_divisor: int = 32,
+        samples: int = 256,
+        least_side: float = 0.0,
+        iou_threshold: float = 0.7,
+    ):
+        super().__init__()
+        self.strides = tuple(strides)
+        self.cells = [cell_anchors([anchor_scale * stride], ratios) for stride in strides]
+        self.anchor_offset = anchor_offset
+        self.pad_divisor = pad_divisor
+        self.samples = samples
+        self.least_side = least_side
+        self.iou_threshold = iou_threshold
+        self.coder = DeltaCoder()
+        self.conv = nn.Conv2d(in_channels, in_channels, 3, padding=1)
+        self.objectness = nn.Conv2d(in_channels, len(ratios), 1)
+        self.bbox_pred = nn.Conv2d(in_channels, 4 * len(ratios), 1)
+        for layer in (self.conv, self.objectness, self.bbox_pred):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: list[Tensor]) -> RPNOutputs:
+        """Predict from maps (N, C, H_l, W_l)."""
+        hidden = [F.relu(self.conv(f), inplace=True) for f in features]
+        logits, deltas = predict_rows(hidden, self.objectness, self.bbox_pred, anchors=len(self.cells[0]))
+        return RPNOutputs(logits[..., 0], deltas, tuple((f.shape[2], f.shape[3]) for f in features))
+
+    def grid(self, outputs: RPNOutputs) -> Grid:
+        """The anchors of `outputs`, in the order of its rows."""
+        return anchor_grid(outputs.sizes, self.strides, self.cells, self.anchor_offset, outputs.deltas.device)
+
+    def match(self, grid: Grid, targets: list[dict], image_sizes: list[tuple[int, int]]) -> Tensor:
+        """(N, A) int64: for each anchor the index of a box in the whole batch, or `BACKGROUND`, or `IGNORED`."""
+        _, valid = outside_padding(grid, image_sizes, self.pad_divisor)
+        boxes = [t["boxes"] for t in targets]
+        matched = assign_max_iou(grid.anchors, boxes, 0.7, 0.3, 0.3, "moves", valid)
+        return matched if valid is None else matched.masked_fill_(~valid, IGNORED)
+
+    def loss(
+        self,
+        outputs: RPNOutputs,
+        targets: list[dict],
+        image_sizes: list[tuple[int, int]],
+        chosen: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """`loss_rpn_cls` and `loss_rpn_bbox`, scalars to be summed.
+
+        Args:
+            outputs: of `forward`.
+            targets: one dict an image with `boxes` (n, 4) xyxy in pixels; n may be 0.
+            image_sizes: (height, width) of each image before padding.
+            chosen: (N, A) bool, the sampled anchors; None draws them.
+        """
+        grid = self.grid(outputs)
+        matched = self.match(grid, targets, image_sizes)
+        if chosen is None:
+            chosen = sample(matched, self.samples, 0.5)
+        positive = chosen & (matched >= 0)
+        counts = torch.stack([positive.sum(1), (chosen & ~positive).sum(1)])
+        normaliser = counts.clamp(min=1).sum()
+        image, anchor = positive.nonzero(as_tuple=True)
+        boxes = torch.cat([t["boxes"] for t in targets])[matched[image, anchor]]
+        return {
+            "loss_rpn_cls": F.binary_cross_entropy_with_logits(
+                outputs.logits, positive.to(outputs.logits.dtype), chosen.to(outputs.logits.dtype), reduction="sum"
+            )
+            / normaliser,
+            "loss_rpn_bbox": smooth_l1_loss(
+                outputs.deltas[image, anchor],
+                self.coder.encode(boxes, grid.anchors[anchor]),
+                normaliser=normaliser,
+            ),
+        }
+
+    @torch.no_grad()
+    def proposals(
+        self, outputs: RPNOutputs, image_sizes: list[tuple[int, int]], per_level: int, per_image: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Where to look: for each image (k, 4) boxes in pixels, clipped to it, and their (k,) scores, falling.
+
+        Args:
+            outputs: of `forward`.
+            image_sizes: (height, width) of each image before padding.
+            per_level: how many of a level go into the suppression.
+            per_image: the most that leave it.
+        """
+        grid, scores = self.grid(outputs), outputs.logits.sigmoid()
+        best, start = [], 0
+        for part in scores.split(grid.counts, 1):
+            # Back in the order of anchors, so that equal scores are suppressed in that order.
+            best.append(part.topk(min(per_level, part.shape[1]), 1).indices.sort(1).values + start)
+            start += part.shape[1]
+        anchor = torch.cat(best, 1)
+        boxes = self.coder.decode(outputs.deltas.gather(1, anchor[..., None].expand(-1, -1, 4)), grid.anchors[anchor])
+        limits = torch.tensor([(w, h, w, h) for h, w in image_sizes], device=boxes.device, dtype=boxes.dtype)
+        boxes = torch.minimum(boxes.clamp(min=0), limits[:, None])
+        whole = (boxes[..., 2:] - boxes[..., :2] > self.least_side).all(-1)
+        results = []
+        for box, score, level, inside in zip(boxes, scores.gather(1, anchor), grid.levels[anchor], whole, strict=True):
+            box, score = box[inside], score[inside]
+            keep = batched_nms(box, score, level[inside], self.iou_threshold, per_image)
+            results.append((box[keep], score[keep]))
+        return results

@@ -1,0 +1,1 @@
+"""What the kernels cost: records of the operators, the compiler's report, roofs, tables, tuning."""

@@ -1,0 +1,154 @@
+"""Measure which tiles of the deformable convolution's kernels are fastest on the present GPU, and keep them.
+
+    python -m kernels.bench.tune [--only TEXT]
+
+Starts at the tiles in use and changes one size after the other, as long as that helps; what computes something else or
+does not compile is passed over. Writes `kernels/tuned/<device>.json`, which `kernels.tiles` reads; rows of that file
+that are not measured now stay as they are.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.errors import TritonError
+
+from kernels.bench.op import OPS, Op, Shape, pyramid, rounding
+from kernels.bench.roofline import DTYPES, default_device, float32_products, seconds_per_call
+from kernels.deform_conv.inverse import GATHER
+from kernels.deform_conv.launch import FORWARD, POINTS, WEIGHT
+from kernels.runtime.tiles import Table, Tiles, fit, on_trial, read_tuned, tuned_file, type_class
+
+# The kernels, and the gradients that need this one and no other; none is the forward pass.
+KERNELS = ((FORWARD, ()), (POINTS, ("input", "offset", "mask")), (WEIGHT, ("weight",)), (GATHER, ("input",)))
+# One precision of every class of types.
+PRECISIONS = ("bf16", "tf32", "fp32")
+CHOICES = {
+    "height": (4, 8, 16),
+    "width": (4, 8, 16),
+    "c": (16, 32, 64, 128),
+    "o": (64, 128, 256),
+    "warps": (4, 8),
+    "stages": (1, 2, 3, 4),
+}
+# What `kernels.tiles` looks a row up by.
+KEY = ("kernel", "class", "channels", "outputs")
+# A gain below this is noise.
+GAIN = 0.98
+
+
+def calls(op: Op, wanted: tuple[str, ...], shape: Shape, precision: str, device: str) -> Callable[[], list[Tensor]]:
+    """A call without arguments that returns the output, or the wanted gradients, and computes nothing else."""
+    tensors = op.make_inputs(shape, DTYPES[precision], device, 0)
+    inputs = {name: x.detach().requires_grad_(name in wanted) for name, x in tensors.items()}
+    output = op.function(**inputs)
+    if not wanted:
+        return lambda: [op.function(**inputs)]
+    leaves, cotangent = [inputs[name] for name in wanted], torch.ones_like(output)
+    return lambda: list(torch.autograd.grad(output, leaves, cotangent, retain_graph=True))
+
+
+def neighbours(tiles: Tiles) -> Iterator[Tiles]:
+    """All tiles that differ in one size."""
+    for name, sizes in CHOICES.items():
+        yield from (replace(tiles, **{name: size}) for size in sizes if size != getattr(tiles, name))
+
+
+def search(start: Tiles, seconds: Callable[[Tiles], float | None]) -> tuple[Tiles, float, float]:
+    """The best tiles found, their time and that of `start`; `seconds` is None for tiles that will not do.
+
+    Raises:
+        RuntimeError: `start` itself will not do.
+    """
+    times: dict[Tiles, float | None] = {start: seconds(start)}
+    if times[start] is None:
+        raise RuntimeError(f"{start}, the tiles in use, do not run")
+    best, previous = start, None
+    while best != previous:
+        previous = best
+        for tiles in neighbours(previous):
+            if tiles not in times:
+                times[tiles] = seconds(tiles)
+            if times[tiles] is not None and times[tiles] < GAIN * times[best]:
+                best = tiles
+    return best, times[best], times[start]
+
+
+def judge(kernel: str, runs: list[Callable[[], list[Tensor]]], limit: float) -> Callable[[Tiles], float | None]:
+    """How to time tiles of a kernel: seconds of all `runs` together, None if they fail or differ beyond `limit`."""
+    expected = [run() for run in runs]
+
+    def seconds(tiles: Tiles) -> float | None:
+        with on_trial(kernel, tiles):
+            try:
+                found = [run() for run in runs]
+            except TritonError:
+                return None
+            pairs = [(f, e) for fs, es in zip(found, expected, strict=True) for f, e in zip(fs, es, strict=True)]
+            if not all((f.double() - e.double()).abs().max() <= limit * e.abs().max() for f, e in pairs):
+                return None
+            return sum(map(seconds_per_call, runs))
+
+    return seconds
+
+
+def tune(table: Table, wanted: tuple[str, ...], precision: str, device: torch.device, shapes: list[Shape]) -> dict:
+    """Search the tiles of one kernel; returns a row of a tuned file, with the times of both in milliseconds."""
+    op, dtype, channels = OPS[0], DTYPES[precision], shapes[0].channels
+    before = torch.are_deterministic_algorithms_enabled()
+    # Only they take the kernel that gathers the input's gradient.
+    torch.use_deterministic_algorithms(table is GATHER)
+    try:
+        with float32_products(precision):
+            runs = [calls(op, wanted, shape, precision, str(device)) for shape in shapes]
+            limit = 4 * rounding(dtype, 9 * channels) + (2.0**-9 if precision == "tf32" else 0)
+            start = fit(table, dtype, device, channels, channels)
+            best, seconds, at_start = search(start, judge(table.kernel, runs, limit))
+            names = {"kernel": table.kernel, "class": type_class(dtype, device), "channels": channels}
+    finally:
+        torch.use_deterministic_algorithms(before)
+    return names | {"outputs": channels, "tiles": asdict(best), "ms": 1e3 * seconds, "ms_before": 1e3 * at_start}
+
+
+def write(path: Path, device_name: str, row: dict) -> None:
+    """Put a row into the file of a device, in place of the one with the same key."""
+    # A file of another version of Triton counts as none.
+    rows = json.loads(path.read_text())["rows"] if path.exists() and read_tuned(path, device_name) else []
+    content = {
+        "device": device_name,
+        "triton": triton.__version__,
+        "rows": [old for old in rows if any(old[name] != row[name] for name in KEY)] + [row],
+    }
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; returns its exit code: 0, or 2 where there is nothing to tune."""
+    parser = argparse.ArgumentParser("python -m kernels.bench.tune", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name and precision contain this")
+    options = parser.parse_args(arguments)
+    device = default_device()
+    if device.type != "cuda":
+        print("error: tiles are measured on a GPU, and torch sees none", file=sys.stderr)
+        return 2
+    name = torch.cuda.get_device_name(device)
+    jobs = [(*job, precision) for job in KERNELS for precision in PRECISIONS]
+    chosen = [job for job in jobs if options.only in f"{job[0].kernel} {job[2]}"]
+    if not chosen:
+        parser.error(f"nothing contains {options.only!r}; there are {', '.join(t.kernel for t, _ in KERNELS)}")
+    for table, wanted, precision in chosen:
+        row = tune(table, wanted, precision, device, pyramid(batch=8)[:2])
+        write(tuned_file(name), name, row)
+        print(f"{table.kernel} {precision}: {row['ms_before']:.3f} ms before, {row['ms']:.3f} ms with {row['tiles']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

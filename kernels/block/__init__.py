@@ -1,0 +1,1 @@
+"""A whole DyHead block for all levels at once."""

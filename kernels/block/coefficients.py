@@ -1,0 +1,250 @@
+"""The coefficients of a DyHead block's tail, from the means and variances of its sampled maps.
+
+GroupNorm, scale attention, the mean over a level's maps and the coefficients of dynamic ReLU are a small computation on
+(N, C) tensors: about thirty launches as PyTorch writes it, and as many on the way back. Here it is one launch forward
+and two backward, the second of which adds up the gradients of the parameters, in the order of levels and images. The
+formulas stand in `kernels.block.coefficients_kernels`.
+"""
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.backend import INTERPRET
+from kernels.block import coefficients_kernels as kernels
+from kernels.block.layout import BRANCHES
+from kernels.runtime.compile_spec import CompileSpec
+from kernels.runtime.launch import Launch, real, steps, triton_real
+
+Norm = tuple[Tensor, Tensor, Tensor | None]
+
+# Lines of one program forward, elements of a block of a matrix, slots and columns of the sums over slots.
+_LINES, _ELEMENTS, _SLOTS, _COLUMNS = (1024, 8192, 16, 256) if INTERPRET else (256, 2048, 16, 64)
+_WARPS = 8
+_NAMES = (
+    *(f"{name}{branch}" for name in ("scale", "shift", "bias") for branch in range(BRANCHES)),
+    *("gate", "gate_bias", "reduce", "reduce_bias", "expand", "expand_bias"),
+)
+
+
+def coefficients_reference(
+    statistics: Tensor,
+    share: Tensor,
+    norms: Sequence[Norm],
+    gate: tuple[Tensor, Tensor] | None,
+    network: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    groups: int,
+    eps: float,
+) -> Tensor:
+    """The definition in plain PyTorch, differentiable by autograd; arguments as in `coefficients`."""
+
+    def of_groups(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (groups, -1))
+
+    mean, variance, pooled = statistics.unbind()
+    scale, shift = (torch.stack([norm[i] for norm in norms])[:, None].to(mean.dtype) for i in (0, 1))
+    bias = torch.stack([torch.zeros_like(norm[0]) if norm[2] is None else norm[2] for norm in norms])[:, None]
+    # A bias in front of the GroupNorm moves means and nothing else, so the convolution need not add it.
+    mean, pooled = mean + bias, pooled + bias
+
+    # GroupNorm as a slope and an intercept for every channel.
+    group_mean = of_groups(mean).mean(-1, keepdim=True)
+    group_variance = (of_groups(variance) + (of_groups(mean) - group_mean).square()).mean(-1, keepdim=True)
+    slope = (of_groups(scale) * torch.rsqrt(group_variance + eps)).flatten(-2)
+    intercept = shift - (of_groups(slope) * group_mean).flatten(-2)
+    pooled = slope * pooled + intercept
+    intercept = intercept + slope * bias
+
+    weight = share
+    if gate is not None:
+        weight = F.hardsigmoid(F.relu(F.linear(pooled, *(x.to(mean.dtype) for x in gate)))) * share
+    lines = [*(slope * weight).unbind(1), (intercept * weight).sum(1)]
+    if network is not None:
+        first, first_bias, second, second_bias = (x.to(mean.dtype) for x in network)
+        y = F.hardsigmoid(F.linear(F.relu(F.linear((pooled * weight).sum(1), first, first_bias)), second, second_bias))
+        y0, y1, y2, y3 = y.chunk(4, -1)
+        lines += [2 * y0, y1 - 0.5, 2 * y2 - 1, y3 - 0.5]
+    return torch.stack(lines, 2)
+
+
+def coefficients(
+    statistics: Tensor,
+    share: Tensor,
+    norms: Sequence[Norm],
+    gate: tuple[Tensor, Tensor] | None,
+    network: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    groups: int,
+    eps: float,
+) -> Tensor:
+    """What `kernels.block_tail.tail` takes, from what `kernels.block_tail.statistics` gives.
+
+    Args:
+        statistics: (3, L, 3, N, C), float32 or float64: means, variances, means after upsampling.
+        share: (L, 3, 1, 1) of the same type: one divided by the level's number of maps, 0 for a map it has not.
+        norms: GroupNorm's scale and shift and the convolution's bias or None, (C,) each, of the three branches. With
+            one level only those of the first get a gradient.
+        gate: (1, C) and (1,) of scale attention; None for the plain mean.
+        network: (R, C), (R,), (4C, R), (4C,) of dynamic ReLU; None without it.
+        groups: of the GroupNorms, a power of two.
+        eps: of the GroupNorms.
+
+    Parameters may be of any floating type; arithmetic is in the type of `statistics`. Where a coefficient is, rounded,
+    at an end of its range, the network gets no gradient for it.
+
+    Returns:
+        (L, N, 8, C): A0, A1, A2, D, a1, b1, a2, b2; without a network (L, N, 4, C).
+    """
+    biases = [bias for _, _, bias in norms]
+    if any(bias is not None for bias in biases):
+        biases = [torch.zeros_like(scale) if bias is None else bias for scale, _, bias in norms]
+    parameters = [norm[0] for norm in norms] + [norm[1] for norm in norms] + biases
+    parameters += [*(gate or (None, None)), *(network or (None,) * 4)]
+    return _Coefficients.apply(statistics, share, groups, eps, *parameters)
+
+
+class _Coefficients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, statistics, share, groups, eps, *parameters):
+        _, levels, _, batch, channels = statistics.shape
+        coefficients = statistics.new_empty((levels, batch, 4 if parameters[-1] is None else 8, channels))
+        pooled = statistics.new_empty((levels, batch, channels))
+        saved = coefficients, pooled, statistics, share, *parameters
+        _forward_launch(saved, groups, eps).run()
+        ctx.settings = groups, eps
+        ctx.save_for_backward(*saved)
+        return coefficients
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad_statistics, grads = _backward(grad.contiguous(), ctx.saved_tensors, *ctx.settings)
+        return grad_statistics, None, None, None, *grads
+
+
+def _common(statistics: Tensor, share: Tensor, parameters, groups: int, eps: float) -> tuple[dict, dict]:
+    _, levels, _, batch, channels = statistics.shape
+    # Pointers must point somewhere, also where nothing is read.
+    named = {n: statistics if x is None else x.contiguous() for n, x in zip(_NAMES, parameters, strict=True)}
+    hidden = 0 if parameters[-1] is None else named["reduce_bias"].shape[0]
+    span = triton.next_power_of_2(channels // groups)
+    constants = {
+        "HAS_BIAS": parameters[2 * BRANCHES] is not None,
+        "HAS_GATE": parameters[3 * BRANCHES] is not None,
+        "KINDS": 8 if hidden else 4,
+        "EPS": eps,
+        "C": channels,
+        "R": hidden,
+        "GROUPS": groups,
+        "SPAN": span,
+        "BLOCK_R": min(max(1, _ELEMENTS // (groups * span)), triton.next_power_of_2(max(1, hidden))),
+        "REAL": triton_real(statistics.dtype),
+    }
+    numbers = {"batch": batch, "stride": levels * BRANCHES * batch * channels}
+    return {"statistics": statistics, "share": share} | named | numbers, constants
+
+
+def _forward_launch(saved: tuple, groups: int, eps: float) -> Launch:
+    coefficients, pooled, statistics, share, *parameters = saved
+    arguments, constants = _common(statistics, share, parameters, groups, eps)
+    levels, batch, kinds, channels = coefficients.shape
+    constants["BLOCK_O"] = min(_LINES, triton.next_power_of_2(4 * channels))
+    grid = (levels * batch, triton.cdiv(4 * channels, constants["BLOCK_O"]) if kinds == 8 else 1)
+    arguments |= {"coefficients": coefficients, "pooled": pooled}
+    return Launch(kernels.forward_kernel, grid, arguments, constants, _WARPS)
+
+
+def _sums(channels: int, hidden: int) -> int:
+    """Columns of a row of partial sums that are only to be added up."""
+    return kernels.LINES.value * channels + (4 * channels + hidden if hidden else 0) + 1
+
+
+def _backward_launch(
+    gradients: tuple[Tensor, Tensor], saved: tuple, partial: Tensor, groups: int, eps: float
+) -> Launch:
+    """`gradients` are those of the coefficients, which are there, and of the statistics, which are to be written."""
+    coefficients, pooled, statistics, share, *parameters = saved
+    arguments, constants = _common(statistics, share, parameters, groups, eps)
+    del arguments["expand_bias"]
+    arguments |= {"grad": gradients[0], "grad_statistics": gradients[1], "partial": partial}
+    arguments |= {"coefficients": coefficients, "pooled": pooled}
+    constants |= {"BLOCK_O": triton.next_power_of_2(4 * constants["C"]), "COLUMNS": partial.shape[1]}
+    # Without the network there is little to share, and eight warps leave some bytes on the stack.
+    warps = _WARPS if constants["KINDS"] == 8 else max(1, groups * constants["SPAN"] // 256)
+    return Launch(kernels.backward_kernel, (partial.shape[0],), arguments, constants, warps)
+
+
+def _parameters_launch(partial: Tensor, grads: Tensor, channels: int, hidden: int) -> Launch:
+    slots, columns = partial.shape
+    sums, blocks = _sums(channels, hidden), [triton.cdiv(n, _COLUMNS) for n in (4 * channels, channels, hidden)]
+    constants = {
+        "C": channels,
+        "R": hidden,
+        "SUMS": sums,
+        "COLUMNS": columns,
+        "MATRICES": 5 * channels * hidden,
+        "STEPS": steps(slots, _SLOTS),
+        "BLOCK_T": _SLOTS,
+        "BLOCK": _COLUMNS,
+        "REAL": triton_real(partial.dtype),
+    }
+    grid = ((blocks[0] + blocks[1]) * blocks[2] + triton.cdiv(sums, _COLUMNS),)
+    return Launch(kernels.parameters_kernel, grid, {"partial": partial, "grads": grads, "slots": slots}, constants)
+
+
+def _backward(grad: Tensor, saved: tuple, groups: int, eps: float) -> tuple[Tensor, list[Tensor | None]]:
+    _, _, statistics, _, *parameters = saved
+    _, levels, _, batch, channels = statistics.shape
+    hidden = 0 if parameters[-1] is None else parameters[-3].shape[0]
+    sums = _sums(channels, hidden)
+    partial = statistics.new_empty((levels * batch, sums + (channels + hidden if hidden else 0)))
+    grad_statistics = torch.empty_like(statistics)
+    _backward_launch((grad, grad_statistics), saved, partial, groups, eps).run()
+    dtype = reduce(torch.promote_types, {x.dtype for x in parameters if x is not None})
+    grads = statistics.new_empty(5 * channels * hidden + sums, dtype=dtype)
+    _parameters_launch(partial, grads, channels, hidden).run()
+
+    # As the kernel has them: the two matrices, then the sums; here in the order of the parameters.
+    sizes = [channels] * (3 * BRANCHES + 1) + ([4 * channels, hidden] if hidden else [0, 0]) + [1]
+    expand, reduced, *vectors = grads.split([4 * channels * hidden, hidden * channels, *sizes])
+    *norms_and_gate, expand_bias, reduce_bias, gate_bias = vectors
+    found = [*norms_and_gate, gate_bias, reduced, reduce_bias, expand, expand_bias]
+    if levels == 1:
+        found = [None if _NAMES[i][-1] in "12" else x for i, x in enumerate(found)]
+    return grad_statistics, [
+        None if x is None or parameter is None else x.view(parameter.shape).to(parameter.dtype)
+        for x, parameter in zip(found, parameters, strict=True)
+    ]
+
+
+def compile_specs() -> list[CompileSpec]:
+    """The kernels as they run on five levels, batch 8, with 256 channels; `dtype` is that of the parameters."""
+    specs = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+
+        def new(*shape, dtype=dtype):
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        vector, meta = new(256), {"dtype": real(dtype)}
+        statistics, share, pooled = new(3, 5, 3, 8, 256, **meta), new(5, 3, 1, 1, **meta), new(5, 8, 256, **meta)
+        gate, network = (new(1, 256), new(1)), (new(64, 256), new(64), new(1024, 64), new(1024))
+        unbiased = *[vector] * 6, None, None, None
+        variants = {"": (*unbiased, *gate, *network)}
+        # The others are nearly the same code or less of it, and differ by type in their loads alone.
+        if dtype == torch.float32:
+            variants |= {" biased": (*[vector] * 9, *gate, *network), " relu": (*unbiased, *gate, *[None] * 4)}
+        for name, parameters in variants.items():
+            hidden = 0 if parameters[-1] is None else 64
+            coefficients = new(5, 8, 8 if hidden else 4, 256, **meta)
+            saved = coefficients, pooled, statistics, share, *parameters
+            partial = new(40, _sums(256, hidden) + (256 + hidden if hidden else 0), **meta)
+            specs.append(_forward_launch(saved, 16, 1e-5).spec(f"block coefficients forward{name}", dtype))
+            launch = _backward_launch((coefficients, statistics), saved, partial, 16, 1e-5)
+            specs.append(launch.spec(f"block coefficients backward{name}", dtype))
+        launch = _parameters_launch(new(40, _sums(256, 64) + 320, **meta), vector, 256, 64)
+        specs.append(launch.spec("block coefficients parameters", dtype))
+    return specs

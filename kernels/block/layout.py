@@ -1,0 +1,319 @@
+"""The maps of one DyHead block as rows of two matrices, and the tables that tell its kernels whose rows are whose.
+
+A block with L levels makes 3L - 2 sampled maps; making one is a problem. With one launch for all of them, a program
+looks up its problem in a table. Two matrices hold all maps, one row of C channels a pixel, image by image:
+
+    pyramid (P, C)   the levels, finest first: the block's input, its output, and the gradients of both
+    sampled (Q, C)   the problems: every level from itself, then from its finer, then from its coarser neighbour;
+                     the last in the size of the neighbour, as the upsampling is left to the tail
+
+Tables depend on shapes alone and are made once for each set of them; making one copies it to the GPU, which a CUDA
+graph cannot capture, so a block runs once on its shapes before it is captured.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, wraps
+from itertools import pairwise
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+SAME, FINER, COARSER = range(3)
+BRANCHES = 3
+
+# Columns of the table of problems.
+BRANCH = tl.constexpr(0)
+LEVEL = tl.constexpr(1)
+STRIDE = tl.constexpr(2)
+HEIGHT = tl.constexpr(3)
+WIDTH = tl.constexpr(4)
+OUT_HEIGHT = tl.constexpr(5)
+OUT_WIDTH = tl.constexpr(6)
+INPUT_ROW = tl.constexpr(7)
+OUTPUT_ROW = tl.constexpr(8)
+# Of the level that the problem is for: its size, and its first row in the pyramid, where its offsets are as well.
+TARGET_HEIGHT = tl.constexpr(9)
+TARGET_WIDTH = tl.constexpr(10)
+TARGET_ROW = tl.constexpr(11)
+AXES = tl.constexpr(12)
+FIRST_TILE = tl.constexpr(13)
+TILES = tl.constexpr(14)
+# The level that it samples.
+SOURCE = tl.constexpr(15)
+PROBLEM_COLUMNS = tl.constexpr(16)
+
+# Columns of the table of levels; a row of -1 says that the level has no such neighbour.
+SAME_ROW = tl.constexpr(2)
+FINER_ROW = tl.constexpr(3)
+COARSER_ROW = tl.constexpr(4)
+COARSER_HEIGHT = tl.constexpr(5)
+COARSER_WIDTH = tl.constexpr(6)
+COARSER_AXES = tl.constexpr(7)
+LEVEL_COLUMNS = tl.constexpr(8)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One sampled map: `level` is what it is for, `source` what it samples; `size` and `target` are (height, width)."""
+
+    branch: int
+    level: int
+    source: int
+    size: tuple[int, int]
+    target: tuple[int, int]
+
+    @property
+    def stride(self) -> int:
+        return 2 if self.branch == FINER else 1
+
+
+def pyramid_mismatch(sizes: tuple[tuple[int, int], ...]) -> str | None:
+    """Why levels of these sizes are no pyramid whose levels halve, rounded up; None if they are."""
+    for level, (fine, coarse) in enumerate(pairwise(sizes)):
+        expected = tuple((size + 1) // 2 for size in fine)
+        if coarse != expected:
+            return f"level {level + 1} is {coarse[0]}x{coarse[1]}, half of level {level} is {expected[0]}x{expected[1]}"
+    return None
+
+
+def _kept(make: Callable) -> Callable:
+    """A method whose results the layout keeps. `functools.cache` would keep them, and every layout, for ever."""
+
+    @wraps(make)
+    def method(self, *arguments):
+        key = make.__name__, *arguments
+        if key not in self.kept:
+            self.kept[key] = make(self, *arguments)
+        return self.kept[key]
+
+    return method
+
+
+class Layout:
+    """Rows and tables for `batch` images with levels of `sizes`, on `device`; `real` is the type of the sums.
+
+    `tile` is the height and width of the pixels of one partial sum of the statistics.
+
+    Attributes:
+        problems: In the order of their rows.
+        rows, sampled_rows: P and Q.
+        coarser_row: The first row of the coarser neighbours' maps.
+        table: (problems, 16) int32, columns as named above.
+        levels: (L, 8) int32.
+        axes: real; for a problem, from its column AXES: the factors between its pixels' numbers and those of the
+            target's (y, x), then for each of its rows, then columns, the sum of what the target takes of it. A pixel's
+            share of the target is the product of its row's and its column's; all are 1 where sizes are equal.
+        firsts: int32, in the places of `axes`: the first row or column of the target that takes of it.
+        span: How many rows or columns of a target take of one pixel, at most.
+        slots: (L * 3 * N, 2) int32: problem and image, or -1, of every level, branch and image.
+        share: (L, 3, 1, 1) real: one divided by the level's number of maps, 0 for a map it has not.
+        kept: The tables that methods have made, by method and arguments.
+    """
+
+    def __init__(
+        self,
+        sizes: tuple[tuple[int, int], ...],
+        batch: int,
+        device: torch.device,
+        real: torch.dtype,
+        tile: tuple[int, int],
+    ):
+        count = len(sizes)
+        self.sizes, self.batch, self.device, self.real, self.tile = sizes, batch, device, real, tile
+        self.kept: dict[tuple, Tensor | tuple[Tensor, ...]] = {}
+        self.problems = [
+            *(Problem(SAME, i, i, sizes[i], sizes[i]) for i in range(count)),
+            *(Problem(FINER, i, i - 1, sizes[i], sizes[i]) for i in range(1, count)),
+            *(Problem(COARSER, i, i + 1, sizes[i + 1], sizes[i]) for i in range(count - 1)),
+        ]
+        self.level_rows = _starts([batch * h * w for h, w in sizes])
+        self.problem_rows = _starts([batch * p.size[0] * p.size[1] for p in self.problems])
+        self.rows, self.sampled_rows = self.level_rows[-1], self.problem_rows[-1]
+        self.coarser_row = self.problem_rows[2 * count - 1]
+        self._make_axes()
+        self._make_tables()
+
+    def _make_axes(self) -> None:
+        scales, shares, firsts, spans = [], [], [], [1]
+        for problem in self.problems:
+            both = [_axis(*sizes, self.real) for sizes in zip(problem.size, problem.target, strict=True)]
+            scales.append([scale for scale, _, _, _ in both])
+            shares.append(torch.cat([share for _, share, _, _ in both]))
+            firsts.append(torch.cat([first for _, _, first, _ in both]))
+            spans += [span for _, _, _, span in both]
+        self.axes_starts = _starts([2 + len(share) for share in shares])
+        pieces = [torch.cat([torch.tensor(s, dtype=self.real), x]) for s, x in zip(scales, shares, strict=True)]
+        self.axes = torch.cat(pieces).to(self.device)
+        self.firsts = torch.cat([torch.cat([x.new_zeros(2), x]) for x in firsts]).int().to(self.device)
+        self.span = max(spans)
+
+    def _make_tables(self) -> None:
+        tiles = self._tile_counts(self.tile)
+        first_tiles = _starts([self.batch * n for n in tiles])
+        self.most_tiles = max(tiles)
+        rows, slots = [], torch.full((len(self.sizes), BRANCHES, self.batch, 2), -1, dtype=torch.int32)
+        levels = [[*size, self.problem_rows[i], -1, -1, 1, 1, 0] for i, size in enumerate(self.sizes)]
+        for i, p in enumerate(self.problems):
+            source, target = self.sizes[p.source], self.level_rows[p.level]
+            places = [self.level_rows[p.source], self.problem_rows[i], *p.target, target, self.axes_starts[i]]
+            rows.append([p.branch, p.level, p.stride, *source, *p.size, *places, first_tiles[i], tiles[i], p.source])
+            slots[p.level, p.branch] = torch.tensor([[i, n] for n in range(self.batch)], dtype=torch.int32)
+            levels[p.level][SAME_ROW.value + p.branch] = self.problem_rows[i]
+            if p.branch == COARSER:
+                levels[p.level][COARSER_HEIGHT.value :] = [*p.size, self.axes_starts[i]]
+        present = (slots[:, :, :1, :1] >= 0).to(self.real)
+        self.share = (present / present.sum(1, keepdim=True)).to(self.device)
+        self.slots = slots.view(-1, 2).to(self.device)
+        self.table = torch.tensor(rows, dtype=torch.int32).to(self.device)
+        self.levels = torch.tensor(levels, dtype=torch.int32).to(self.device)
+
+    @_kept
+    def tiles(self, tile: tuple[int, int] | None = None) -> Tensor:
+        """(tiles, 3) int32: problem, image and number of every tile of the sampled maps; by default of `self.tile`."""
+        return self._work(self._tile_counts(tile)) if tile else self.tiles(self.tile)
+
+    @_kept
+    def level_tiles(self, tile: tuple[int, int], levels: range) -> Tensor:
+        """(tiles, 3) int32: level, image and number of every tile of `tile` pixels of some levels."""
+        counts = [_cdiv(h, tile[0]) * _cdiv(w, tile[1]) for h, w in self.sizes]
+        return self._work([n if i in levels else 0 for i, n in enumerate(counts)])
+
+    @_kept
+    def level_starts(self, counts: tuple[int, ...]) -> Tensor:
+        """(L,) int32: where each level begins, if an image of it has so many entries."""
+        return torch.tensor(_starts([self.batch * n for n in counts])[:-1], dtype=torch.int32).to(self.device)
+
+    @_kept
+    def splits(self, tile: tuple[int, int], count: int) -> tuple[Tensor, Tensor]:
+        """Every branch's part of `tiles(tile)` in pieces of `count` tiles.
+
+        Returns:
+            (splits, 2) int32, the first tile of every piece and the end of its branch's; (branches that have problems,
+            2) int32, the first piece of every branch and how many it has.
+        """
+        tiles = [0] * BRANCHES
+        for problem, number in zip(self.problems, self._tile_counts(tile), strict=True):
+            tiles[problem.branch] += self.batch * number
+        starts = _starts([n for n in tiles if n])
+        counts = [_cdiv(n, count) for n in tiles if n]
+        pieces = [[first, end] for start, end in pairwise(starts) for first in range(start, end, count)]
+        bounds = list(zip(_starts(counts), counts, strict=False))
+        return tuple(torch.tensor(x, dtype=torch.int32).to(self.device) for x in (pieces, bounds))
+
+    @_kept
+    def sampled_runs(self, pixels: int) -> Tensor:
+        """(runs, 3) int32: problem, image and number of every run of `pixels` pixels of the sampled maps."""
+        return self._work([_cdiv(p.size[0] * p.size[1], pixels) for p in self.problems])
+
+    @_kept
+    def runs(self, pixels: int) -> Tensor:
+        """(runs, 3) int32: level, image and number of every run of `pixels` pixels of the pyramid."""
+        return self._work([_cdiv(h * w, pixels) for h, w in self.sizes])
+
+    @_kept
+    def run_bounds(self, pixels: int) -> Tensor:
+        """(L * N, 2) int32: the first run of every level and image, and how many it has."""
+        counts = [_cdiv(h * w, pixels) for h, w in self.sizes]
+        starts = _starts([self.batch * n for n in counts])
+        bounds = [[starts[i] + n * c, c] for i, c in enumerate(counts) for n in range(self.batch)]
+        return torch.tensor(bounds, dtype=torch.int32).to(self.device)
+
+    def _tile_counts(self, tile: tuple[int, int]) -> list[int]:
+        return [_cdiv(p.size[0], tile[0]) * _cdiv(p.size[1], tile[1]) for p in self.problems]
+
+    def _work(self, counts: list[int]) -> Tensor:
+        parts = []
+        for i, count in enumerate(counts):
+            image = torch.arange(self.batch, dtype=torch.int32).repeat_interleave(count)
+            number = torch.arange(count, dtype=torch.int32).repeat(self.batch)
+            parts.append(torch.stack([torch.full_like(image, i), image, number], 1))
+        return torch.cat(parts).to(self.device)
+
+    def split(self, pyramid: Tensor) -> list[Tensor]:
+        """The levels of a (P, channels) matrix as maps (N, channels, H_l, W_l), channels last, without a copy."""
+        parts = pyramid.split([end - start for start, end in pairwise(self.level_rows)])
+        return [
+            part.view(self.batch, h, w, -1).permute(0, 3, 1, 2) for part, (h, w) in zip(parts, self.sizes, strict=True)
+        ]
+
+    def source(self, pyramid: Tensor, problem: Problem) -> Tensor:
+        """The map that a problem samples."""
+        return self._map(pyramid, self.level_rows[problem.source], self.sizes[problem.source])
+
+    def sampled(self, matrix: Tensor, number: int) -> Tensor:
+        """The sampled map that a problem makes, from a (Q, channels) matrix."""
+        return self._map(matrix, self.problem_rows[number], self.problems[number].size)
+
+    def predicted(self, matrix: Tensor, number: int, crop: bool) -> Tensor:
+        """The rows that hold a problem's offsets or masks, as `kernels.block.conv` finds them."""
+        problem = self.problems[number]
+        if problem.branch == COARSER and not crop:
+            return self._map(matrix, self.rows + self.problem_rows[number] - self.coarser_row, problem.size)
+        height, width = problem.size
+        return self._map(matrix, self.level_rows[problem.level], problem.target)[:, :, :height, :width]
+
+    def _map(self, matrix: Tensor, row: int, size: tuple[int, int]) -> Tensor:
+        return matrix[row : row + self.batch * size[0] * size[1]].unflatten(0, (self.batch, *size)).permute(0, 3, 1, 2)
+
+
+def join(maps: list[Tensor]) -> Tensor:
+    """Maps (N, C, H, W) as the rows of one matrix, in one launch where they are channels last."""
+    return torch.cat([x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in maps])
+
+
+_captured: list[Layout] = []
+_layout = lru_cache(maxsize=256)(Layout)
+
+
+def layout(
+    sizes: tuple[tuple[int, int], ...],
+    batch: int,
+    device: torch.device,
+    real: torch.dtype,
+    tile: tuple[int, int] = (8, 8),
+) -> Layout:
+    """The layout for these shapes, kept for the next call; one that a CUDA graph was captured with is never let go."""
+    # A tensor made in inference mode could not be part of a graph later on.
+    with torch.inference_mode(False):
+        found = _layout(sizes, batch, device, real, tile)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and found not in _captured:
+        _captured.append(found)
+    return found
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _starts(counts: list[int]) -> list[int]:
+    """Where each of consecutive pieces begins, and where the last one ends."""
+    starts = [0]
+    for count in counts:
+        starts.append(starts[-1] + count)
+    return starts
+
+
+def _axis(size: int, target: int, real: torch.dtype) -> tuple[float, Tensor, Tensor, int]:
+    """How `target` points are interpolated between `size` points, ends on ends, as `F.interpolate` does it.
+
+    Returns:
+        The factor from a target's number to its place, and for each of the `size` points the sum of its weights and the
+        first target that gives it one; then how many targets a point has at most.
+    """
+    scale = torch.zeros((), dtype=real)
+    if target > 1:
+        scale = torch.tensor(size - 1, dtype=real) / torch.tensor(target - 1, dtype=real)
+    place = torch.arange(target, dtype=real) * scale
+    low = place.long().clamp(max=size - 1)
+    weight = torch.zeros(target, size, dtype=torch.float64)
+    number = torch.arange(target)
+    fraction = (place - low).double()
+    weight.index_put_((number, low), 1 - fraction, accumulate=True)
+    weight.index_put_((number, (low + 1).clamp(max=size - 1)), fraction, accumulate=True)
+    touched = torch.zeros(target, size, dtype=torch.bool)
+    touched[number, low] = touched[number, (low + 1).clamp(max=size - 1)] = True
+    first = torch.where(touched.any(0), touched.int().argmax(0), 0)
+    last = torch.where(touched.any(0), target - 1 - touched.flip(0).int().argmax(0), 0)
+    return scale.item(), weight.sum(0).to(real), first, int((last - first).max()) + 1

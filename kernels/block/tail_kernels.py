@@ -1,0 +1,352 @@
+"""The Triton kernels of the tail of a DyHead block, all levels in one launch each.
+
+    m = A_same * same + A_finer * finer + A_coarser * upsampled(coarser) + D,    out = max(a1 * m + b1, a2 * m + b2)
+
+with eight coefficients for each level, image and channel, and what leads to them: the mean and the variance of every
+channel of every sampled map, and its mean after upsampling. The way back reads the maps once for the sums that the
+gradients of the coefficients are, and once for the gradients of the maps.
+
+Matrices and tables are those of `kernels.block.layout`. Names: `place` is a row of a matrix, counted in 64 bits,
+`pixel` the number of a pixel in its image, `b_` a block of values, `s_` one of sums, REAL the type of sums and
+coefficients. KINDS counts the coefficients: with 4 there is no a1, b1, a2, b2, and `out` is max(m, 0) or, where not
+RECTIFIED, m.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.block.layout import (
+    AXES,
+    BRANCH,
+    COARSER_AXES,
+    COARSER_HEIGHT,
+    COARSER_ROW,
+    COARSER_WIDTH,
+    FINER_ROW,
+    FIRST_TILE,
+    LEVEL,
+    LEVEL_COLUMNS,
+    OUT_HEIGHT,
+    OUT_WIDTH,
+    OUTPUT_ROW,
+    PROBLEM_COLUMNS,
+    SAME_ROW,
+    TARGET_HEIGHT,
+    TARGET_ROW,
+    TARGET_WIDTH,
+    TILES,
+)
+
+LEVEL_HEIGHT = tl.constexpr(0)
+LEVEL_WIDTH = tl.constexpr(1)
+
+
+@triton.jit
+def work_item(work):
+    """Problem or level, image and number of what this program is to do."""
+    base = work + tl.program_id(0) * 3
+    return tl.load(base), tl.load(base + 1), tl.load(base + 2)
+
+
+@triton.jit
+def _channels(C: tl.constexpr, BLOCK_C: tl.constexpr):
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return c, c < C
+
+
+@triton.jit
+def _rows(matrix, place, inside, c, known, C: tl.constexpr, REAL: tl.constexpr):
+    """(pixels, BLOCK_C) of a matrix; zero where there is nothing."""
+    return tl.load(matrix + place[:, None] * C + c[None, :], mask=inside[:, None] & known[None, :], other=0.0).to(REAL)
+
+
+@triton.jit
+def _between(number, scale, size):
+    """The two points around a target's place and the distance from the first."""
+    place = number * scale
+    low = tl.minimum(place.to(tl.int32), size - 1)
+    return low, tl.minimum(low + 1, size - 1), place - low
+
+
+@triton.jit
+def _maps(
+    sampled, axes, row, image, pixel, inside, c, known, C: tl.constexpr, REAL: tl.constexpr
+):  # fmt: skip
+    """The level's three sampled maps at some pixels, the coarser one upsampled; zero for a map the level has not."""
+    height, width = tl.load(row + LEVEL_HEIGHT), tl.load(row + LEVEL_WIDTH)
+    same, finer, coarser = tl.load(row + SAME_ROW), tl.load(row + FINER_ROW), tl.load(row + COARSER_ROW)
+    place = image.to(tl.int64) * height * width + pixel
+    b_same = _rows(sampled, same + place, inside, c, known, C, REAL)
+    b_finer = _rows(sampled, finer + place, inside & (finer >= 0), c, known, C, REAL)
+    coarse_h, coarse_w = tl.load(row + COARSER_HEIGHT), tl.load(row + COARSER_WIDTH)
+    scales = axes + tl.load(row + COARSER_AXES)
+    y0, y1, fy = _between((pixel // width).to(REAL), tl.load(scales), coarse_h)
+    x0, x1, fx = _between((pixel % width).to(REAL), tl.load(scales + 1), coarse_w)
+    first = coarser + image.to(tl.int64) * coarse_h * coarse_w
+    there = inside & (coarser >= 0)
+    b_up = _rows(sampled, first + y0 * coarse_w + x0, there, c, known, C, REAL) * ((1 - fy) * (1 - fx))[:, None]
+    b_up += _rows(sampled, first + y0 * coarse_w + x1, there, c, known, C, REAL) * ((1 - fy) * fx)[:, None]
+    b_up += _rows(sampled, first + y1 * coarse_w + x0, there, c, known, C, REAL) * (fy * (1 - fx))[:, None]
+    b_up += _rows(sampled, first + y1 * coarse_w + x1, there, c, known, C, REAL) * (fy * fx)[:, None]
+    return b_same, b_finer, b_up
+
+
+@triton.jit
+def _coefficient(coefficients, kind, c, known, C: tl.constexpr):
+    return tl.load(coefficients + kind * C + c, mask=known, other=0.0)[None, :]
+
+
+@triton.jit
+def forward_kernel(
+    sampled, coefficients, out, axes, levels, work, batch,
+    C: tl.constexpr, KINDS: tl.constexpr, RECTIFIED: tl.constexpr,
+    PIXELS: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """Grid (runs of PIXELS, blocks of C). `coefficients` is (L, N, KINDS, C), `out` (P, C)."""
+    level, image, number = work_item(work)
+    c, known = _channels(C, BLOCK_C)
+    row = levels + level * LEVEL_COLUMNS
+    pixels = tl.load(row + LEVEL_HEIGHT) * tl.load(row + LEVEL_WIDTH)
+    pixel = number * PIXELS + tl.arange(0, PIXELS)
+    inside = pixel < pixels
+    b_same, b_finer, b_up = _maps(sampled, axes, row, image, pixel, inside, c, known, C, REAL)
+    coefficients += (level * batch + image) * (KINDS * C)
+    b_m = b_same * _coefficient(coefficients, 0, c, known, C) + b_finer * _coefficient(coefficients, 1, c, known, C)
+    b_m += b_up * _coefficient(coefficients, 2, c, known, C) + _coefficient(coefficients, 3, c, known, C)
+    # A NaN must reach the loss, as it does through torch.maximum.
+    if KINDS == 8:
+        b_first = _coefficient(coefficients, 4, c, known, C) * b_m + _coefficient(coefficients, 5, c, known, C)
+        b_second = _coefficient(coefficients, 6, c, known, C) * b_m + _coefficient(coefficients, 7, c, known, C)
+        b_m = tl.maximum(b_first, b_second, propagate_nan=tl.PropagateNan.ALL)
+    elif RECTIFIED:
+        b_m = tl.maximum(b_m, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    # The level's maps from itself begin where the level begins: both matrices have it first.
+    place = tl.load(row + SAME_ROW) + image.to(tl.int64) * pixels + pixel
+    target = out + place[:, None] * C + c[None, :]
+    tl.store(target, b_m.to(out.dtype.element_ty), mask=inside[:, None] & known[None, :])
+
+
+@triton.jit
+def backward_sums_kernel(
+    grad, sampled, coefficients, grad_m, partial, axes, levels, work, batch,
+    C: tl.constexpr, KINDS: tl.constexpr, RECTIFIED: tl.constexpr, STEPS: tl.constexpr,
+    PIXELS: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """Grid (runs of STEPS * PIXELS, blocks of C): the gradient of m, and sums over a run's pixels.
+
+    `grad` is (P, C), `grad_m` (P, C), `partial` (runs, KINDS, C): gradients of the coefficients from one run.
+    """
+    level, image, number = work_item(work)
+    c, known = _channels(C, BLOCK_C)
+    row = levels + level * LEVEL_COLUMNS
+    pixels = tl.load(row + LEVEL_HEIGHT) * tl.load(row + LEVEL_WIDTH)
+    coefficients += (level * batch + image) * (KINDS * C)
+    b_same_factor = _coefficient(coefficients, 0, c, known, C)
+    b_finer_factor = _coefficient(coefficients, 1, c, known, C)
+    b_up_factor = _coefficient(coefficients, 2, c, known, C)
+    b_shift = _coefficient(coefficients, 3, c, known, C)
+    s_same = tl.zeros((PIXELS, BLOCK_C), dtype=REAL)
+    s_finer = tl.zeros((PIXELS, BLOCK_C), dtype=REAL)
+    s_up = tl.zeros((PIXELS, BLOCK_C), dtype=REAL)
+    s_first = tl.zeros((PIXELS, BLOCK_C), dtype=REAL)
+    s_first_m = tl.zeros((PIXELS, BLOCK_C), dtype=REAL)
+    s_second = tl.zeros((PIXELS, BLOCK_C), dtype=REAL)
+    s_second_m = tl.zeros((PIXELS, BLOCK_C), dtype=REAL)
+    for step in range(STEPS):
+        pixel = (number * STEPS + step) * PIXELS + tl.arange(0, PIXELS)
+        inside = pixel < pixels
+        b_same, b_finer, b_up = _maps(sampled, axes, row, image, pixel, inside, c, known, C, REAL)
+        place = tl.load(row + SAME_ROW) + image.to(tl.int64) * pixels + pixel
+        b_grad = _rows(grad, place, inside, c, known, C, REAL)
+        b_m = b_same * b_same_factor + b_finer * b_finer_factor + b_up * b_up_factor + b_shift
+        if KINDS == 8:
+            b_a1 = _coefficient(coefficients, 4, c, known, C)
+            b_a2 = _coefficient(coefficients, 6, c, known, C)
+            b_b = _coefficient(coefficients, 5, c, known, C) - _coefficient(coefficients, 7, c, known, C)
+            b_d = (b_a1 - b_a2) * b_m + b_b
+            b_grad = tl.where(b_d == 0, b_grad * 0.5, b_grad)
+            b_first = tl.where(b_d < 0, 0.0, b_grad)
+            b_second = tl.where(b_d > 0, 0.0, b_grad)
+            s_first += b_first
+            s_first_m += b_first * b_m
+            s_second += b_second
+            s_second_m += b_second * b_m
+            b_grad = b_first * b_a1 + b_second * b_a2
+        else:
+            if RECTIFIED:
+                b_grad = tl.where(b_m <= 0, 0.0, b_grad)
+            s_first += b_grad
+        target = grad_m + place[:, None] * C + c[None, :]
+        tl.store(target, b_grad.to(grad_m.dtype.element_ty), mask=inside[:, None] & known[None, :])
+        s_same += b_grad * b_same
+        s_finer += b_grad * b_finer
+        s_up += b_grad * b_up
+    target = partial + tl.program_id(0).to(tl.int64) * (KINDS * C) + c
+    tl.store(target, tl.sum(s_same, 0), mask=known)
+    tl.store(target + C, tl.sum(s_finer, 0), mask=known)
+    tl.store(target + 2 * C, tl.sum(s_up, 0), mask=known)
+    b_first = tl.sum(s_first, 0)
+    if KINDS == 8:
+        b_second = tl.sum(s_second, 0)
+        b_a1 = tl.load(coefficients + 4 * C + c, mask=known, other=0.0)
+        b_a2 = tl.load(coefficients + 6 * C + c, mask=known, other=0.0)
+        # The sum of the gradient of m needs no sum of its own.
+        tl.store(target + 3 * C, b_first * b_a1 + b_second * b_a2, mask=known)
+        tl.store(target + 4 * C, tl.sum(s_first_m, 0), mask=known)
+        tl.store(target + 5 * C, b_first, mask=known)
+        tl.store(target + 6 * C, tl.sum(s_second_m, 0), mask=known)
+        tl.store(target + 7 * C, b_second, mask=known)
+    else:
+        tl.store(target + 3 * C, b_first, mask=known)
+
+
+@triton.jit
+def backward_maps_kernel(
+    grad_m, sampled, coefficients, statistics, grad_statistics, grad_sampled,
+    axes, firsts, problems, work, batch, slots,
+    C: tl.constexpr, KINDS: tl.constexpr, SPAN: tl.constexpr,
+    PIXELS: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """Grid (runs of PIXELS of the sampled maps, blocks of C): the gradient of the sampled maps, statistics included.
+
+    `statistics` and `grad_statistics` are (3, slots, C): mean, variance, upsampled mean; a slot is a level, a branch
+    and an image. A pixel of a coarser neighbour gathers from the SPAN * SPAN target pixels that may take of it.
+    """
+    problem, image, number = work_item(work)
+    c, known = _channels(C, BLOCK_C)
+    row = problems + problem * PROBLEM_COLUMNS
+    height, width = tl.load(row + OUT_HEIGHT), tl.load(row + OUT_WIDTH)
+    target_h, target_w = tl.load(row + TARGET_HEIGHT), tl.load(row + TARGET_WIDTH)
+    level, branch = tl.load(row + LEVEL), tl.load(row + BRANCH)
+    pixel = number * PIXELS + tl.arange(0, PIXELS)
+    inside = pixel < height * width
+    y, x = pixel // width, pixel % width
+    first = tl.load(row + TARGET_ROW) + image.to(tl.int64) * target_h * target_w
+    start = tl.load(row + AXES)
+    share = tl.load(axes + start + 2 + y, mask=inside, other=0.0)
+    share *= tl.load(axes + start + 2 + height + x, mask=inside, other=0.0)
+    if branch == 2:
+        scale_y, scale_x = tl.load(axes + start), tl.load(axes + start + 1)
+        top = tl.load(firsts + start + 2 + y, mask=inside, other=0)
+        left = tl.load(firsts + start + 2 + height + x, mask=inside, other=0)
+        b_grad = tl.zeros((PIXELS, BLOCK_C), dtype=REAL)
+        for step in range(SPAN * SPAN):
+            down, right = top + step // SPAN, left + step % SPAN
+            y0, y1, fy = _between(down.to(REAL), scale_y, height)
+            x0, x1, fx = _between(right.to(REAL), scale_x, width)
+            factor = tl.where(y0 == y, 1 - fy, 0.0) + tl.where(y1 == y, fy, 0.0)
+            factor *= tl.where(x0 == x, 1 - fx, 0.0) + tl.where(x1 == x, fx, 0.0)
+            taken = inside & (down < target_h) & (right < target_w) & (factor != 0)
+            b_grad += _rows(grad_m, first + down * target_w + right, taken, c, known, C, REAL) * factor[:, None]
+    else:
+        b_grad = _rows(grad_m, first + pixel, inside, c, known, C, REAL)
+    place = tl.load(row + OUTPUT_ROW) + image.to(tl.int64) * height * width + pixel
+    b_value = _rows(sampled, place, inside, c, known, C, REAL)
+    slot = ((level * 3 + branch) * batch + image) * C
+    b_mean = _coefficient(statistics + slot, 0, c, known, C)
+    b_by_mean = _coefficient(grad_statistics + slot, 0, c, known, C)
+    b_by_variance = _coefficient(grad_statistics + slot, slots, c, known, C)
+    b_by_pooled = _coefficient(grad_statistics + slot, 2 * slots, c, known, C)
+    count = (height * width).to(REAL)
+    b_grad *= _coefficient(coefficients + (level * batch + image) * (KINDS * C), branch, c, known, C)
+    b_grad += (b_by_mean + 2 * b_by_variance * (b_value - b_mean)) / count
+    b_grad += b_by_pooled * (share / (target_h * target_w).to(REAL))[:, None]
+    target = grad_sampled + place[:, None] * C + c[None, :]
+    tl.store(target, b_grad.to(grad_sampled.dtype.element_ty), mask=inside[:, None] & known[None, :])
+
+
+@triton.jit
+def store_sums(
+    b_value, inside, ho, wo, partial, axes, row, c, known, C: tl.constexpr, REAL: tl.constexpr
+):  # fmt: skip
+    """Of one tile of a sampled map: the sum, the squared distances from the tile's mean, the sum after upsampling."""
+    b_value = tl.where(inside[:, None], b_value, 0.0)
+    count = tl.sum(inside.to(REAL), 0)
+    b_sum = tl.sum(b_value, 0)
+    b_distance = tl.where(inside[:, None], b_value - (b_sum / count)[None, :], 0.0)
+    start = tl.load(row + AXES) + 2
+    share = tl.load(axes + start + ho, mask=inside, other=0.0)
+    share *= tl.load(axes + start + tl.load(row + OUT_HEIGHT) + wo, mask=inside, other=0.0)
+    target = partial + tl.program_id(0).to(tl.int64) * (3 * C) + c
+    tl.store(target, b_sum, mask=known)
+    tl.store(target + C, tl.sum(b_distance * b_distance, 0), mask=known)
+    tl.store(target + 2 * C, tl.sum(b_value * share[:, None], 0), mask=known)
+
+
+@triton.jit
+def statistics_kernel(
+    sampled, partial, axes, problems, work,
+    C: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of the sampled maps, blocks of C): `partial` (tiles, 3, C), for maps that come without it."""
+    problem, image, number = work_item(work)
+    c, known = _channels(C, BLOCK_C)
+    row = problems + problem * PROBLEM_COLUMNS
+    height, width = tl.load(row + OUT_HEIGHT), tl.load(row + OUT_WIDTH)
+    pixel = tl.arange(0, TILE_H * TILE_W)
+    across = tl.cdiv(width, TILE_W)
+    ho = number // across * TILE_H + pixel // TILE_W
+    wo = number % across * TILE_W + pixel % TILE_W
+    inside = (ho < height) & (wo < width)
+    place = tl.load(row + OUTPUT_ROW) + image.to(tl.int64) * height * width + ho * width + wo
+    b_value = _rows(sampled, place, inside, c, known, C, REAL)
+    store_sums(b_value, inside, ho, wo, partial, axes, row, c, known, C, REAL)
+
+
+@triton.jit
+def merge_kernel(
+    partial, statistics, problems, slots, count,
+    C: tl.constexpr, STEPS: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """Grid (slots, blocks of C): mean, variance and upsampled mean of one map, (3, slots, C); zeros for no map.
+
+    Variances of tiles are merged through their means (Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm
+    for Computing Sample Variances", 1979); sums of squares would cancel.
+    """
+    slot = tl.program_id(0)
+    c, known = _channels(C, BLOCK_C)
+    problem, image = tl.load(slots + slot * 2), tl.load(slots + slot * 2 + 1)
+    row = problems + tl.maximum(problem, 0) * PROBLEM_COLUMNS
+    height, width, tiles = tl.load(row + OUT_HEIGHT), tl.load(row + OUT_WIDTH), tl.load(row + TILES)
+    tiles = tl.where(problem < 0, 0, tiles)
+    first = (tl.load(row + FIRST_TILE) + image * tiles).to(tl.int64)
+    s_sum = tl.zeros((BLOCK_T, BLOCK_C), dtype=REAL)
+    s_pooled = tl.zeros((BLOCK_T, BLOCK_C), dtype=REAL)
+    for step in range(STEPS):
+        tile = step * BLOCK_T + tl.arange(0, BLOCK_T)
+        s_sum += _rows(partial, (first + tile) * 3, tile < tiles, c, known, C, REAL)
+        s_pooled += _rows(partial, (first + tile) * 3 + 2, tile < tiles, c, known, C, REAL)
+    pixels = (height * width).to(REAL)
+    b_mean = tl.sum(s_sum, 0) / pixels
+    s_squares = tl.zeros((BLOCK_T, BLOCK_C), dtype=REAL)
+    across = tl.cdiv(width, TILE_W)
+    for step in range(STEPS):
+        tile = step * BLOCK_T + tl.arange(0, BLOCK_T)
+        there = tile < tiles
+        size = tl.minimum(height - tile // across * TILE_H, TILE_H) * tl.minimum(width - tile % across * TILE_W, TILE_W)
+        size = tl.where(there, size, 1).to(REAL)[:, None]
+        b_distance = _rows(partial, (first + tile) * 3, there, c, known, C, REAL) / size - b_mean[None, :]
+        b_squares = _rows(partial, (first + tile) * 3 + 1, there, c, known, C, REAL)
+        s_squares += tl.where(there[:, None], b_squares + size * b_distance * b_distance, 0.0)
+    target = statistics + slot * C + c
+    b_pooled = tl.sum(s_pooled, 0) / (tl.load(row + TARGET_HEIGHT) * tl.load(row + TARGET_WIDTH)).to(REAL)
+    tl.store(target, b_mean, mask=known)
+    tl.store(target + count * C, tl.sum(s_squares, 0) / pixels, mask=known)
+    tl.store(target + 2 * count * C, b_pooled, mask=known)
+
+
+@triton.jit
+def add_kernel(
+    partial, total, bounds,
+    SIZE: tl.constexpr, STEPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of SIZE, rows of `bounds`): the sum of some consecutive rows of `partial` (runs, SIZE), in order."""
+    first, count = tl.load(bounds + tl.program_id(1) * 2), tl.load(bounds + tl.program_id(1) * 2 + 1)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    known = c < SIZE
+    s_total = tl.zeros((BLOCK_T, BLOCK_C), dtype=REAL)
+    for step in range(STEPS):
+        run = step * BLOCK_T + tl.arange(0, BLOCK_T)
+        s_total += _rows(partial, (first + run).to(tl.int64), run < count, c, known, SIZE, REAL)
+    tl.store(total + tl.program_id(1) * SIZE + c, tl.sum(s_total, 0), mask=known)

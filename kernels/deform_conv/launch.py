@@ -1,0 +1,230 @@
+"""Launching the Triton kernels of the modulated deformable convolution: layouts, tiles, memory, and what is compiled.
+
+A launch is prepared as data and run afterwards, so that the ahead-of-time compilation describes exactly what runs.
+"""
+
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.deform_conv import inverse as deform_conv_inverse
+from kernels.deform_conv import kernels
+from kernels.runtime.compile_spec import CompileSpec
+from kernels.runtime.launch import Launch, real, triton_real
+from kernels.runtime.tiles import Table, Tiles, fit, precision
+
+# Chosen without a GPU: large ones that Triton 3.6 and 3.7 compile for sm_80, sm_90, sm_100 and gfx942 without a spill.
+FORWARD = Table(
+    "deform_conv2d forward",
+    {"16": Tiles(8, 16, 32, 256, 8, 3), "32": Tiles(8, 8, 16, 256, 8, 3), "exact": Tiles(4, 8, 16, 32, 4, 2)},
+)
+POINTS = Table(
+    "deform_conv2d backward points",
+    {"16": Tiles(8, 8, 64, 256, 8, 1), "32": Tiles(4, 8, 32, 256, 8, 1), "exact": Tiles(4, 8, 16, 32, 4, 1)},
+)
+WEIGHT = Table(
+    "deform_conv2d backward weight",
+    {"16": Tiles(8, 8, 64, 256, 8, 2), "32": Tiles(4, 8, 64, 256, 8, 1), "exact": Tiles(4, 8, 16, 32, 4, 1)},
+)
+# For more output channels than a program holds, or several weight groups: the gradients come in pieces.
+_POINTS_PIECES = Table(
+    "deform_conv2d backward points in pieces",
+    POINTS | {"16": Tiles(8, 8, 64, 64, 8, 2), "32": Tiles(4, 8, 32, 64, 4, 2)},
+)
+
+# Programs over which the sum of the weight's gradient is spread: some waves of the largest GPUs.
+_WEIGHT_PROGRAMS = 512
+
+
+def _strides(tensor: Tensor, name: str) -> dict[str, int]:
+    return {f"{name}_{axis}": stride for axis, stride in zip("nchw", tensor.stride(), strict=True)}
+
+
+def _extent(tensor: Tensor) -> int:
+    """The farthest element of an image from its first."""
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
+
+
+@dataclass(frozen=True)
+class Level:
+    """One map as the kernels read it."""
+
+    x: Tensor  # (N, H, W, C), contiguous
+    offset: Tensor
+    mask: Tensor | None
+    weight: Tensor
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+
+    @property
+    def groups(self) -> int:
+        return self.x.shape[3] // self.weight.shape[1]
+
+    @property
+    def taps(self) -> int:
+        return self.weight.shape[2] * self.weight.shape[3]
+
+    def arguments(self) -> dict[str, Tensor | int]:
+        # Pointers must point somewhere, also where nothing is read.
+        mask = self.offset if self.mask is None else self.mask
+        _, height, width, _ = self.x.shape
+        sizes = {"H": height, "W": width, "HO": self.offset.shape[2], "WO": self.offset.shape[3]}
+        tensors = {"x": self.x, "offset": self.offset, "mask": mask}
+        return tensors | sizes | _strides(self.offset, "offset") | _strides(mask, "mask")
+
+    def constants(self, table: Table, *others: Tensor) -> tuple[dict[str, Any], Tiles]:
+        """What is known at compilation; `others` are tensors (N, ., Ho, Wo) that the kernel reads or writes besides."""
+        c, o, channels = self.weight.shape[1], self.weight.shape[0] // self.groups, self.x.shape[3]
+        share = channels * 2 * self.taps // self.offset.shape[1]
+        far = max(_extent(t) for t in (self.x, self.offset, self.mask, *others) if t is not None)
+        tiles = fit(table, self.x.dtype, self.x.device, gcd(c, share), o)
+        constants = {
+            "C": c,
+            "OUT": o,
+            "GROUPS": self.groups,
+            "SHARE": share,
+            "SPAN": gcd(c, share),
+            "KW": self.weight.shape[3],
+            "TAPS": self.taps,
+            "GEOMETRY": (*self.stride, *self.padding, *self.dilation),
+            "HAS_MASK": self.mask is not None,
+            "TILE_H": tiles.height,
+            "TILE_W": tiles.width,
+            "BLOCK_C": tiles.c,
+            "BLOCK_O": tiles.o,
+            "REAL": triton_real(self.x.dtype),
+            # Twice an offset's channel, and sums of several places, must fit as well.
+            "INDEX": tl.int32 if far < 2**30 else tl.int64,
+            "PRECISION": precision(self.x.dtype, self.x.device),
+        }
+        return constants, tiles
+
+    def tile_count(self, tiles: Tiles) -> int:
+        height, width = self.offset.shape[2:]
+        return self.x.shape[0] * triton.cdiv(height, tiles.height) * triton.cdiv(width, tiles.width)
+
+
+def _levels(inputs, offsets, masks, weight, stride, padding, dilation) -> list[Level]:
+    masks = masks or [None] * len(inputs)
+    return [
+        Level(x.permute(0, 2, 3, 1).contiguous(), offset, mask, weight, stride, padding, dilation)
+        for x, offset, mask in zip(inputs, offsets, masks, strict=True)
+    ]
+
+
+def _forward_launch(level: Level, packed: Tensor, bias: Tensor | None, out: Tensor) -> Launch:
+    constants, tiles = level.constants(FORWARD, out)
+    arguments = level.arguments() | {"weight": packed, "bias": packed if bias is None else bias, "out": out}
+    grid = (level.tile_count(tiles), level.groups * triton.cdiv(constants["OUT"], tiles.o))
+    return Launch(
+        kernels.forward_kernel,
+        grid,
+        arguments | _strides(out, "out"),
+        constants | {"HAS_BIAS": bias is not None},
+        tiles.warps,
+        tiles.stages,
+    )
+
+
+def _points_launch(level: Level, packed: Tensor, grad: Tensor, to_x, to_offset, to_mask) -> Launch:
+    whole = level.groups == 1 and level.weight.shape[0] <= POINTS["32"].o
+    others = (t for t in (grad, to_offset, to_mask) if t is not None)
+    constants, tiles = level.constants(POINTS if whole else _POINTS_PIECES, *others)
+    arguments = level.arguments() | {"grad": grad, "weight": packed}
+    targets = (("x", to_x, grad), ("offset", to_offset, level.offset), ("mask", to_mask, level.offset))
+    for name, target, spare in targets:
+        constants[f"TO_{name.upper()}"] = target is not None
+        arguments[f"grad_{name}"] = spare if target is None else target
+        if name != "x":
+            arguments |= _strides(arguments[f"grad_{name}"], f"grad_{name}")
+    points = level.offset.shape[1] // 2
+    grid = (level.tile_count(tiles) * points,)
+    return Launch(kernels.backward_points_kernel, grid, arguments, constants, tiles.warps, tiles.stages)
+
+
+def _weight_launch(level: Level, grad: Tensor) -> Launch:
+    """The launch lacks `partial`, whose length is the last number of its grid."""
+    constants, tiles = level.constants(WEIGHT, grad)
+    steps = level.taps * (constants["C"] // constants["SPAN"]) * triton.cdiv(constants["SPAN"], tiles.c)
+    blocks = level.groups * triton.cdiv(constants["OUT"], tiles.o)
+    count = level.tile_count(tiles)
+    # A power of two, so that few sizes of maps need another compilation.
+    per_split = triton.next_power_of_2(triton.cdiv(count, max(1, _WEIGHT_PROGRAMS // (steps * blocks))))
+    constants["TILES"] = per_split
+    arguments = level.arguments() | {"grad": grad, "tiles": count}
+    grid = (steps, blocks, triton.cdiv(count, per_split))
+    return Launch(kernels.backward_weight_kernel, grid, arguments, constants, tiles.warps, tiles.stages)
+
+
+def forward(outputs, inputs, offsets, masks, weight, bias, stride, padding, dilation) -> None:
+    """Write the output (N, O, Ho, Wo) of every level; arguments as in `kernels.deform_conv.operator`, checked there."""
+    packed = weight.permute(0, 2, 3, 1).contiguous()
+    bias = None if bias is None else bias.contiguous()
+    for level, out in zip(_levels(inputs, offsets, masks, weight, stride, padding, dilation), outputs, strict=True):
+        _forward_launch(level, packed, bias, out).run()
+
+
+def backward(results, grads, inputs, offsets, masks, weight, stride, padding, dilation) -> None:
+    """Write the gradients for `grads`, one (N, O, Ho, Wo) a level.
+
+    `results` are five lists: for inputs, offsets, masks, weight and bias; an empty one is not wanted. The gradient of
+    the inputs is a sum of atomic additions, in any order, unless PyTorch is told to use deterministic algorithms: then
+    it is that of `kernels.deform_conv.inverse`.
+    """
+    to_inputs, to_offsets, to_masks, to_weight, to_bias = results
+    levels = _levels(inputs, offsets, masks, weight, stride, padding, dilation)
+    rows = [grad.permute(0, 2, 3, 1).contiguous() for grad in grads]
+    packed = weight.unflatten(0, (levels[0].groups, -1)).permute(0, 3, 4, 2, 1).contiguous()
+    if to_inputs and torch.are_deterministic_algorithms_enabled():
+        deform_conv_inverse.input_gradients(to_inputs, rows, levels, packed)
+        to_inputs = []
+    if to_inputs or to_offsets or to_masks:
+        none = [None] * len(levels)
+        for i, (level, grad) in enumerate(zip(levels, rows, strict=True)):
+            to_x = torch.zeros_like(level.x, dtype=real(weight.dtype)) if to_inputs else None
+            _points_launch(level, packed, grad, to_x, (to_offsets or none)[i], (to_masks or none)[i]).run()
+            if to_inputs:
+                to_inputs[i].copy_(to_x.permute(0, 3, 1, 2))
+    if to_weight:
+        launches = [_weight_launch(level, grad) for level, grad in zip(levels, rows, strict=True)]
+        counts = [launch.grid[-1] for launch in launches]
+        partial = torch.empty((sum(counts), weight.numel()), dtype=real(weight.dtype), device=weight.device)
+        for launch, part in zip(launches, partial.split(counts), strict=True):
+            launch.arguments["partial"] = part
+            launch.run()
+        packed = partial.sum(0).view(weight.shape[0], *weight.shape[2:], weight.shape[1])
+        to_weight[0].copy_(packed.permute(0, 3, 1, 2))
+    if to_bias:
+        to_bias[0].copy_(sum(grad.sum((0, 1, 2), dtype=real(weight.dtype)) for grad in rows))
+
+
+def compile_specs() -> list[CompileSpec]:
+    """The kernels as they run on P3 of 800x1333 pixels, batch 8, channels last, with 256 and (pieces) 512 outputs."""
+    specs = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+
+        def new(*shape, dtype=dtype):
+            return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+        for outputs, suffix in ((256, ""), (512, " in pieces")):
+            weight, out = new(outputs, 256, 3, 3), new(8, outputs, 100, 168)
+            x, offset, mask = new(8, 256, 100, 168), new(8, 18, 100, 168), new(8, 9, 100, 168)
+            level = _levels([x], [offset], [mask], weight, [1, 1], [1, 1], [1, 1])[0]
+            points = _points_launch(level, weight, out, level.x.to(real(dtype)), offset, mask)
+            specs.append(points.spec(f"deform_conv2d backward points{suffix}", dtype, uses_dot=True))
+            bins, gather = deform_conv_inverse.compile_launches(level, weight, out.permute(0, 2, 3, 1))
+            specs.append(gather.spec(f"deform_conv2d inverse gather{suffix}", dtype, uses_dot=True))
+        specs.append(bins.spec("deform_conv2d inverse bins", dtype))
+        weight, out = new(256, 256, 3, 3), new(8, 256, 100, 168)
+        level = _levels([x], [offset], [mask], weight, [1, 1], [1, 1], [1, 1])[0]
+        specs.append(_forward_launch(level, weight, weight, out).spec("deform_conv2d forward", dtype, uses_dot=True))
+        sums = _weight_launch(level, out)
+        sums.arguments["partial"] = torch.empty(1, dtype=real(dtype), device="meta")
+        specs.append(sums.spec("deform_conv2d backward weight", dtype, uses_dot=True))
+    return specs

@@ -1,0 +1,1 @@
+"""What every operator stands on: its arguments' checks, its launches, its tiles."""

@@ -1,0 +1,126 @@
+"""How large the pieces of the convolution kernels are, and how they multiply.
+
+Every kernel has a `Table`, chosen without a GPU. Where `python -m kernels.bench.tune` has measured a better choice on
+the present device with the present Triton, that choice stands in `kernels/tuned/<device>.json` and is taken instead. It
+is read once and only looked up afterwards: nothing is ever timed while a model runs.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+
+from kernels.backend import INTERPRET
+
+TUNED = Path(__file__).parents[1] / "tuned"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Sizes of a program: output pixels, input and output channels, warps, stages of the pipeline."""
+
+    height: int
+    width: int
+    c: int
+    o: int
+    warps: int
+    stages: int
+
+
+class Table(dict[str, Tiles]):
+    """The tiles of a kernel for every class of type, see `type_class`; `kernel` is its name in tuned files."""
+
+    def __init__(self, kernel: str, tiles: dict[str, Tiles]):
+        super().__init__(tiles)
+        self.kernel = kernel
+
+
+# (kernel, class of type, input channels, output channels)
+Key = tuple[str, str, int, int]
+_on_trial: dict[str, Tiles] = {}
+
+
+def precision(dtype: torch.dtype, device: torch.device) -> str:
+    """How products of float32 are made: as PyTorch's own convolutions are told to make them."""
+    if dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision != "tf32":
+        return "ieee"
+    if torch.version.hip and not torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx94"):
+        return "ieee"
+    return "tf32"
+
+
+def type_class(dtype: torch.dtype, device: torch.device) -> str:
+    """ "16" for 16-bit tensors, "32" for products of float32 on tensor cores, "exact" for all others.
+
+    Those are float64, and float32 where its products must not be rounded and the tensor cores would.
+    """
+    if dtype.itemsize == 2:
+        return "16"
+    if INTERPRET or precision(dtype, device) == "tf32" or (torch.version.hip and dtype == torch.float32):
+        return "32"
+    return "exact"
+
+
+def fit(table: Table, dtype: torch.dtype, device: torch.device, span: int, o: int) -> Tiles:
+    """The tiles of a kernel for tensors of `dtype`, no larger than `span` input and `o` output channels need.
+
+    Raises:
+        ValueError: the file of tuned tiles for this device is broken; the message names it.
+    """
+    kind = type_class(dtype, device)
+    tiles = _on_trial.get(table.kernel) or _tuned(device).get((table.kernel, kind, span, o)) or table[kind]
+    # A product needs at least 16 of each.
+    c, o = (min(most, max(16, triton.next_power_of_2(size))) for most, size in ((tiles.c, span), (tiles.o, o)))
+    tiles = replace(tiles, c=c, o=o)
+    # The interpreter's time is that of its programs' number, hardly of their size.
+    return replace(tiles, height=16, width=16) if INTERPRET else tiles
+
+
+@contextmanager
+def on_trial(kernel: str, tiles: Tiles) -> Iterator[None]:
+    """Inside the `with` block the kernel of this name runs with these tiles."""
+    _on_trial[kernel] = tiles
+    try:
+        yield
+    finally:
+        del _on_trial[kernel]
+
+
+def tuned_file(device_name: str) -> Path:
+    """Where the tuned tiles of a device lie."""
+    return TUNED / f"{'_'.join(device_name.split()).replace('/', '_')}.json"
+
+
+def read_tuned(path: Path, device_name: str) -> dict[Key, Tiles]:
+    """The tiles in a file that `kernels.bench.tune` wrote, if it wrote it on such a device with this version of Triton.
+
+    Raises:
+        ValueError: it is not such a file; the message names it.
+    """
+    try:
+        content = json.loads(path.read_text())
+        found = {
+            (row["kernel"], row["class"], int(row["channels"]), int(row["outputs"])): Tiles(**row["tiles"])
+            for row in content["rows"]
+        }
+        fits = (content["device"], content["triton"]) == (device_name, triton.__version__)
+        if not all(type(size) is int and size > 0 for tiles in found.values() for size in vars(tiles).values()):
+            raise ValueError("a size of a tile is no positive integer")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{path} is no file of tuned tiles: {error!r}; delete it or run kernels.bench.tune again"
+        raise ValueError(reason) from error
+    return found if fits else {}
+
+
+@cache
+def _tuned(device: torch.device) -> dict[Key, Tiles]:
+    if device.type != "cuda":
+        return {}
+    name = torch.cuda.get_device_name(device)
+    path = tuned_file(name)
+    return read_tuned(path, name) if path.exists() else {}

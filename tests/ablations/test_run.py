@@ -1,0 +1,293 @@
+"""The command line end to end: what it prints, what it writes, how it ends, and that kill -9 costs nothing."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from places import ROOT
+from synthetic_rows import make_row
+from tiny_coco import REAL, needs_coco
+
+from ablations import run
+from ablations.experiment.progress import TRAINING_SHARE, clock
+from ablations.generate import generate
+from ablations.grid import PRESETS, build_grid, only
+from ablations.rows.store import read_rows, write_row
+
+# The tiny preset with hardly any steps; in the child processes of the kill test it is applied before anything runs.
+BRIEF = {"steps": 10, "batch_size": 2, "warmup": 2, "channels": 16}
+SCRIPT = f"""
+import sys
+from dataclasses import replace
+from ablations import grid, run
+if __name__ == "__main__":
+    grid.PRESETS["tiny"] = replace(grid.PRESETS["tiny"], **{BRIEF})
+    sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return generate(tmp_path_factory.mktemp("data"), "tiny", train=12, val=5)
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], **BRIEF))
+
+
+def weights(out: Path, row: dict) -> dict[str, torch.Tensor]:
+    return torch.load(out / row["weights"], weights_only=True)["model"]
+
+
+def test_the_default_grid_has_17_cells_and_every_subset_at_both_depths(data):
+    options = run.parse(["--grid", "--data", str(data)])
+    base = run.base_cell(options, PRESETS["tiny"], run.open_data(options, PRESETS["tiny"]))
+    cells = build_grid("default", PRESETS["tiny"], base, ["atss"], 1)
+    assert len(cells) == len({cell.key for cell in cells}) == 17
+    assert cells[0].attentions == "baseline" and cells[0].depth is None
+    assert {(cell.attentions, cell.depth) for cell in cells[1:]} == {
+        (a, d) for a in ("none", "L", "S", "C", "LS", "LC", "SC", "LSC") for d in (1, 2)
+    }
+    assert len({(cell.steps, cell.batch_size, cell.lr) for cell in cells}) == 1
+    assert [c.name for c in only(cells, "LSC,depth=1")] == ["atss LSC depth 1"]
+    assert [c.name for c in only(cells, "depth=")] == ["atss baseline"]
+    # The offsets of the coarser level exist only where spatial attention is on.
+    assert {cell.coarse_offsets for cell in cells if "S" not in cell.attentions} == {None}
+    full = build_grid("full", PRESETS["tiny"], base, ["atss"], 2)
+    assert len(full) == len({cell.key for cell in full})
+    assert {cell.formulation for cell in full} == {None, "released", "paper"}
+    assert {cell.coarse_offsets for cell in full} == {None, "crop", "prefix", "resize"}
+    assert {cell.placement for cell in full} == {"trunk"}
+    # Where there is a second stage, the last block can sit around RoIAlign.
+    split = build_grid("full", PRESETS["tiny"], base, ["faster_rcnn"], 1)
+    assert [cell.placement for cell in split].count("around_roi") == len(split) // 2
+    assert len({cell.name for cell in split}) == len(split) and len({cell.name for cell in full}) == len(full)
+    assert len(build_grid("detectors", PRESETS["tiny"], base, ["atss", "fcos"], 1)) == 4
+
+
+def test_detectors_and_backbones_train_as_published_where_that_is_not_sgd(data):
+    def schedules(backbone):
+        options = run.parse(["--grid", "detectors", "--data", str(data), "--backbone", backbone, "--preset", "paper"])
+        base = run.base_cell(options, PRESETS["paper"], run.open_data(options, PRESETS["paper"]))
+        cells = build_grid("detectors", PRESETS["paper"], base, ["atss", "detr"], 1)
+        found = {(c.detector, c.optimizer, c.lr, c.backbone_lr, c.weight_decay) for c in cells}
+        assert len(found) == 2, "a detector is trained alike with and without DyHead"
+        return found
+
+    detr = ("detr", "adamw", 1e-4, 0.1)
+    assert schedules("resnet50") == {("atss", "sgd", 0.01, 1.0, 1e-4), (*detr, 1e-4)}
+    assert PRESETS["paper"].own_fields("cascade_rcnn", "resnet50") == {"lr": 0.02}
+    # What DETR does not say for itself is the backbone's.
+    assert schedules("swin_t") == {("atss", "adamw", 5e-5, 1.0, 0.05), (*detr, 0.05)}
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small"])
+def test_retinanet_has_half_the_rate_unless_its_backbone_has_one(preset):
+    preset = PRESETS[preset]
+    assert preset.own_fields("retinanet", preset.backbone) == {"lr": preset.lr / 2}
+    assert preset.own_fields("retinanet", "swin_t") == preset.own_fields("atss", "swin_t")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--grid", "nonsense"], "default"),
+        (["--grid", "--preset", "huge"], "tiny"),
+        (["--grid", "--detector", "atss,yolo"], "unknown detector 'yolo'; the detectors are atss, "),
+        (["--grid", "--seeds", "0"], "from 1 on"),
+        (["--grid", "--device", "tpu"], "cuda:N"),
+        (["--grid", "--device", "cpu:0"], "cuda:N"),
+        (["--grid", "--device", "cuda:99"], "torch sees"),
+        (["--grid", "--backend", "triton", "--device", "cpu"], "TRITON_INTERPRET=1"),
+        (["--grid", "detectors", "--test-flip"], "without mask_rcnn"),
+        (["--grid", "--detector", "mask_rcnn", "--test-sizes", "96,128"], "without mask_rcnn"),
+        (["--grid", "--test-sizes", "96,400"], "a --max-size of as many; it is 160"),
+        ([], "--grid"),
+    ],
+)
+def test_usage_errors_name_what_is_valid_and_end_with_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ("X", "has attentions=X; here it is one of baseline, none"),
+        ("depth=9", "one of (empty), 1, 2"),
+        ("size=1", "columns are"),
+    ],
+)
+def test_only_lists_what_there_is(terms, message, data, tmp_path, capsys):
+    assert run.main(["--grid", "--data", str(data), "--out", str(tmp_path / "out"), "--only", terms]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_data_ends_with_2_before_anything_is_written(data, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    (broken / "annotations").mkdir(parents=True)
+    (broken / "annotations" / "instances_train2017.json").write_text('{"images": [')
+    assert run.main(["--grid", "--data", str(broken), "--out", str(tmp_path / "out")]) == 2
+    assert "instances_train2017.json" in capsys.readouterr().err
+    assert run.main(["--grid", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
+    assert "nowhere: no such directory" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/out"])
+def test_a_file_where_results_should_go_is_a_usage_error(place, data, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert run.main(["--grid", "--data", str(data), "--out", str(tmp_path / place)]) == 2
+    assert f"--out {tmp_path / place} is not a directory" in capsys.readouterr().err
+
+
+def test_weights_are_checked_before_anything_is_written(brief, data, tmp_path, capsys):
+    arguments = ["--grid", "--data", str(data), "--out", str(tmp_path / "out"), "--weights"]
+    assert run.main([*arguments, str(tmp_path / "absent.pth")]) == 2
+    assert "no weights at" in capsys.readouterr().err
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    assert run.main([*arguments, str(tmp_path / "other.pth")]) == 2
+    assert "missing: ['bn1.bias'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_lists_and_runs_nothing(brief, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run.main(["--grid", "--data", str(data), "--out", str(out), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "17 cells, 0 done, 17 to run" in printed and "atss LSC depth 2" in printed
+    assert not out.exists()
+
+
+def test_a_dry_run_judges_the_cost_by_rows_of_the_same_detector(brief, data, tmp_path, capsys):
+    """200 s of training a cell where none of the detector is done: the mean of 300 and 100; two workers."""
+    for detector, seconds in (("atss", 300.0), ("fcos", 100.0)):
+        for number in range(3 if detector == "atss" else 1):
+            row = make_row("LSC", number + 1, cell={"detector": detector})
+            write_row(tmp_path, row | {"training": {"seconds": seconds}})
+    arguments = ["--grid", "detectors", "--data", str(data), "--out", str(tmp_path), "--dry-run", "--workers", "2"]
+    assert run.main([*arguments, "--detector", "atss,fcos,detr"]) == 0
+    cost = 2 * (300 + 100 + 200) / TRAINING_SHARE / 2
+    assert f"about {clock(cost)} with 2 workers" in capsys.readouterr().out
+
+
+def test_a_grid_runs_to_tables_and_a_second_call_runs_nothing(brief, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--grid", "combinations", "--data", str(data), "--out", str(out), "--only", "LSC"]
+    assert run.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "NO GPU" in printed and "NOT MEASURED" in printed
+    (row,) = read_rows(out)
+    assert row["status"] == "ok" and row["training"]["steps"] == 10 and row["training"]["images"] == 20
+    assert row["peak_memory_MB"] is None and row["latency_ms_p50"] > 0 and row["GMACs"] > 0
+    table = (out / "table.md").read_text()
+    assert "device:" in table.splitlines()[0] and "LSC" in table
+    for name in ("table.csv", "table.tex", "report.html"):
+        assert (out / name).stat().st_size > 0
+    changed = (out / "cells" / f"{row['key']}.json").stat().st_mtime_ns
+
+    assert run.main(arguments) == 0
+    assert "1 cells, 1 done, 0 to run" in capsys.readouterr().out
+    assert (out / "cells" / f"{row['key']}.json").stat().st_mtime_ns == changed
+
+    # A fresh run gives the same numbers again, and what it replaces is kept.
+    assert run.main([*arguments, "--fresh"]) == 0
+    (again,) = read_rows(out)
+    assert again["metrics"] == row["metrics"] and again["training"]["loss"] == row["training"]["loss"]
+    (old,) = (out / "cells" / "replaced").glob("*/*.json")
+    assert json.loads(old.read_text()) == row
+
+
+def test_multi_scale_training_and_testing_are_cells_of_their_own(brief, data, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--grid", "--data", str(data), "--out", str(out), "--only", "LSC,depth=1", "--test-flip"]
+    assert run.main([*arguments, "--train-sizes", "96,128", "--test-sizes", "96,128", "--max-size", "150"]) == 0
+    (row,) = read_rows(out)
+    assert row["cell"]["max_size"] == 150
+    assert row["cell"]["image_size"] == [96, 128] and row["cell"]["test_size"] == [96, 128]
+    assert row["cell"]["test_flip"] and row["status"] == "ok"
+
+
+def test_a_diverging_cell_becomes_a_row_and_the_others_go_on(brief, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], lr=1e30))
+    out = tmp_path / "out"
+    arguments = ["--grid", "depth", "--data", str(data), "--out", str(out), "--only", "attentions=LSC"]
+    assert run.main(arguments) == 1
+    rows = read_rows(out)
+    assert [row["status"] for row in rows] == ["diverged", "diverged"]
+    assert all("not finite at step" in row["reason"] for row in rows)
+    assert "--retry-failed" in capsys.readouterr().err
+    assert "diverged" in (out / "table.md").read_text()
+    # A failed cell is not tried again unless it is asked for.
+    assert run.main(arguments) == 1
+    assert "2 done, 0 to run" in capsys.readouterr().out
+
+
+def test_kill_9_costs_nothing(data, tmp_path):
+    """Kill the run with its workers at several moments; what remains must equal a run that was never killed."""
+    script = tmp_path / "brief.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def command(out):
+        return [sys.executable, str(script), "--grid", "--data", str(data), "--out", str(out), "--workers", "2",
+                "--only", "depth=1,coarse_offsets=crop"]  # fmt: skip
+
+    def children(pid):
+        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+        return [int(line) for line in found.stdout.split()]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(whole), env=environment, check=True, capture_output=True)
+    rows = {row["key"]: row for row in read_rows(whole)}
+    assert len(rows) == 4
+
+    kept = {}
+    for appears in ("*/checkpoint.pt", "*.json", "*.json"):
+        before = len(list((killed / "cells").glob(appears)))
+        process = subprocess.Popen(command(killed), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 120
+        while len(list((killed / "cells").glob(appears))) <= before and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        victims = children(process.pid)
+        for victim in (process.pid, *victims):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+        process.wait()
+        for row in read_rows(killed):
+            kept.setdefault(row["key"], row)
+
+    subprocess.run(command(killed), env=environment, check=True, capture_output=True)
+    final = {row["key"]: row for row in read_rows(killed)}
+    assert final.keys() == rows.keys()
+    for key, row in kept.items():
+        assert final[key] == row, "a finished cell was run again"
+    for key, row in rows.items():
+        assert final[key]["metrics"] == row["metrics"]
+        assert final[key]["training"]["loss"] == row["training"]["loss"]
+        for name, value in weights(whole, row).items():
+            assert torch.equal(weights(killed, final[key])[name], value), name
+
+
+@needs_coco
+def test_real_coco_trains_and_evaluates(brief, tmp_path):
+    out = tmp_path / "out"
+    assert (
+        run.main(["--grid", "--data", str(REAL), "--preset", "tiny", "--only", "LSC,depth=1", "--out", str(out)]) == 0
+    )
+    (row,) = read_rows(out)
+    assert row["status"] == "ok" and row["cell"]["data"] == "coco"
+    assert row["metrics"]["AP"] is not None

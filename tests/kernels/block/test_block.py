@@ -1,0 +1,159 @@
+"""Which DyHead runs fused, the tables of the fused block, and what it costs a CPU: nothing."""
+
+import gc
+import re
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from heads import DyHead
+from kernels import use_backend
+
+layouts = pytest.importorskip("kernels.block.layout", reason="Triton is not installed")
+SIZES = ((7, 10), (4, 5), (2, 3), (1, 2))
+
+
+def features(sizes=SIZES, device="cpu", channels=16, **kind):
+    return [torch.empty(2, channels, *size, device=device, **kind) for size in sizes]
+
+
+def test_a_cpu_takes_the_separate_operators():
+    for backend in ("auto", "torch"):
+        with use_backend(backend):
+            assert "'cpu'" in DyHead(16, 1).unfused_reason(features())
+    assert "'meta'" in DyHead(16, 1).unfused_reason(features(device="meta"))
+    assert "paper" in DyHead(16, 1, formulation="paper").unfused_reason(features())
+
+
+@pytest.fixture
+def as_if_interpreted(monkeypatch):
+    monkeypatch.setattr("heads.fused.INTERPRET", True)
+    monkeypatch.setattr("heads.fused.resolve_backend", lambda device: "triton")
+
+
+def test_reasons_against_fusing(as_if_interpreted):
+    head = DyHead(16, 1)
+    assert head.unfused_reason(features()) is None
+    assert "level 1 is 3x5, half of level 0 is 4x5" in head.unfused_reason(features(((7, 10), (3, 5))))
+    assert "several types" in head.unfused_reason(features(dtype=torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head.unfused_reason(features(dtype=torch.float16)) is None
+    assert "batch" in head.unfused_reason([x[:0] for x in features()])
+    assert "another device" in DyHead(16, 1).to("meta").unfused_reason(features())
+    gate, head.blocks[0].scale.gate = head.blocks[0].scale.gate, torch.nn.Sequential()
+    assert "a Sequential and not a Linear" in head.unfused_reason(features())
+    head.blocks[0].scale.gate = gate
+    head.blocks[0].spatial.from_finer.norm.eps = 0
+    assert "eps" in head.unfused_reason(features())
+    head.blocks[0].scale = torch.nn.Identity()
+    assert "SpatialAttention, Identity, TaskAttention" in head.unfused_reason(features())
+
+
+def test_compilation_traces_the_separate_operators(as_if_interpreted, monkeypatch):
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    assert "torch.compile" in DyHead(16, 1).unfused_reason(features())
+
+
+def made(sizes=SIZES, batch=2, real=torch.float64):
+    return layouts.layout(sizes, batch, torch.device("cpu"), real, (8, 16))
+
+
+def test_rows_of_the_matrices_follow_each_other():
+    tables = made()
+    assert [(p.branch, p.level, p.source) for p in tables.problems] == [
+        *((0, i, i) for i in range(4)),
+        *((1, i, i - 1) for i in range(1, 4)),
+        *((2, i, i + 1) for i in range(3)),
+    ]
+    assert tables.rows == 2 * sum(h * w for h, w in SIZES)
+    assert tables.sampled_rows == 3 * tables.rows - 2 * 2 * 70
+    maps = [torch.randn(2, 3, *size) for size in SIZES]
+    for x, y in zip(maps, tables.split(layouts.join(maps)), strict=True):
+        assert torch.equal(x, y) and y.is_contiguous(memory_format=torch.channels_last)
+    assert tables.share[:, :, 0, 0].tolist() == [[1 / 2, 0, 1 / 2], *[[1 / 3] * 3] * 2, [1 / 2, 1 / 2, 0]]
+
+
+def test_every_pixel_is_in_one_tile_and_one_run():
+    tables = made(((19, 35), (10, 18)), batch=3)
+    assert len(tables.tiles()) == 3 * (3 * 3 + 2 * 2 + 2 * 2 + 2 * 2)
+    for work, sizes in ((tables.runs(8), tables.sizes), (tables.sampled_runs(8), [p.size for p in tables.problems])):
+        expected = [(i, n, k) for i, (h, w) in enumerate(sizes) for n in range(3) for k in range(-(-h * w // 8))]
+        assert list(map(tuple, work.tolist())) == expected
+    first, count = tables.run_bounds(8).T.tolist()
+    assert count == [84] * 3 + [23] * 3 and first == [0, 84, 168, 252, 275, 298]
+
+
+def test_tiles_of_some_levels():
+    tables = made(((19, 35), (10, 18), (5, 9)), batch=2)
+    expected = [(level, n, k) for level, count in ((1, 4 * 3), (2, 2 * 2)) for n in range(2) for k in range(count)]
+    assert list(map(tuple, tables.level_tiles((3, 8), range(1, 3)).tolist())) == expected
+    assert tables.level_starts((7, 5, 3)).tolist() == [0, 14, 24]
+
+
+def test_pieces_of_a_branch_s_tiles():
+    tables = made(((19, 35), (10, 18), (5, 9)), batch=2)
+    # Tiles of 8 x 16 pixels: 9, 4 and 1 an image for the levels themselves, 4 and 1 for either kind of neighbour.
+    pieces, bounds = tables.splits((8, 16), 4)
+    work = tables.tiles((8, 16))
+    covered = [tile for first, end in pieces.tolist() for tile in range(first, min(first + 4, end))]
+    assert covered == list(range(len(work))) and len(work) == 2 * (14 + 5 + 5)
+    assert bounds.tolist() == [[0, 7], [7, 3], [10, 3]]
+    for branch, (first, count) in enumerate(bounds.tolist()):
+        for begin, end in pieces[first : first + count].tolist():
+            assert {tables.problems[i].branch for i in work[begin:end, 0].tolist()} == {branch}
+    assert made(((5, 9),)).splits((8, 16), 4)[1].tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize(("size", "target"), [(4, 7), (4, 8), (1, 2), (1, 1), (2, 3), (2, 4), (3, 3), (5, 2)])
+def test_interpolation_of_an_axis_is_pytorchs(size, target):
+    _, share, first, span = layouts._axis(size, target, torch.float64)
+    line = torch.eye(size, dtype=torch.float64)[:, None, :, None]
+    weights = F.interpolate(line, size=(target, 1), mode="bilinear", align_corners=True)[:, 0, :, 0]
+    torch.testing.assert_close(share, weights.sum(1))
+    for pixel, row in enumerate(weights):
+        taking = row.nonzero()[:, 0]
+        if len(taking):
+            assert first[pixel] <= taking[0] and taking[-1] < first[pixel] + span
+
+
+def test_tables_are_made_once():
+    assert made() is made() and made().runs(8) is made().runs(8)
+    with torch.inference_mode():
+        assert not layouts.layout(((3, 3),), 1, torch.device("cpu"), torch.float32).share.is_inference()
+
+
+def test_a_layout_that_nobody_uses_is_let_go():
+    tables = layouts.Layout(SIZES, 2, torch.device("cpu"), torch.float32, (8, 16))
+    assert tables.tiles() is tables.tiles((8, 16))
+    tables.runs(8), tables.splits((8, 16), 4)
+    tables = weakref.ref(tables)
+    gc.collect()
+    assert tables() is None
+
+
+def test_a_wide_weight_fits_a_grid():
+    from kernels.block.tail import _add_launch
+
+    partial, total = (torch.empty(n, 1024, 9, 1024, device="meta") for n in (8, 3))
+    grid = _add_launch(partial, total, torch.empty(3, 2, dtype=torch.int32, device="meta"), 4).grid
+    # CUDA's limits: 2**31 - 1, then twice 65,535.
+    assert 65_535 < max(grid) == grid[0]
+
+
+@pytest.mark.parametrize(("name", "gathers"), [("points", 4), ("weight", 8), ("finest level", 1)])
+def test_backward_of_the_convolutions_gathers_16_bytes_at_a_time(name, gathers):
+    from kernels.bench.compile import compile_spec
+    from kernels.block.conv import compile_specs
+
+    spec = next(s for s in compile_specs() if s.name == f"block convolutions backward {name}" and s.dtype == "bf16")
+    row = compile_spec(spec, "sm_90")
+    # What a thread gathers for a tile and block of channels: corners, also ahead of the loop; or gradients of entries.
+    sizes = spec.constexprs
+    if name == "finest level":
+        elements = sizes["ENTRIES"] * sizes["BLOCK_O"]
+    else:
+        elements = sizes["TILE_H"] * sizes["TILE_W"] * sizes["BLOCK_C"]
+    pieces = gathers * elements * 2 // (16 * 32 * spec.num_warps)
+    assert int(re.search(r"\b128x(\d+)", row.global_loads)[1]) - row.async_copies >= pieces

@@ -1,0 +1,85 @@
+"""What the compilers make of deform_conv2d's gathers, and that what is compiled is what a launch would run."""
+
+import re
+from collections import Counter
+
+import pytest
+import torch
+import triton
+
+from kernels.bench.compile import TARGETS, _source, compile_spec
+from kernels.bench.roofline import float32_products
+from kernels.deform_conv.launch import Launch, _forward_launch, _levels, compile_specs
+
+
+def find(name: str, dtype: str):
+    return next(s for s in compile_specs() if s.name == f"deform_conv2d {name}" and s.dtype == dtype)
+
+
+def wide_loads(row) -> int:
+    return int(re.search(r"\b128x(\d+)", row.global_loads)[1])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["forward", "backward weight"])
+def test_corners_are_loaded_16_bytes_at_a_time_and_not_copied(name, dtype):
+    spec = find(name, dtype)
+    row = compile_spec(spec, "sm_90")
+    # Of a step's corners each thread holds this many pieces of 16 bytes; they are loaded before the loop and in it.
+    pixels = spec.constexprs["TILE_H"] * spec.constexprs["TILE_W"]
+    size = 4 if dtype == "fp32" else 2
+    pieces = 4 * pixels * spec.constexprs["BLOCK_C"] * size // (16 * 32 * spec.num_warps)
+    assert wide_loads(row) - row.async_copies >= 2 * pieces
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_what_is_copied_past_the_l1_cache_is_the_weights(dtype, target):
+    spec = find("forward", dtype)
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    code = triton.compile(_source(spec), target=TARGETS[target].gpu, options=options).asm["ttgir"]
+    copies, loads = (
+        Counter(re.findall(rf"{operation} [^\n]*?tensor<(\d+x\d+)x!tt.ptr", code))
+        for operation in ("ttg.async_copy_global_to_local", "tt.load")
+    )
+    pixels = spec.constexprs["TILE_H"] * spec.constexprs["TILE_W"]
+    c, o = spec.constexprs["BLOCK_C"], spec.constexprs["BLOCK_O"]
+    assert set(copies) == {f"{c}x{o}"}
+    # The four corners, before the loop and in it.
+    assert loads == {f"{pixels}x{c}": 8}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_the_gather_loads_rows_16_bytes_at_a_time_and_copies_none(dtype):
+    spec = find("inverse gather", dtype)
+    row = compile_spec(spec, "sm_90")
+    pieces = (4 if dtype == "fp32" else 2) * spec.constexprs["BLOCK_O"] / (16 * 32 * spec.num_warps)
+    # The gradients' rows, before the loop and in it, and the weights.
+    assert wide_loads(row) == pieces * (2 * spec.constexprs["ENTRIES"] + spec.constexprs["BLOCK_C"])
+    assert row.async_copies == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_gather_of_exact_products_does_not_spill(target):
+    with float32_products("ieee"):
+        spec = find("inverse gather", "fp32")
+    assert spec.constexprs["PRECISION"] == "ieee"
+    assert compile_spec(spec, target).spill_bytes == 0
+
+
+def test_strides_of_one_are_compiled_in():
+    # A launch with a channels-last offset compiles its channel stride in; the specification must say the same.
+    spec = find("forward", "fp32")
+    assert spec.constexprs["offset_c"] == spec.constexprs["mask_c"] == spec.constexprs["out_c"] == 1
+    assert "offset_h" in spec.signature and "out_w" in spec.divisible
+
+
+def test_large_images_take_64_bit_places():
+    def launch(height: int) -> Launch:
+        new = lambda channels: torch.empty(1, channels, height, 4096, dtype=torch.bfloat16, device="meta")  # noqa: E731
+        weight = torch.empty(64, 64, 3, 3, dtype=torch.bfloat16, device="meta")
+        (level,) = _levels([new(64)], [new(18)], [new(9)], weight, [1, 1], [1, 1], [1, 1])
+        return _forward_launch(level, weight, None, new(64))
+
+    assert str(launch(1024).constants["INDEX"]) == "int32"
+    assert str(launch(8192).constants["INDEX"]) == "int64"
