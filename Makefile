@@ -26,7 +26,7 @@ clean:
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -c constraints.txt -e .
+	$(BIN)/pip install -c constraints.txt -e '.[ablations]'
 	touch $@
 
 $(VENV)/installed-test: pyproject.toml constraints.txt

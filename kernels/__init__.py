@@ -18,9 +18,11 @@ from kernels.dynamic_relu.operator import dynamic_relu
 from kernels.regions.border_align import border_align
 from kernels.regions.nms import batched_nms, nms
 from kernels.regions.roi_align import roi_align
+from kernels.version import __version__
 
 __all__ = [
     "OPS",
+    "__version__",
     "batched_nms",
     "border_align",
     "deform_conv2d",
