@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from places import ROOT
 
+from ablations.experiment.measure import MEASURES
 from ablations.experiment.room import Room
 from ablations.rows import store
 from ablations.rows.store import (
@@ -102,6 +103,10 @@ def test_what_is_not_a_row_is_refused_and_nothing_is_written(tmp_path, changes, 
     with pytest.raises(ValueError, match=named):
         write_row(tmp_path, make_row(**changes))
     assert not list(tmp_path.rglob("*.json*")) and not list(tmp_path.parent.glob("evil*"))
+
+
+def test_every_measure_of_a_detector_is_a_number_of_its_row():
+    assert store.NUMBERS == MEASURES
 
 
 def test_corrupt_files_are_reported_by_name_and_count_as_not_done(tmp_path):
