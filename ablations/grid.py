@@ -5,11 +5,14 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
+from typing import Any, Literal, TypedDict
 
 from heads.build import TWO_STAGE
 from heads.dyhead.attention import COARSE_OFFSETS
-from heads.dyhead.dyhead import ATTENTIONS, FORMULATIONS, canonical
+from heads.dyhead.dyhead import ATTENTIONS, FORMULATIONS
 from heads.two_stage.faster_rcnn import PLACEMENTS
+
+Backend = Literal["auto", "triton", "torch"]
 
 GRIDS = ("default", "combinations", "depth", "detectors", "full")
 
@@ -19,63 +22,102 @@ DATA = ("data", "data_fingerprint", "train_fingerprint")
 EVALUATION = ("data", "data_fingerprint", "test_size", "test_flip")
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Everything that decides a result. Two cells with equal fields are the same experiment and share one row."""
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a preset gives to its cells as it is: the size of images and model, and the schedule.
 
-    # data
-    data: str
-    data_fingerprint: str  # of both parts, train and val
-    train_fingerprint: str
-    image_size: tuple[int, ...]  # shorter sides in pixels, of which training draws one for every image
-    max_size: int  # cap of the longer side
-    test_size: tuple[int, ...]  # shorter sides in evaluation; with more than one, detections are merged
-    test_flip: bool  # whether evaluation adds the mirrored image
-    # model
-    detector: str
+    Attributes:
+        image_size: Shorter sides in pixels, of which training draws one for every image.
+        max_size: Cap of the longer side in pixels.
+        backbone: One of `heads.BACKBONES`.
+        channels: Channels of the pyramid.
+        steps: Training steps.
+        batch_size: Images a step, in evaluation images a batch.
+        optimizer: `"sgd"` or `"adamw"`.
+        lr: Learning rate for a batch of `batch_size`.
+        backbone_lr: Learning rate of the backbone, as a share of `lr`.
+        offset_lr: That of layers that predict offsets and masks of samples, as a share of the rate around them.
+        weight_decay: Of weights; biases, norms and scales have none.
+        warmup: Steps of the linear warm-up.
+    """
+
+    image_size: tuple[int, ...]
+    max_size: int
     backbone: str
-    weights: str  # initial backbone weights: "none", a published name, or a file's name and hash
     channels: int
-    attentions: str  # "baseline" (the detector's own towers), "none", or a subset of LSC
-    depth: int | None  # DyHead blocks; None for the baseline
-    formulation: str | None
-    coarse_offsets: str | None
-    placement: str
-    # schedule
     steps: int
     batch_size: int
-    optimizer: str  # "sgd" or "adamw"
+    optimizer: str = "sgd"
     lr: float
-    backbone_lr: float  # of the backbone, as a share of lr
-    offset_lr: float  # of layers that predict offsets and masks of samples, as a share of the rate around them
+    backbone_lr: float = 1.0
+    offset_lr: float
     weight_decay: float
     warmup: int
-    seed: int
-    # execution
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell(Recipe):
+    """Everything that decides a result. Two cells with equal fields are the same experiment and share one row.
+
+    Attributes:
+        data: Name of the data set.
+        data_fingerprint: Hash of both parts, train and val.
+        train_fingerprint: Hash of the train part.
+        test_size: Shorter sides in evaluation; with more than one, detections are merged.
+        test_flip: Whether evaluation adds the mirrored image.
+        detector: One of `heads.DETECTORS`.
+        weights: Initial backbone weights: `"none"`, a published name, or a file's name and hash.
+        attentions: Subset of the letters LSC, in this order; None for the detector's own towers, its baseline.
+        depth: DyHead blocks; None for the baseline.
+        formulation, coarse_offsets: As for `DyHead`; None where nothing reads them.
+        placement: Where the DyHead sits, one of `heads.two_stage.faster_rcnn.PLACEMENTS`.
+        seed: Decides the initial weights and every draw of the training.
+        precision: `"fp32"` or `"bf16"`.
+        device_kind: `"cpu"`, `"cuda"` or `"hip"`.
+        backend: One of `kernels.backend.BACKENDS`.
+    """
+
+    data: str
+    data_fingerprint: str
+    train_fingerprint: str
+    test_size: tuple[int, ...]
+    test_flip: bool
+    detector: str
+    weights: str
+    attentions: str | None = None
+    depth: int | None = None
+    formulation: str | None = None
+    coarse_offsets: str | None = None
+    placement: str = PLACEMENTS[0]
+    seed: int = 0
     precision: str
     device_kind: str
-    backend: str
+    backend: Backend
+
+    def stored(self) -> dict[str, Any]:
+        """All fields as rows hold them and keys hash them: `attentions` is a word there, as it is printed."""
+        return asdict(self) | {"attentions": word(self.attentions)}
 
     @property
     def key(self) -> str:
         """Content hash of all fields, the name of the cell's files."""
-        return _hash(asdict(self))
+        return _hash(self.stored())
 
     @property
     def training_key(self) -> str:
         """Content hash of the fields that decide the trained weights, the name of the folder that holds them."""
-        return _hash({name: value for name, value in asdict(self).items() if name not in EVALUATION})
+        return _hash({name: value for name, value in self.stored().items() if name not in EVALUATION})
 
     @property
     def name(self) -> str:
         """Short readable name, unique among the cells of one preset and data set."""
-        parts = [self.detector, self.attentions]
+        parts = [self.detector, word(self.attentions)]
         if self.depth is not None:
             parts.append(f"depth {self.depth}")
         if self.formulation == "paper":
             parts.append("paper")
         if self.coarse_offsets not in (None, "crop"):
-            parts.append(self.coarse_offsets)
+            parts.append(str(self.coarse_offsets))
         if self.placement != PLACEMENTS[0]:
             parts.append(self.placement)
         if self.seed:
@@ -83,53 +125,79 @@ class Cell:
         return " ".join(parts)
 
 
-def _hash(fields: dict) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+def word(attentions: str | None) -> str:
+    """A cell's `attentions` as it is printed, stored and asked for by --only.
+
+    Example:
+        >>> word(None), word(""), word("LS")
+        ('baseline', 'none', 'LS')
+    """
+    return "baseline" if attentions is None else attentions or "none"
 
 
-@dataclass(frozen=True)
-class Preset:
-    """The size of an experiment. Learning rates are per batch of the given size.
+def _hash(stored: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()[:16]
 
-    `own` has the fields of the cell in which a detector, or a family of backbones, differs from the preset: by the
-    detector's name, or by what the backbones' names begin with. Where two entries fit, the later one counts.
+
+class Exceptions(TypedDict, total=False):
+    """Fields of a recipe in which a detector or a backbone may differ from its preset."""
+
+    optimizer: str
+    lr: float
+    backbone_lr: float
+    weight_decay: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset(Recipe):
+    """The size of an experiment.
+
+    Attributes:
+        description: One line for the help of the command line.
+        difficulty: Of the generated data.
+        pretrained: Whether the backbone begins with its published weights unless others are named.
+        depths: DyHead blocks of the grids that vary them.
+        one_depth: DyHead blocks of the grids that vary something else.
+        gpu_precision: Precision on a GPU; on a CPU it is fp32.
+        own: Where cells differ from the recipe, by the detector's name or by what the backbones' names begin with.
+            Where two entries fit, the later one counts.
     """
 
     description: str
-    difficulty: str  # of the generated data
-    image_size: tuple[int, ...]
-    max_size: int
-    backbone: str
-    weights: str
-    channels: int
+    difficulty: str
+    pretrained: bool = False
     depths: tuple[int, ...]
-    one_depth: int  # for the grids that vary something else
-    steps: int
-    batch_size: int
-    lr: float
-    offset_lr: float
-    weight_decay: float
-    warmup: int
+    one_depth: int
     gpu_precision: str
-    own: dict[str, dict[str, str | float]] = field(default_factory=dict)
+    own: dict[str, Exceptions] = field(default_factory=dict)
 
-    def own_fields(self, detector: str, backbone: str) -> dict[str, str | float]:
-        """What a cell with this detector and backbone has otherwise than the preset."""
-        found = {}
+    def recipe(self) -> dict[str, Any]:
+        """The fields that the cells take as they are."""
+        return {field.name: getattr(self, field.name) for field in fields(Recipe)}
+
+    def own_fields(self, detector: str, backbone: str) -> Exceptions:
+        """Fields in which a cell with this detector and backbone differs from the recipe."""
+        found: Exceptions = {}
         for name, changes in self.own.items():
             if name == detector or backbone.startswith(name):
                 found |= changes
         return found
 
 
-ADAMW = {"optimizer": "adamw"}
+ADAMW: Exceptions = {"optimizer": "adamw"}
 # RetinaNet's towers have no norm. At 0.02 its gradients burst again and again and it learns half as much; 0.01 is its
 # published rate.
-WITHOUT_NORM = {"lr": 0.01}
+WITHOUT_NORM: Exceptions = {"lr": 0.01}
 # As in Deformable ConvNets v2 (Zhu et al., CVPR 2019). With the whole rate of a short schedule, offsets wander off by
 # several cells within 200 steps, and whatever samples with them learns less. DyHead's released configurations, which
 # are slower, have no such factor.
 SLOW_OFFSETS = 0.1
+# Of the presets with a schedule of a few hundred steps.
+SHORT: dict[str, Exceptions] = {
+    "retinanet": WITHOUT_NORM,
+    "swin": ADAMW | {"lr": 5e-4, "weight_decay": 0.05},
+    "detr": ADAMW | {"lr": 5e-4},
+}
 
 PRESETS = {
     "tiny": Preset(
@@ -138,7 +206,6 @@ PRESETS = {
         image_size=(128,),
         max_size=160,
         backbone="tiny",
-        weights="none",
         channels=64,
         depths=(1, 2),
         one_depth=1,
@@ -149,11 +216,7 @@ PRESETS = {
         weight_decay=1e-4,
         warmup=20,
         gpu_precision="fp32",
-        own={
-            "retinanet": WITHOUT_NORM,
-            "swin": ADAMW | {"lr": 5e-4, "weight_decay": 0.05},
-            "detr": ADAMW | {"lr": 5e-4},
-        },
+        own=SHORT,
     ),
     "small": Preset(
         description="one GPU, under a minute a cell",
@@ -161,7 +224,6 @@ PRESETS = {
         image_size=(256,),
         max_size=320,
         backbone="tiny",
-        weights="none",
         channels=128,
         depths=(1, 2, 4, 6),
         one_depth=6,
@@ -172,11 +234,7 @@ PRESETS = {
         weight_decay=1e-4,
         warmup=50,
         gpu_precision="bf16",
-        own={
-            "retinanet": WITHOUT_NORM,
-            "swin": ADAMW | {"lr": 5e-4, "weight_decay": 0.05},
-            "detr": ADAMW | {"lr": 5e-4},
-        },
+        own=SHORT,
     ),
     # The paper's ablation: 1x of 90,000 steps, batch 16; lr as in the released ATSS configuration.
     "paper": Preset(
@@ -185,7 +243,7 @@ PRESETS = {
         image_size=(800,),
         max_size=1333,
         backbone="resnet50",
-        weights="resnet50",
+        pretrained=True,
         channels=256,
         depths=(1, 2, 4, 6, 8, 10),
         one_depth=6,
@@ -199,7 +257,7 @@ PRESETS = {
         # As published, for batch 16: R-CNN and Swin as in DyHead's released configurations, DETR's rates as in
         # mmdetection's, which also clips its gradients at 0.1 where all of ours are clipped at 10.
         own={
-            **{name: {"lr": 0.02} for name in TWO_STAGE},
+            **dict.fromkeys(TWO_STAGE, Exceptions(lr=0.02)),
             "swin": ADAMW | {"lr": 5e-5, "weight_decay": 0.05},
             "detr": ADAMW | {"lr": 1e-4, "backbone_lr": 0.1},
         },
@@ -207,22 +265,19 @@ PRESETS = {
 }
 
 
-def with_attentions(
-    cell: Cell, attentions: str | None, depth: int | None, formulation: str = "released", coarse_offsets: str = "crop"
-) -> Cell:
-    """`cell` with another trunk. Fields that the trunk does not read are None, so equal experiments stay equal.
+def with_dyhead(cell: Cell, attentions: str, depth: int, formulation: str, coarse_offsets: str) -> Cell:
+    """A baseline's cell with a DyHead. Fields that the DyHead does not read are None, so equal experiments stay equal.
 
     Args:
         cell: Supplies all other fields.
-        attentions: Subset of LSC, or None for the baseline.
-        depth, formulation, coarse_offsets: Of the DyHead; ignored for the baseline.
+        attentions: Subset of the letters LSC, in this order.
+        depth: Number of blocks.
+        formulation, coarse_offsets: As for `DyHead`; coarse offsets exist where levels are neighbours and S is on.
     """
-    if attentions is None:
-        return replace(cell, attentions="baseline", depth=None, formulation=None, coarse_offsets=None)
     reads_coarse = formulation == "released" and "S" in attentions
     return replace(
         cell,
-        attentions=canonical(attentions) or "none",
+        attentions=attentions,
         depth=depth,
         formulation=formulation,
         coarse_offsets=coarse_offsets if reads_coarse else None,
@@ -234,39 +289,38 @@ def build_grid(name: str, preset: Preset, base: Cell, detectors: Iterable[str], 
 
     Args:
         name: One of `GRIDS`.
-        preset: Supplies the depths, and what detector and backbone have for themselves.
-        base: Supplies every field that the grid does not vary.
-        detectors: Detectors to run it for.
+        preset: Supplies the depths, and the fields in which a detector or a backbone differs.
+        base: A baseline; supplies every field that the grid does not vary.
+        detectors: Names of the detectors to run it for.
         seeds: Number of seeds, 0 … seeds - 1.
 
     Raises:
-        ValueError: `name` is no grid.
+        ValueError: The name is not one of `GRIDS`.
     """
     if name not in GRIDS:
         raise ValueError(f"unknown grid {name!r}; the grids are {', '.join(GRIDS)}")
-    cells = []
+    cells: list[Cell] = []
     for detector in detectors:
         for seed in range(seeds):
-            start = replace(base, detector=detector, seed=seed, **preset.own_fields(detector, base.backbone))
-            cells.append(with_attentions(start, None, None))
-            cells += variants(name, preset, start)
+            baseline = replace(base, detector=detector, seed=seed, **preset.own_fields(detector, base.backbone))
+            cells += [baseline, *variants(name, preset, baseline)]
     return list(dict.fromkeys(cells))
 
 
-def variants(name: str, preset: Preset, start: Cell) -> Iterator[Cell]:
-    """The cells with a DyHead of one grid, detector and seed."""
+def variants(name: str, preset: Preset, baseline: Cell) -> Iterator[Cell]:
+    """The cells of a grid that have a DyHead in place of the baseline's towers."""
     attentions = ("LSC",) if name in ("depth", "detectors") else ATTENTIONS
     depths = (preset.one_depth,) if name in ("combinations", "detectors") else preset.depths
     everything = name == "full"
     formulations = FORMULATIONS if everything else ("released",)
     offsets = COARSE_OFFSETS if everything else ("crop",)
-    placements = PLACEMENTS if everything and start.detector in TWO_STAGE else ("trunk",)
+    placements = PLACEMENTS if everything and baseline.detector in TWO_STAGE else ("trunk",)
     for placement, formulation, offset, depth, subset in product(placements, formulations, offsets, depths, attentions):
-        yield with_attentions(replace(start, placement=placement), subset, depth, formulation, offset)
+        yield with_dyhead(replace(baseline, placement=placement), subset, depth, formulation, offset)
 
 
 def only(cells: list[Cell], expression: str) -> list[Cell]:
-    """Keep the cells that match every comma-separated term: an `attentions` value, or column=value.
+    """Keep the cells that match every comma-separated term: attentions, or column=value, all as rows store them.
 
     Raises:
         ValueError: A term names no column or value of these cells; the possible ones are listed.
@@ -284,8 +338,9 @@ def only(cells: list[Cell], expression: str) -> list[Cell]:
 
 def matching(cells: list[Cell], column: str, value: str) -> list[Cell]:
     """The cells whose `column` reads `value`; an empty value matches cells without one."""
-    values = ["" if getattr(cell, column) is None else str(getattr(cell, column)) for cell in cells]
+    stored = [cell.stored()[column] for cell in cells]
+    values = ["" if value is None else str(value) for value in stored]
     if value not in values:
         present = ", ".join(v or "(empty)" for v in dict.fromkeys(values))
         raise ValueError(f"--only: no cell has {column}={value}; here it is one of {present}")
-    return [cell for cell, own in zip(cells, values, strict=True) if own == value]
+    return [cell for cell, present in zip(cells, values, strict=True) if present == value]

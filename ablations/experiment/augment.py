@@ -1,7 +1,8 @@
-"""Test-time augmentation: an image is shown at several sizes and mirrored, and what is found is merged.
+"""Test-time augmentation: an image is shown at several sizes and mirrored, and the detections are merged.
 
-The detections of all views are put together in pixels of the original image and suppressed once more within each class,
-as the detectors do with the levels of their pyramid. The paper's last table tests so; it does not say with which sizes.
+The detections of all views are put together in pixels of the original image and go through one more NMS within each
+class, as the detectors do with the levels of their pyramid. The paper's last table tests so; it does not say with which
+sizes.
 """
 
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ablations.experiment.evaluate import Detections
 from kernels import batched_nms
 
 IOU_THRESHOLD = 0.6
@@ -21,11 +23,11 @@ def mirrored(boxes: Tensor, width: int) -> Tensor:
     return torch.stack((width - x2, y1, width - x1, y2), 1)
 
 
-def merge(views: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The 100 best detections of several views of one image, after suppression at IoU 0.6 within each class.
+def merge(views: Iterable[Detections]) -> Detections:
+    """The 100 best detections of several views of one image, after NMS at IoU 0.6 within each class.
 
     Args:
-        views: `boxes` (K, 4) xyxy in pixels of the original image, `scores` (K,), `labels` (K,) for each view.
+        views: For each view `boxes` (K, 4) xyxy in pixels of the original image, `scores` (K,), `labels` (K,).
 
     Raises:
         ValueError: A view has masks, whose union is not defined here.
@@ -33,6 +35,8 @@ def merge(views: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     views = list(views)
     if any("masks" in view for view in views):
         raise ValueError("several views of an image cannot be merged for a detector with masks; test at one size")
-    found = {name: torch.cat([view[name] for view in views]) for name in ("boxes", "scores", "labels")}
-    kept = batched_nms(found["boxes"], found["scores"], found["labels"], IOU_THRESHOLD, MAX_DETECTIONS)
-    return {name: value[kept] for name, value in found.items()}
+    boxes = torch.cat([view["boxes"] for view in views])
+    scores = torch.cat([view["scores"] for view in views])
+    labels = torch.cat([view["labels"] for view in views])
+    kept = batched_nms(boxes, scores, labels, IOU_THRESHOLD, MAX_DETECTIONS)
+    return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}

@@ -9,21 +9,45 @@ back changed, and -1 for a slice without ground truth.
 import contextlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+Array = np.ndarray[Any, Any]
 
 # What is evaluated, in the order of pycocotools' statistics.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
+Id = int | str
+# A compressed mask as pycocotools has it: `size` (height, width) and `counts`.
+RunLengths = dict[str, Any]
+
+
+class Detections(TypedDict):
+    """The detections of one image.
+
+    Attributes:
+        boxes: (K, 4) float32 xyxy in pixels of the original image.
+        scores: (K,).
+        labels: (K,) int64, 0-based and contiguous.
+        masks: K masks of the original image's size, where the detector has them.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks: NotRequired[list[RunLengths]]
+
 
 def evaluate(
-    predictions: Iterable[tuple[int | str, Mapping]],
-    ground_truth: Mapping,
-    category_ids: Sequence[int | str],
+    predictions: Iterable[tuple[Id, Mapping[str, Any]]],
+    ground_truth: Mapping[str, Any],
+    category_ids: Sequence[Id],
     iou_type: Literal["bbox", "segm"] = "bbox",
 ) -> dict[str, float | None]:
     """Average precision and recall over IoU 0.50:0.95, at most 100 detections an image and category.
@@ -32,22 +56,29 @@ def evaluate(
     the predictions does not matter: images are taken by id, and among equal scores a model's own order stands.
 
     Args:
-        predictions: one `(image_id, detections)` for every image of the ground truth, an empty one where nothing was
-            found. `detections`: `boxes` (K, 4) xyxy in pixels of the original image, `scores` (K,), `labels` (K,)
-            0-based and contiguous; for `"segm"` also `masks`, (K, H, W) of the original size or K compressed RLEs.
-            Tensors on any device or arrays.
-        ground_truth: an instances file in COCO's layout: `images`, `annotations`, `categories`. Not changed. Ids are
+        predictions: One `(image_id, detections)` for every image of the ground truth, an empty one where nothing was
+            found. `detections` are as in `Detections`, of tensors on any device or arrays; for `"segm"` their `masks`
+            are (K, H, W) of the original size or K compressed RLEs.
+        ground_truth: An instances file in COCO's layout: `images`, `annotations`, `categories`. Not changed. Ids are
             whole numbers of any size, or all text. An absent `area` is width × height, an absent `iscrowd` 0.
-        category_ids: the category id of each label; only these categories are evaluated.
-        iou_type: what overlaps, boxes or masks.
+        category_ids: The category id of each label; only these categories are evaluated.
+        iou_type: What overlaps, boxes or masks.
 
     Returns:
         `AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl` in percent; None where a slice has no ground
         truth, 0.0 where it has and nothing was found.
 
     Raises:
-        ValueError: a score, box or label that cannot be (the message names the image), an image missing, unknown or
-            given twice, or a category id that the ground truth does not list.
+        ValueError: A score, box or label cannot be (the message names the image), an image is missing, unknown or
+            given twice, or a category id is not one of the ground truth.
+
+    Example:
+        >>> box = {"image_id": 7, "category_id": 3, "id": 1, "bbox": [10, 10, 40, 40]}
+        >>> truth = {"images": [{"id": 7, "width": 64, "height": 64}], "annotations": [box], "categories": [{"id": 3}]}
+        >>> found = {"boxes": [[10, 10, 50, 46]], "scores": [0.9], "labels": [0]}
+        >>> metrics = evaluate([(7, found)], truth, [3])
+        >>> round(metrics["AP"]), round(metrics["AP50"]), metrics["APl"]
+        (90, 100, None)
     """
     categories = _numbers("category", (category["id"] for category in ground_truth["categories"]))
     unknown = [category for category in category_ids if category not in categories]
@@ -74,11 +105,11 @@ def evaluate(
     }
 
 
-def _numbers(kind: str, ids: Iterable[int | str]) -> dict[int | str, int]:
+def _numbers(kind: str, ids: Iterable[Id]) -> dict[Id, int]:
     """The numbers from 1 that stand for ids within pycocotools, which passes some through float64: in the ids' order.
 
     Raises:
-        ValueError: the ids have no order.
+        ValueError: The ids have no order.
     """
     try:
         return {value: number for number, value in enumerate(sorted(set(ids)), 1)}
@@ -86,7 +117,9 @@ def _numbers(kind: str, ids: Iterable[int | str]) -> dict[int | str, int]:
         raise ValueError(f"{kind} ids must be whole numbers, or all text: {error}") from error
 
 
-def _ground_truth(source: Mapping, images: Mapping, categories: Mapping, iou_type: str) -> COCO:
+def _ground_truth(
+    source: Mapping[str, Any], images: Mapping[Id, int], categories: Mapping[Id, int], iou_type: str
+) -> COCO:
     """A copy of the ground truth that pycocotools may write to, its images, categories and annotations renumbered.
 
     COCOeval notes a match as the annotation's id and reads 0 as none, so an id of 0 is never found, and two annotations
@@ -124,22 +157,22 @@ def _ground_truth(source: Mapping, images: Mapping, categories: Mapping, iou_typ
     return truth
 
 
-def _array(values, dtype) -> np.ndarray:
-    if hasattr(values, "detach"):
+def _array(values: ArrayLike | Tensor, dtype: DTypeLike) -> Array:
+    if isinstance(values, Tensor):
         values = values.detach().cpu().numpy()
     return np.asarray(values, dtype=dtype)
 
 
 def _detections(
-    predictions: Iterable[tuple[int | str, Mapping]],
-    numbers: Mapping[int | str, int],
+    predictions: Iterable[tuple[Id, Mapping[str, Any]]],
+    numbers: Mapping[Id, int],
     truth: COCO,
     categories: Sequence[int],
     iou_type: str,
 ) -> COCO:
     """What was found, with the images and categories renumbered as those of the ground truth are."""
     images = {image["id"]: image for image in truth.dataset["images"]}
-    by_image: dict[int | str, list[dict]] = {}
+    by_image: dict[Id, list[dict[str, Any]]] = {}
     for image_id, detections in predictions:
         # Of a number in an array or a tensor, the number.
         image_id = image_id.item() if hasattr(image_id, "item") else image_id
@@ -163,8 +196,12 @@ def _detections(
 
 
 def _image_detections(
-    image_id: int | str, image: Mapping, detections: Mapping, category_ids: Sequence[int], iou_type: str
-) -> list[dict]:
+    image_id: Id,
+    image: Mapping[str, Any],
+    detections: Mapping[str, Any],
+    category_ids: Sequence[int],
+    iou_type: str,
+) -> list[dict[str, Any]]:
     boxes = _array(detections["boxes"], np.float64).reshape(-1, 4)
     scores = _array(detections["scores"], np.float64)
     labels = _array(detections["labels"], np.int64)
@@ -206,22 +243,27 @@ def _image_detections(
     return annotations
 
 
-def run_lengths(masks) -> list[dict]:
+def run_lengths(masks: ArrayLike | Tensor) -> list[RunLengths]:
     """Masks (K, H, W), a tensor on any device or an array, as K compressed RLEs: a hundredth of the memory."""
-    masks = _array(masks, np.uint8)
-    return rle.encode(np.asfortranarray(masks.transpose(1, 2, 0))) if len(masks) else []
+    pixels = _array(masks, np.uint8)
+    return rle.encode(np.asfortranarray(pixels.transpose(1, 2, 0))) if len(pixels) else []
 
 
-def _run_lengths(image_id: int | str, image: Mapping, masks, count: int) -> list[dict]:
-    if not isinstance(masks, list | tuple):
-        masks = run_lengths(masks)
+def _run_lengths(
+    image_id: Id, image: Mapping[str, Any], masks: Sequence[RunLengths] | Array | Tensor, count: int
+) -> list[RunLengths]:
+    masks = list(masks) if isinstance(masks, list | tuple) else run_lengths(masks)
     if len(masks) != count:
         raise ValueError(f"image {image_id}: {count} boxes and {len(masks)} masks")
     expected = [image["height"], image["width"]]
     for mask in masks:
         if list(mask["size"]) != expected:
             raise ValueError(f"image {image_id}: a mask of size {list(mask['size'])}, the image has {expected}")
-    return list(masks)
+    return masks
+
+
+# Of one image, category and area range, by the names that COCOeval reads them with.
+Matches = dict[str, Any]
 
 
 class _Evaluation(COCOeval):
@@ -232,11 +274,11 @@ class _Evaluation(COCOeval):
     thresholds at once.
     """
 
-    def _prepare(self):
+    def _prepare(self) -> None:
         super()._prepare()
-        self._matched = {}
+        self._matched: dict[tuple[int, int], dict[tuple[float, ...], Matches]] = {}
 
-    def evaluateImg(self, imgId, catId, aRng, maxDet):
+    def evaluateImg(self, imgId: int, catId: int, aRng: list[float], maxDet: int) -> Matches | None:
         truth, found = self._gts[imgId, catId], self._dts[imgId, catId]
         if not truth and not found:
             return None
@@ -244,8 +286,10 @@ class _Evaluation(COCOeval):
             self._matched[imgId, catId] = self._match(truth, found, self.ious[imgId, catId], maxDet)
         return self._matched[imgId, catId][tuple(aRng)]
 
-    def _match(self, truth: list[dict], found: list[dict], overlaps, most: int) -> dict[tuple, dict]:
-        """What `accumulate` reads of one image and category, for every area range. R = area ranges × thresholds."""
+    def _match(
+        self, truth: list[dict[str, Any]], found: list[dict[str, Any]], overlaps: ArrayLike, most: int
+    ) -> dict[tuple[float, ...], Matches]:
+        """What `accumulate` reads of one image and category, for every area range."""
         ranges = np.array(self.params.areaRng, dtype=float)
         thresholds = np.minimum(self.params.iouThrs, 1 - 1e-10)
         order = np.argsort([-detection["score"] for detection in found], kind="mergesort")

@@ -2,15 +2,18 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from heads.detector import Detector
 from kernels import use_backend
 
 # What is measured, by the names of a row and of the tables' columns.
@@ -21,6 +24,25 @@ LEAST_RUNS = 5
 MOST_RUNS = 1000
 
 
+class Speed(TypedDict):
+    """What `measure_latency` measures.
+
+    Attributes:
+        images_per_s: The batch's size over the median time of a batch.
+        latency_ms_p50, latency_ms_p90: Percentiles at batch size 1.
+        peak_memory_MB: Weights and what the batch needs beside them, in 10^6 bytes; None on a CPU.
+        batch_size_measured: Images in the batch.
+        threads: PyTorch's, on the CPU.
+    """
+
+    images_per_s: float
+    latency_ms_p50: float
+    latency_ms_p90: float
+    peak_memory_MB: float | None
+    batch_size_measured: int
+    threads: int
+
+
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters, frozen ones included, shared ones once. Statistics of frozen norms are no parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -29,11 +51,11 @@ def count_parameters(model: nn.Module) -> int:
 class _Raw(nn.Module):
     """The part of a detector whose cost does not depend on what is in the image."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Detector):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Sequence[Tensor]):
+    def forward(self, images: list[Tensor]) -> Any:
         outputs = self.model.raw(self.model.batch(images))
         # A second stage costs the same for any full list of proposals.
         if hasattr(getattr(self.model, "head", None), "full_image"):
@@ -44,17 +66,23 @@ class _Raw(nn.Module):
 class _Uncounted(TorchDispatchMode):
     """Notes operators outside PyTorch's own that have no FLOP formula: the counter would take them for free."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         if func.namespace not in ("aten", "prim", "prims", "profiler") and func._overloadpacket not in flop_registry:
             self.names.add(str(func._overloadpacket))
         return func(*args, **(kwargs or {}))
 
 
-def count_gmacs(model: nn.Module, images: Sequence[Tensor]) -> float:
+def count_gmacs(model: Detector, images: Sequence[Tensor]) -> float:
     """10^9 multiply-adds an image of backbone, pyramid, trunk and prediction head; of a second stage for all proposals.
 
     Convolutions and matrix products count; elementwise work, target assignment and NMS do not, as in the paper's
@@ -62,11 +90,11 @@ def count_gmacs(model: nn.Module, images: Sequence[Tensor]) -> float:
     memory, so an 800 × 1344 image costs neither time nor space, and the count is the same for every device and backend.
 
     Args:
-        model: a detector with `batch(images)` and `raw(batch)`, on any device, also on `meta`.
+        model: A detector on any device, also on `meta`.
         images: (3, H, W) each, of any dtype and device; only their shapes matter. Padded as the detector pads them.
 
     Raises:
-        RuntimeError: an operator of ours has no FLOP formula (`torch.utils.flop_counter.register_flop_formula`).
+        RuntimeError: An operator of ours has no FLOP formula (`torch.utils.flop_counter.register_flop_formula`).
     """
     raw = _Raw(model)
     # Each slot of each module once. A module that is reached by two names must not be swapped twice: functional_call
@@ -91,23 +119,18 @@ def count_gmacs(model: nn.Module, images: Sequence[Tensor]) -> float:
 
 def measure_latency(
     model: nn.Module, images: Sequence[Tensor], device: torch.device | str, seconds: float = 0.8
-) -> dict:
+) -> Speed:
     """Speed from image tensors on the device to boxes after NMS, on a synchronised clock after a warm-up.
 
     Call it while nothing else runs (`ablations.experiment.room`), inside the autocast of the cell's precision if it has
     one.
 
     Args:
-        model: a detector on `device`; put into evaluation mode for the while.
+        model: A detector on `device`; put into evaluation mode for the while.
         images: (3, H, W) each; all of them together are the batch of `images_per_s`, one after another the batches of
             the latency.
-        device: where to measure.
-        seconds: time for each of the two measurements; at least 5 runs are made of each, however long they take.
-
-    Returns:
-        `images_per_s` (the batch's size over the median time of a batch), `latency_ms_p50` and `latency_ms_p90` at
-        batch size 1, `batch_size_measured`, `threads` (PyTorch's, on the CPU), and `peak_memory_MB`: weights and what
-        the batch needs beside them, in 10^6 bytes; None on a CPU.
+        device: Where to measure.
+        seconds: Time for each of the two measurements; at least 5 runs are made of each, however long they take.
     """
     device = torch.device(device)
     images = [image.to(device) for image in images]

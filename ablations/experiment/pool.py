@@ -1,13 +1,16 @@
 """Runs the cells of a grid in worker processes, and outlives any of them."""
 
 import multiprocessing
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
+from typing import Any
 
-from ablations.experiment.work import Job, failed_row, work
+from ablations.experiment.experiment import Event, Job, Learned, Stage
+from ablations.experiment.worker import Elsewhere, Finished, Message, Unwritten, failed_row, work
 from ablations.grid import Cell
 from ablations.rows.store import write_row
 
@@ -24,19 +27,21 @@ class Worker:
     cell: Cell | None = None
 
 
-def run_cells(cells: list[Cell], job: Job, workers: int, notice: Callable[[str, Cell, object], None]) -> None:
+def run_cells(cells: list[Cell], job: Job, workers: int, notice: Callable[[Cell, Event | Finished], None]) -> None:
     """Run every cell to a row in `job.out`; a cell that fails has a row too, and the others go on.
 
     Args:
         cells: What to run, in this order.
         job: Where and how.
         workers: Number of processes.
-        notice: Called in this process with what happens, the cell, and a detail: `"start"`; `"step"` with (step, loss);
-            `"evaluate"`; `"measure"`; `"row"` with the row.
+        notice: Called in this process with a cell and what happens to it, at the end `Finished` with its row.
+
+    Raises:
+        OSError: A row could not be stored.
     """
     todo = deque(cells)
-    lost = Counter()
-    known: dict[Cell, dict] = {}
+    lost: Counter[Cell] = Counter()
+    known: defaultdict[Cell, dict[str, Any]] = defaultdict(dict)
     context = multiprocessing.get_context("spawn")
     team = [hire(context, job) for _ in range(min(workers, len(cells)))]
     try:
@@ -45,13 +50,14 @@ def run_cells(cells: list[Cell], job: Job, workers: int, notice: Callable[[str, 
                 if worker.cell is None and todo:
                     worker.cell = todo.popleft()
                     worker.connection.send(worker.cell)
-                    notice("start", worker.cell, None)
-            busy = {worker.connection: worker for worker in team if worker.cell}
-            for connection in wait(list(busy)):
-                worker = busy[connection]
-                cell = worker.cell
+                    notice(worker.cell, Stage("start"))
+            busy = [(worker, worker.cell) for worker in team if worker.cell is not None]
+            ready = wait([worker.connection for worker, _ in busy])
+            for worker, cell in busy:
+                if worker.connection not in ready:
+                    continue
                 try:
-                    kind, detail = connection.recv()
+                    message: Message = worker.connection.recv()
                 except (EOFError, ConnectionResetError):
                     team[team.index(worker)] = hire(context, job)
                     worker.process.join()
@@ -60,21 +66,21 @@ def run_cells(cells: list[Cell], job: Job, workers: int, notice: Callable[[str, 
                         todo.appendleft(cell)
                         continue
                     reason = f"its process ended {lost[cell]} times with exit code {worker.process.exitcode}"
-                    kind, detail = "row", failed_row(cell, job, "crashed", f"{reason}; was memory short?")
-                    detail |= known.get(cell, {})
-                    write_row(job.out, detail)
-                if kind == "elsewhere":
-                    # Another run on this directory is at it; come back when everything else is done.
+                    row = failed_row(cell, job, "crashed", f"{reason}; was memory short?") | known[cell]
+                    write_row(job.out, row)
+                    message = Finished(row)
+                if isinstance(message, Unwritten):
+                    raise OSError(message.reason)
+                if isinstance(message, Elsewhere):
+                    # Come back when everything else is done.
                     todo.append(cell)
                     worker.cell = None
-                elif kind == "unwritten":
-                    raise OSError(detail)
-                elif kind == "learned":
+                elif isinstance(message, Learned):
                     # What a process that is killed later on would take with it.
-                    known.setdefault(cell, {}).update(detail)
+                    known[cell].update(message.parts)
                 else:
-                    notice(kind, cell, detail)
-                    if kind == "row":
+                    notice(cell, message)
+                    if isinstance(message, Finished):
                         worker.cell = None
     finally:
         for worker in team:
@@ -83,7 +89,7 @@ def run_cells(cells: list[Cell], job: Job, workers: int, notice: Callable[[str, 
             worker.process.join()
 
 
-def hire(context: multiprocessing.context.BaseContext, job: Job) -> Worker:
+def hire(context: SpawnContext, job: Job) -> Worker:
     """Start a worker; it ends by itself when this process does, because its pipe closes."""
     ours, theirs = context.Pipe()
     process = context.Process(target=work, args=(theirs, job), daemon=True)

@@ -3,8 +3,10 @@
 import shutil
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
+from ablations.experiment.experiment import Event, Learned, Stage, Step
+from ablations.experiment.worker import Finished
 from ablations.grid import Cell
 
 COLUMNS = (
@@ -18,6 +20,8 @@ COLUMNS = (
 )
 # Share of a cell's time that is training; the rest is evaluation and measurement.
 TRAINING_SHARE = 0.85
+# Share of a cell's time that is behind it when a stage begins.
+BEHIND = {"start": 0.0, "evaluate": TRAINING_SHARE, "measure": 0.95}
 
 
 class Progress:
@@ -37,20 +41,21 @@ class Progress:
         self.under_way: dict[Cell, tuple[str, float]] = {}
         self.line("  ".join(name.rjust(width) if i else name.ljust(width) for i, (name, width) in enumerate(COLUMNS)))
 
-    def notice(self, kind: str, cell: Cell, detail: object) -> None:
-        """Take note of an event of `ablations.pool.run_cells`."""
-        if kind == "row":
-            self.under_way.pop(cell, None)
-            self.finished += 1
-            self.line(
-                describe(cell, detail) + ("" if self.live else f"  [{self.finished}/{self.total}, {self.remaining()}]")
-            )
-        elif kind == "step":
-            step, loss = detail
-            self.under_way[cell] = (f"step {step}/{cell.steps} loss {loss:.3f}", TRAINING_SHARE * step / cell.steps)
-        else:
-            share = {"start": 0.0, "evaluate": TRAINING_SHARE, "measure": 0.95}[kind]
-            self.under_way[cell] = (kind, share)
+    def notice(self, cell: Cell, event: Event | Finished) -> None:
+        """Show an event of `ablations.experiment.pool.run_cells`."""
+        match event:
+            case Finished(row):
+                self.under_way.pop(cell, None)
+                self.finished += 1
+                counted = "" if self.live else f"  [{self.finished}/{self.total}, {self.remaining()}]"
+                self.line(describe(cell, row) + counted)
+            case Step(step, loss):
+                share = TRAINING_SHARE * step / cell.steps
+                self.under_way[cell] = (f"step {step}/{cell.steps} loss {loss:.3f}", share)
+            case Stage(name):
+                self.under_way[cell] = (name, BEHIND[name])
+            case Learned():
+                pass
         if self.live:
             self.status()
 
@@ -82,7 +87,7 @@ class Progress:
             self.stream.flush()
 
 
-def describe(cell: Cell, row: dict) -> str:
+def describe(cell: Cell, row: dict[str, Any]) -> str:
     """One row of the live table."""
     metrics = row.get("metrics") or {}
     seconds = (row.get("training") or {}).get("seconds")
@@ -100,7 +105,12 @@ def describe(cell: Cell, row: dict) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as minutes:seconds, with hours where there are any."""
-    minutes, seconds = divmod(round(seconds), 60)
+    """Seconds as minutes:seconds, with hours where there are any.
+
+    Example:
+        >>> clock(62.4), clock(3725)
+        ('1:02', '1:02:05')
+    """
+    minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -9,13 +9,15 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ablations.experiment.trained import CHECKPOINT
+from ablations.experiment.precision import autocast
+from ablations.experiment.trained import CHECKPOINT, Record
 from ablations.grid import Cell
 from ablations.rows.store import atomic_file
 
@@ -37,7 +39,7 @@ def learning_rate(cell: Cell, step: int) -> float:
     return cell.lr * warmup * 0.1**drops
 
 
-def parameter_groups(model: nn.Module, cell: Cell) -> list[dict]:
+def parameter_groups(model: nn.Module, cell: Cell) -> list[dict[str, Any]]:
     """Trained parameters in groups with a `weight_decay` and an `lr_share` each.
 
     Weight decay is for weights, not for biases, norms and scales, nor for Swin's biases of relative positions, as
@@ -72,12 +74,12 @@ def build_optimizer(model: nn.Module, cell: Cell, device: torch.device) -> torch
 def train(
     cell: Cell,
     model: nn.Module,
-    batch: Callable[[int], tuple[list[Tensor], list[dict]]],
+    batch: Callable[[int], tuple[list[Tensor], list[dict[str, Any]]]],
     device: torch.device,
     directory: Path,
-    busy: Callable = nullcontext,
+    busy: Callable[[], AbstractContextManager[object]] = nullcontext,
     report: Callable[[int, float], None] = lambda step, loss: None,
-) -> dict:
+) -> Record:
     """Train `model` in place, from the checkpoint in `directory` if there is one.
 
     Args:
@@ -100,8 +102,6 @@ def train(
     step, tail, seconds = load_checkpoint(checkpoint, model, optimizer, device)
     began = time.monotonic() - seconds
     every = math.ceil(cell.steps / CHECKPOINTS)
-    # bfloat16 has float32's range, so no loss scaling is needed.
-    autocast = torch.autocast(device.type, torch.bfloat16) if cell.precision == "bf16" else nullcontext()
     model.train()
     while step < cell.steps:
         with busy():
@@ -111,9 +111,9 @@ def train(
             targets = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in t.items()} for t in targets]
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(cell, step) * group["lr_share"]
-            with autocast:
+            with autocast(device, cell.precision):
                 losses = model(images, targets, check_targets=False)
-            loss = sum(losses.values())
+            loss: Tensor = sum(losses.values())
             # Asking a GPU for the value waits for it, so there it is asked only now and then.
             step += 1
             watched = device.type == "cpu" or step % 20 == 0 or step % every == 0 or step == cell.steps

@@ -7,16 +7,20 @@ finds them there and is only evaluated.
 """
 
 import json
-from dataclasses import asdict
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ablations.grid import DATA, Cell
-from ablations.rows.store import atomic_write_text, read_rows
+from ablations.rows.store import atomic_write_text
 
 CHECKPOINT = "checkpoint.pt"
+
+# What a finished training leaves on record: steps, images, seconds, loss and commit.
+Record = dict[str, Any]
 
 
 def folder(out: Path, cell: Cell) -> Path:
@@ -24,8 +28,8 @@ def folder(out: Path, cell: Cell) -> Path:
     return out / "cells" / cell.training_key
 
 
-def find(out: Path, cell: Cell) -> dict | None:
-    """What a finished training of this cell left on record (steps, images, seconds, loss), or None without one."""
+def find(out: Path, cell: Cell) -> Record | None:
+    """The record of this cell's training, or None if it has not ended or its weights are gone."""
     place = folder(out, cell)
     try:
         record = json.loads((place / "training.json").read_text())
@@ -34,7 +38,7 @@ def find(out: Path, cell: Cell) -> dict | None:
     return record if isinstance(record, dict) and (place / CHECKPOINT).is_file() else None
 
 
-def keep(out: Path, cell: Cell, record: dict) -> None:
+def keep(out: Path, cell: Cell, record: Record) -> None:
     """Put on record that training has ended; the weights are there already."""
     atomic_write_text(folder(out, cell) / "training.json", json.dumps(record) + "\n")
 
@@ -45,7 +49,7 @@ def load(out: Path, cell: Cell, model: nn.Module, device: torch.device) -> None:
     model.load_state_dict(state["model"])
 
 
-def is_done(out: Path, cell: Cell, row: dict | None, retry_failed: bool) -> bool:
+def is_done(out: Path, cell: Cell, row: dict[str, Any] | None, retry_failed: bool) -> bool:
     """Whether a cell needs nothing more: it has a good row, or one of a training that failed and is not to be retried.
 
     A failed row of a cell whose training ended is one of a failed evaluation: that is tried again by every run.
@@ -55,20 +59,20 @@ def is_done(out: Path, cell: Cell, row: dict | None, retry_failed: bool) -> bool
     return not retry_failed and find(out, cell) is None
 
 
-def outdated(out: Path, cells: list[Cell]) -> list[dict]:
+def outdated(rows: Iterable[dict[str, Any]], cells: Iterable[Cell]) -> list[dict[str, Any]]:
     """Failed rows of these cells on data that have been changed since: what failed there has no place in a table.
 
     A row counts where its data were bad or its evaluation failed, and all but the data is that of one of `cells`.
     """
-    wanted = {_but_data(asdict(cell)): cell.key for cell in cells}
+    wanted = {_but_data(cell.stored()): cell.key for cell in cells}
     return [
         row
-        for row in read_rows(out)
+        for row in rows
         if row["status"] != "ok"
         and (row["status"] == "bad_data" or row.get("training"))
         and wanted.get(_but_data(row["cell"]), row["key"]) != row["key"]
     ]
 
 
-def _but_data(cell: dict) -> str:
-    return json.dumps({name: value for name, value in cell.items() if name not in DATA}, sort_keys=True)
+def _but_data(stored: dict[str, Any]) -> str:
+    return json.dumps({name: value for name, value in stored.items() if name not in DATA}, sort_keys=True)

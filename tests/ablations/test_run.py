@@ -20,6 +20,7 @@ from ablations import run
 from ablations.experiment.progress import TRAINING_SHARE, clock
 from ablations.generate import generate
 from ablations.grid import PRESETS, build_grid, only
+from ablations.options import parse
 from ablations.rows.store import read_rows, write_row
 
 # The tiny preset with hardly any steps; in the child processes of the kill test it is applied before anything runs.
@@ -49,19 +50,19 @@ def weights(out: Path, row: dict) -> dict[str, torch.Tensor]:
 
 
 def test_the_default_grid_has_17_cells_and_every_subset_at_both_depths(data):
-    options = run.parse(["--grid", "--data", str(data)])
-    base = run.base_cell(options, PRESETS["tiny"], run.open_data(options, PRESETS["tiny"]))
+    options = parse(["--grid", "--data", str(data)])
+    base = run.base_cell(options, run.open_data(options))
     cells = build_grid("default", PRESETS["tiny"], base, ["atss"], 1)
     assert len(cells) == len({cell.key for cell in cells}) == 17
-    assert cells[0].attentions == "baseline" and cells[0].depth is None
+    assert cells[0].attentions is None and cells[0].depth is None
     assert {(cell.attentions, cell.depth) for cell in cells[1:]} == {
-        (a, d) for a in ("none", "L", "S", "C", "LS", "LC", "SC", "LSC") for d in (1, 2)
+        (a, d) for a in ("", "L", "S", "C", "LS", "LC", "SC", "LSC") for d in (1, 2)
     }
     assert len({(cell.steps, cell.batch_size, cell.lr) for cell in cells}) == 1
     assert [c.name for c in only(cells, "LSC,depth=1")] == ["atss LSC depth 1"]
     assert [c.name for c in only(cells, "depth=")] == ["atss baseline"]
     # The offsets of the coarser level exist only where spatial attention is on.
-    assert {cell.coarse_offsets for cell in cells if "S" not in cell.attentions} == {None}
+    assert {cell.coarse_offsets for cell in cells if "S" not in (cell.attentions or "")} == {None}
     full = build_grid("full", PRESETS["tiny"], base, ["atss"], 2)
     assert len(full) == len({cell.key for cell in full})
     assert {cell.formulation for cell in full} == {None, "released", "paper"}
@@ -76,9 +77,9 @@ def test_the_default_grid_has_17_cells_and_every_subset_at_both_depths(data):
 
 def test_detectors_and_backbones_train_as_published_where_that_is_not_sgd(data):
     def schedules(backbone):
-        options = run.parse(["--grid", "detectors", "--data", str(data), "--backbone", backbone, "--preset", "paper"])
-        base = run.base_cell(options, PRESETS["paper"], run.open_data(options, PRESETS["paper"]))
-        cells = build_grid("detectors", PRESETS["paper"], base, ["atss", "detr"], 1)
+        options = parse(["--grid", "detectors", "--data", str(data), "--backbone", backbone, "--preset", "paper"])
+        base = run.base_cell(options, run.open_data(options))
+        cells = build_grid("detectors", options.preset, base, ["atss", "detr"], 1)
         found = {(c.detector, c.optimizer, c.lr, c.backbone_lr, c.weight_decay) for c in cells}
         assert len(found) == 2, "a detector is trained alike with and without DyHead"
         return found
@@ -242,8 +243,19 @@ def test_kill_9_costs_nothing(data, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def command(out):
-        return [sys.executable, str(script), "--grid", "--data", str(data), "--out", str(out), "--workers", "2",
-                "--only", "depth=1,coarse_offsets=crop"]  # fmt: skip
+        return [
+            sys.executable,
+            str(script),
+            "--grid",
+            "--data",
+            str(data),
+            "--out",
+            str(out),
+            "--workers",
+            "2",
+            "--only",
+            "depth=1,coarse_offsets=crop",
+        ]
 
     def children(pid):
         found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,10 @@ from tiny_coco import json_path
 from ablations import run
 from ablations.data import image_files
 from ablations.data.coco import DataError
-from ablations.experiment import pool, trained, work
+from ablations.experiment import experiment, pool, trained, worker
+from ablations.experiment.experiment import Job, Learned, Reading
 from ablations.experiment.pool import run_cells
 from ablations.experiment.room import Room
-from ablations.experiment.work import Job, Reading
 from ablations.generate import generate
 from ablations.grid import PRESETS, Cell
 from ablations.rows.store import read_rows, write_row
@@ -37,20 +37,20 @@ def grid(data, tmp_path, monkeypatch, capsys):
     trainings = []
 
     def in_this_process(cells, job, workers, notice):
-        work.dataset.cache_clear()
+        experiment.dataset.cache_clear()
         for cell in cells:
-            write_row(job.out, work.run_cell(cell, job, Room(job.out), lambda kind, detail=None: None))
+            write_row(job.out, worker.run_cell(cell, job, Room(job.out), lambda event: None))
 
     def counted(cell, *others):
         trainings.append(cell.name)
         return train(cell, *others)
 
-    train = work.train
-    monkeypatch.setattr(work, "train", counted)
+    train = experiment.train
+    monkeypatch.setattr(experiment, "train", counted)
     monkeypatch.setattr(run, "run_cells", in_this_process)
     # What takes most of the time and is not the point here.
     monkeypatch.setattr(run, "write_report", lambda out: None)
-    monkeypatch.setattr(work, "measure_latency", lambda *_: {"latency_ms_p50": 1.0})
+    monkeypatch.setattr(experiment, "measure_latency", lambda *_: {"latency_ms_p50": 1.0})
 
     def call(*more, detector="atss", only="baseline"):
         trainings.clear()
@@ -70,7 +70,7 @@ def edit(data: Path, split: str, change) -> None:
 
 
 def test_a_failed_evaluation_keeps_weights_and_metrics_and_is_tried_again_without_training(grid, monkeypatch):
-    evaluate = work.evaluate
+    evaluate = experiment.evaluate
 
     def fails_on_masks(predictions, truth, categories, kind="bbox"):
         if kind == "segm":
@@ -78,7 +78,7 @@ def test_a_failed_evaluation_keeps_weights_and_metrics_and_is_tried_again_withou
         return evaluate(predictions, truth, categories)
 
     with monkeypatch.context() as broken:
-        broken.setattr(work, "evaluate", fails_on_masks)
+        broken.setattr(experiment, "evaluate", fails_on_masks)
         code, printed, trainings = grid(detector="mask_rcnn")
     assert code == 1 and trainings == ["mask_rcnn baseline"]
     (failed,) = read_rows(grid.out)
@@ -108,7 +108,7 @@ def test_a_mended_val_part_is_evaluated_without_training(grid, data, monkeypatch
         raise DataError(data / "val2017" / "x.png", ["it does not decode"])
 
     with monkeypatch.context() as broken:
-        broken.setattr(work, "evaluate", bad)
+        broken.setattr(experiment, "evaluate", bad)
         assert grid()[0] == 1
     (failed,) = read_rows(grid.out)
     assert failed["status"] == "bad_data"
@@ -253,10 +253,19 @@ def test_an_image_beyond_the_limit_is_refused_by_name_of_the_option(grid):
 def a_cell(**changes) -> Cell:
     row = make_row("LSC", 1)["cell"]
     others = {
-        "train_fingerprint": "bead", "max_size": 160, "test_size": (128,), "test_flip": False, "weights": "none",
-        "channels": 16, "batch_size": 2, "optimizer": "sgd", "backbone_lr": 1.0, "offset_lr": 1.0,
-        "weight_decay": 0.0, "warmup": 0,
-    }  # fmt: skip
+        "train_fingerprint": "bead",
+        "max_size": 160,
+        "test_size": (128,),
+        "test_flip": False,
+        "weights": "none",
+        "channels": 16,
+        "batch_size": 2,
+        "optimizer": "sgd",
+        "backbone_lr": 1.0,
+        "offset_lr": 1.0,
+        "weight_decay": 0.0,
+        "warmup": 0,
+    }
     return replace(Cell(**{**row, **others, "image_size": (128,)}), **changes)
 
 
@@ -283,26 +292,26 @@ def test_what_decides_the_weights(change, same):
 
 def test_only_failures_on_changed_data_are_outdated(tmp_path):
     cell = a_cell()
-    old = asdict(replace(cell, data_fingerprint="old"))
-    other = asdict(replace(cell, data_fingerprint="old", seed=1))
+    old = replace(cell, data_fingerprint="old").stored()
+    other = replace(cell, data_fingerprint="old", seed=1).stored()
     for key, status, fields, more in (
         ("failed", "crashed", old, {"training": {"steps": 1}}),
         ("diverged", "diverged", old, {}),
         ("bad", "bad_data", old, {}),
         ("stranger", "bad_data", other, {}),
-        (cell.key, "bad_data", asdict(cell), {}),
+        (cell.key, "bad_data", cell.stored(), {}),
     ):
         write_row(tmp_path, make_row(status=status, key=key) | {"cell": fields} | more)
     good = make_row(key="good") | {"cell": old}
     write_row(tmp_path, good)
-    assert {row["key"] for row in trained.outdated(tmp_path, [cell])} == {"failed", "bad"}
+    assert {row["key"] for row in trained.outdated(read_rows(tmp_path), [cell])} == {"failed", "bad"}
 
 
 def dies_in_its_evaluation(connection, job):
     """A worker that is killed after it has learned something."""
     connection.recv()
-    connection.send(("learned", {"training": {"steps": 3}}))
-    connection.send(("learned", {"metrics": {"AP": 12.5}}))
+    connection.send(Learned({"training": {"steps": 3}}))
+    connection.send(Learned({"metrics": {"AP": 12.5}}))
     time.sleep(0.2)
     os._exit(9)
 

@@ -1,0 +1,190 @@
+"""The command line of `python -m ablations.run`, read once into `Options` whose fields are what the run works with."""
+
+import argparse
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ablations.data.annotations import BAD_ANNOTATIONS
+from ablations.data.images import MAX_PIXELS
+from ablations.experiment.experiment import Reading
+from ablations.grid import GRIDS, PRESETS, Backend, Preset
+from ablations.rows.machine import device_name
+from heads.backbones.resnet import BACKBONES
+from heads.build import DETECTORS, WITH_MASKS
+from kernels.backend import BACKENDS
+
+RUNS = Path("runs")
+PROGRAM = "python -m ablations.run"
+DESCRIPTION = """`python -m ablations.run --grid`: train, evaluate, measure and table every cell of a grid.
+
+A cell that has a row is not run again, so the same command goes on where it was stopped.
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for, with the preset's defaults where it says nothing.
+
+    Attributes:
+        grid: One of `GRIDS`.
+        preset: The preset, with the backbone and the image sizes that training uses.
+        data: A directory in COCO layout; None for the generated set of the preset.
+        reading: How the data are read.
+        only: Terms that the cells must match, as typed.
+        detectors: Names of the detectors, each once.
+        seeds: Number of seeds.
+        weights: Initial backbone weights, a published name or a file; None for random ones.
+        test_sizes: Shorter sides in evaluation, pixels.
+        test_flip: Whether evaluation adds the mirrored image.
+        out: Where rows, tables and the report go.
+        device: Where to run, as PyTorch names it.
+        backend: Of the operators.
+        workers: Number of processes; None for the device's default.
+        dry_run: List the cells and run nothing.
+        fresh: Run finished cells again.
+        retry_failed: Run failed cells again.
+        command: The command as it was typed.
+    """
+
+    grid: str
+    preset: Preset
+    data: Path | None
+    reading: Reading
+    only: str
+    detectors: tuple[str, ...]
+    seeds: int
+    weights: str | None
+    test_sizes: tuple[int, ...]
+    test_flip: bool
+    out: Path
+    device: str
+    backend: Backend
+    workers: int | None
+    dry_run: bool
+    fresh: bool
+    retry_failed: bool
+    command: str
+
+    @property
+    def data_name(self) -> str:
+        """The data set's name in cells and in the default of `out`."""
+        return f"generated-{self.preset.difficulty}" if self.data is None else self.data.resolve().name
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Read the command line; anything unknown ends the program with exit code 2 and the valid names."""
+    parser = build_parser()
+    parsed = parser.parse_args(arguments)
+    base = PRESETS[parsed.preset]
+    preset = replace(
+        base,
+        backbone=parsed.backbone or base.backbone,
+        image_size=parsed.train_sizes or base.image_size,
+        max_size=parsed.max_size or base.max_size,
+    )
+    test_sizes = parsed.test_sizes or base.image_size
+    shorter = max(*preset.image_size, *test_sizes)
+    if shorter > preset.max_size:
+        parser.error(f"a shorter side of {shorter} pixels needs a --max-size of as many; it is {preset.max_size}")
+
+    every = ",".join(DETECTORS) if parsed.grid == "detectors" else "atss"
+    detectors = tuple(dict.fromkeys((parsed.detector or every).split(",")))
+    for name in detectors:
+        if name not in DETECTORS:
+            parser.error(f"unknown detector {name!r}; the detectors are {', '.join(DETECTORS)}")
+    masks = any(name in WITH_MASKS for name in detectors)
+    if masks and (parsed.test_flip or len(test_sizes) > 1):
+        named = ", ".join(WITH_MASKS)
+        parser.error(f"--test-flip and several --test-sizes merge boxes, not masks: name a --detector without {named}")
+    if parsed.backend == "triton" and parsed.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("--backend triton on a CPU needs TRITON_INTERPRET=1 in the environment, and hours of patience")
+
+    weights = parsed.weights or (preset.backbone if preset.pretrained else "none")
+    data = None if parsed.data == "generated" else Path(parsed.data)
+    return Options(
+        grid=parsed.grid,
+        preset=preset,
+        data=data,
+        reading=Reading(masks, parsed.bad_annotations, parsed.max_image_pixels),
+        only=parsed.only,
+        detectors=detectors,
+        seeds=parsed.seeds,
+        weights=None if weights == "none" else weights,
+        test_sizes=test_sizes,
+        test_flip=parsed.test_flip,
+        out=parsed.out or RUNS / (parsed.preset if data is None else f"{data.resolve().name}-{parsed.preset}"),
+        device=parsed.device,
+        backend=parsed.backend,
+        workers=parsed.workers,
+        dry_run=parsed.dry_run,
+        fresh=parsed.fresh,
+        retry_failed=parsed.retry_failed,
+        command=f"{PROGRAM} {shlex.join(arguments)}",
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options with their help."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_argument_group("what to run")
+    what.add_argument(
+        "--grid",
+        nargs="?",
+        const="default",
+        choices=GRIDS,
+        required=True,
+        help="default: baseline + 8 subsets × depths; combinations: baseline + 8 subsets at one depth; depth: baseline "
+        "+ LSC × depths; detectors: baseline + LSC for every detector; full: baseline + 8 subsets × depths in both "
+        "formulations, with every treatment of coarse offsets and every placement",
+    )
+    sizes = "; ".join(f"{name}: {preset.description}" for name, preset in PRESETS.items())
+    what.add_argument("--preset", choices=PRESETS, default="tiny", help=f"{sizes} (default: tiny)")
+    what.add_argument("--data", default="generated", metavar="generated|DIR", help="a directory in COCO layout")
+    bad = "boxes outside their image, of negative size or not finite, or of an unknown category: list them and stop "
+    bad += "(refuse, the default), or leave them out of both splits and say how many (drop)"
+    what.add_argument("--bad-annotations", choices=BAD_ANNOTATIONS, default="refuse", help=bad)
+    most = f"most pixels of an image (default: {MAX_PIXELS}, Pillow's own limit)"
+    what.add_argument("--max-image-pixels", type=positive, metavar="N", help=most)
+    what.add_argument("--only", default="", metavar="TERMS", help='keep matching cells, for instance "LSC,depth=1"')
+    names = f"of {', '.join(DETECTORS)} (default: atss; all of them for --grid detectors)"
+    what.add_argument("--detector", metavar="NAME[,NAME]", help=names)
+    what.add_argument("--backbone", choices=BACKBONES, help="default: the preset's")
+    what.add_argument("--seeds", type=positive, default=1, metavar="N", help="repeat with seeds 0 … N-1 (default: 1)")
+    what.add_argument(
+        "--weights",
+        metavar="FILE|NAME|none",
+        help="initial backbone weights with torchvision's names (default: the backbone's own in the paper preset)",
+    )
+    sides = "shorter sides in pixels (default: the preset's one)"
+    what.add_argument("--train-sizes", type=pixels, metavar="N[,N]", help=f"multi-scale training: {sides}")
+    what.add_argument("--test-sizes", type=pixels, metavar="N[,N]", help=f"multi-scale testing: {sides}")
+    longest = "most pixels of the longer side, whatever the shorter one then is (default: the preset's)"
+    what.add_argument("--max-size", type=positive, metavar="N", help=longest)
+    what.add_argument("--test-flip", action="store_true", help="test on the mirrored image, too")
+    how = parser.add_argument_group("how to run it")
+    how.add_argument("--out", type=Path, metavar="DIR", help="rows, tables, report (default: runs/<preset>)")
+    how.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    how.add_argument("--backend", choices=BACKENDS, default="auto", help="of the operators (default: auto)")
+    how.add_argument("--workers", type=positive, metavar="N", help="processes (default: one per core; 1 on a GPU)")
+    how.add_argument("--dry-run", action="store_true", help="list the cells, what is done and the cost; run nothing")
+    how.add_argument("--fresh", action="store_true", help="run finished cells again; old rows move to cells/replaced/")
+    how.add_argument("--retry-failed", action="store_true", help="run failed cells again")
+    return parser
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+    return value
+
+
+def pixels(text: str) -> tuple[int, ...]:
+    """Whole numbers of pixels with commas between them, for argparse."""
+    return tuple(positive(part) for part in text.split(","))
