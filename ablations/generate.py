@@ -4,7 +4,6 @@
 """
 
 import argparse
-import fcntl
 import json
 import multiprocessing
 import os
@@ -12,15 +11,16 @@ import shutil
 import signal
 import sys
 import tempfile
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ablations.generated.outlines import SHAPES
 from ablations.generated.scenes import Difficulty, draw_scene
+from ablations.rows.store import FileLock
 
 # Any change of what is drawn or written raises it: the directory and the JSON carry it, and so does a data fingerprint.
 VERSION = 2
@@ -107,23 +107,23 @@ def generate(
     val: int | None = None,
     processes: int | None = None,
 ) -> Path:
-    """Make the generated set under `root`, unless it is there already, and say where it lies.
+    """Make the generated set under `root` unless it is there already.
 
     The set appears whole or not at all: it is written beside its place and moved there in one step. Processes that ask
     for the same set at once wait for the first. What a killed process left behind is removed by the next call.
 
     Args:
-        root: folder that holds generated sets; made if missing.
+        root: Folder that holds generated sets; made if missing.
         difficulty: `"tiny"`, `"small"` or `"paper"`.
-        seed: a set of its own for every value, 0 or more.
-        train, val: number of images, where it shall differ from the difficulty's own.
-        processes: how many draw; by default one for `tiny` and at most two else. The result does not depend on it.
+        seed: 0 or more; every value gives another set.
+        train, val: Number of images; by default the difficulty's.
+        processes: How many draw; by default one for `tiny` and at most two else. The result does not depend on it.
 
     Returns:
         The folder with `annotations/instances_{train,val}2017.json`, `train2017/`, `val2017/` and `DATASET.md`.
 
     Raises:
-        ValueError: unknown difficulty, negative seed, or a number of images below one.
+        ValueError: The difficulty is unknown, the seed negative, or a number of images below one.
         OSError: `root` cannot be written or the disk is full; nothing is left behind.
     """
     if difficulty not in DIFFICULTIES:
@@ -143,7 +143,8 @@ def generate(
     if processes is None:
         processes = 1 if difficulty == "tiny" else min(2, os.cpu_count() or 1)
     place.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(place.parent / f".{name}.lock"):
+    with FileLock(place.parent / f".{name}.lock") as lock:
+        lock.acquire()
         if _whole(place, counts):
             return place
         for leftover in place.parent.glob(f".{name}.partial-*"):
@@ -171,14 +172,6 @@ def _whole(place: Path, counts: tuple[int, int]) -> bool:
         if sum(1 for _ in os.scandir(images)) < count:
             return False
     return True
-
-
-@contextmanager
-def _locked(path: Path):
-    """Hold the lock file for the `with` block; the system lets go of it when the process dies."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _write(place: Path, difficulty: str, preset: Difficulty, seed: int, processes: int) -> None:
@@ -236,14 +229,16 @@ def _write(place: Path, difficulty: str, preset: Difficulty, seed: int, processe
     (place / _CARD).write_text("\n".join(card))
 
 
-def _draw(place: Path, preset: Difficulty, seed: int, job: tuple[int, int]) -> tuple[dict, list[dict]]:
+def _draw(
+    place: Path, preset: Difficulty, seed: int, job: tuple[int, int]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Draw and store one image; its record for the JSON and its annotations."""
     split, index = job
     pixels, annotations = draw_scene(preset, seed, split, index)
     # Ids with gaps and an offset: an image id is not an index either.
     image_id = split * 1_000_000 + 7 * index + 1
     name = f"{image_id:012d}.{'jpg' if preset.jpeg else 'png'}"
-    options = {"quality": 92} if preset.jpeg else {"compress_level": 1}
+    options: dict[str, Any] = {"quality": 92} if preset.jpeg else {"compress_level": 1}
     Image.fromarray(pixels).save(place / f"{_SPLITS[split]}2017" / name, **options)
     height, width = pixels.shape[:2]
     return {"id": image_id, "file_name": name, "width": width, "height": height}, annotations

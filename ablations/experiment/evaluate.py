@@ -250,16 +250,20 @@ def run_lengths(masks: ArrayLike | Tensor) -> list[RunLengths]:
 
 
 def _run_lengths(
-    image_id: Id, image: Mapping[str, Any], masks: Sequence[RunLengths] | Array | Tensor, count: int
+    image_id: Id,
+    image: Mapping[str, Any],
+    masks: list[RunLengths] | tuple[RunLengths, ...] | Array | Tensor,
+    count: int,
 ) -> list[RunLengths]:
-    masks = list(masks) if isinstance(masks, list | tuple) else run_lengths(masks)
+    if not isinstance(masks, list | tuple):
+        masks = run_lengths(masks)
     if len(masks) != count:
         raise ValueError(f"image {image_id}: {count} boxes and {len(masks)} masks")
     expected = [image["height"], image["width"]]
     for mask in masks:
         if list(mask["size"]) != expected:
             raise ValueError(f"image {image_id}: a mask of size {list(mask['size'])}, the image has {expected}")
-    return masks
+    return list(masks)
 
 
 # Of one image, category and area range, by the names that COCOeval reads them with.

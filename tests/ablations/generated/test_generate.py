@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -285,19 +284,17 @@ def test_two_processes_at_once_make_one_set(tmp_path):
 
 
 def test_who_had_to_wait_takes_what_is_there(tmp_path, monkeypatch):
-    real = generator._locked
+    real, before = generator.FileLock, {}
 
-    @contextmanager
-    def late(path):
-        with monkeypatch.context() as first:
-            first.setattr(generator, "_locked", real)
-            place = generate(tmp_path, "tiny", train=2, val=1)
-        before.update({p: p.stat().st_mtime_ns for p in place.rglob("*")})
-        with real(path):
-            yield
+    class Late(real):
+        def acquire(self):
+            with monkeypatch.context() as first:
+                first.setattr(generator, "FileLock", real)
+                place = generate(tmp_path, "tiny", train=2, val=1)
+            before.update({p: p.stat().st_mtime_ns for p in place.rglob("*")})
+            return super().acquire()
 
-    before = {}
-    monkeypatch.setattr(generator, "_locked", late)
+    monkeypatch.setattr(generator, "FileLock", Late)
     place = generate(tmp_path, "tiny", train=2, val=1)
     assert before and {p: p.stat().st_mtime_ns for p in place.rglob("*")} == before
 
