@@ -109,7 +109,7 @@ def generate(
 ) -> Path:
     """Make the generated set under `root` unless it is there already.
 
-    The set appears whole or not at all: it is written beside its place and moved there in one step. Processes that ask
+    The set appears whole or not at all: it is written to a temporary folder and renamed. Processes that ask
     for the same set at once wait for the first. What a killed process left behind is removed by the next call.
 
     Args:
@@ -137,48 +137,48 @@ def generate(
     name = f"{difficulty}-seed{seed}-v{VERSION}"
     if counts != (preset.train, preset.val):
         name += f"-{counts[0]}+{counts[1]}"
-    place = Path(root) / name
-    if _whole(place, counts):
-        return place
+    directory = Path(root) / name
+    if _whole(directory, counts):
+        return directory
     if processes is None:
         processes = 1 if difficulty == "tiny" else min(2, os.cpu_count() or 1)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.parent / f".{name}.lock") as lock:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory.parent / f".{name}.lock") as lock:
         lock.acquire()
-        if _whole(place, counts):
-            return place
-        for leftover in place.parent.glob(f".{name}.partial-*"):
+        if _whole(directory, counts):
+            return directory
+        for leftover in directory.parent.glob(f".{name}.partial-*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        partial_dir = Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=place.parent))
+        partial_dir = Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=directory.parent))
         try:
             fresh = partial_dir / "new"
             _write(fresh, difficulty, replace(preset, train=counts[0], val=counts[1]), seed, processes)
-            if place.exists():
-                os.rename(place, partial_dir / "damaged")
-            os.rename(fresh, place)
+            if directory.exists():
+                os.rename(directory, partial_dir / "damaged")
+            os.rename(fresh, directory)
         finally:
             shutil.rmtree(partial_dir, ignore_errors=True)
-    return place
+    return directory
 
 
-def _whole(place: Path, counts: tuple[int, int]) -> bool:
+def _whole(directory: Path, counts: tuple[int, int]) -> bool:
     """Is the set there, with as many images as it should have? A few milliseconds at most."""
-    if not (place / _CARD).is_file():
+    if not (directory / _CARD).is_file():
         return False
     for split, count in zip(_SPLITS, counts, strict=True):
-        images = place / f"{split}2017"
-        if not (place / "annotations" / f"instances_{split}2017.json").is_file() or not images.is_dir():
+        images = directory / f"{split}2017"
+        if not (directory / "annotations" / f"instances_{split}2017.json").is_file() or not images.is_dir():
             return False
         if sum(1 for _ in os.scandir(images)) < count:
             return False
     return True
 
 
-def _write(place: Path, difficulty: str, preset: Difficulty, seed: int, processes: int) -> None:
+def _write(directory: Path, difficulty: str, preset: Difficulty, seed: int, processes: int) -> None:
     for folder in ("annotations", *(f"{split}2017" for split in _SPLITS)):
-        (place / folder).mkdir(parents=True)
+        (directory / folder).mkdir(parents=True)
     jobs = [(split, index) for split, count in enumerate((preset.train, preset.val)) for index in range(count)]
-    draw = partial(_draw, place, preset, seed)
+    draw = partial(_draw, directory, preset, seed)
     # A daemonic process, such as a worker of a pool, may not have children.
     if processes > 1 and not multiprocessing.current_process().daemon:
         # Not forked: the caller may have threads, and a fork of a process with threads can hang.
@@ -212,7 +212,7 @@ def _write(place: Path, difficulty: str, preset: Difficulty, seed: int, processe
             "annotations": annotations,
             "categories": categories,
         }
-        with open(place / "annotations" / f"instances_{split}2017.json", "w") as file:
+        with open(directory / "annotations" / f"instances_{split}2017.json", "w") as file:
             json.dump(content, file, separators=(",", ":"))
         summary.append(f"- `{split}2017`: {len(images)} images, {len(annotations)} annotations")
     names = ", ".join(f"{c['name']} ({c['id']})" for c in categories)
@@ -226,11 +226,11 @@ def _write(place: Path, difficulty: str, preset: Difficulty, seed: int, processe
         f"- categories (id): {names}",
         "",
     ]
-    (place / _CARD).write_text("\n".join(card))
+    (directory / _CARD).write_text("\n".join(card))
 
 
 def _draw(
-    place: Path, preset: Difficulty, seed: int, job: tuple[int, int]
+    directory: Path, preset: Difficulty, seed: int, job: tuple[int, int]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Draw and store one image; its record for the JSON and its annotations."""
     split, index = job
@@ -239,14 +239,14 @@ def _draw(
     image_id = split * 1_000_000 + 7 * index + 1
     name = f"{image_id:012d}.{'jpg' if preset.jpeg else 'png'}"
     options: dict[str, Any] = {"quality": 92} if preset.jpeg else {"compress_level": 1}
-    Image.fromarray(pixels).save(place / f"{_SPLITS[split]}2017" / name, **options)
+    Image.fromarray(pixels).save(directory / f"{_SPLITS[split]}2017" / name, **options)
     height, width = pixels.shape[:2]
     return {"id": image_id, "file_name": name, "width": width, "height": height}, annotations
 
 
-def preview(place: Path, file: Path, split: str = "val", count: int = 24, columns: int = 6) -> None:
+def preview(directory: Path, file: Path, split: str = "val", count: int = 24, columns: int = 6) -> None:
     """Draw a contact sheet of the first images of a COCO-layout set, with boxes, polygons and class names."""
-    content = json.loads((place / "annotations" / f"instances_{split}2017.json").read_text())
+    content = json.loads((directory / "annotations" / f"instances_{split}2017.json").read_text())
     names = {c["id"]: c["name"] for c in content["categories"]}
     colours = {c: f"hsl({360 * i // len(names)}, 100%, 60%)" for i, c in enumerate(names)}
     images = content["images"][:count]
@@ -257,7 +257,7 @@ def preview(place: Path, file: Path, split: str = "val", count: int = 24, column
     sheet = Image.new("RGB", (columns * tile, rows * tile), "white")
     font = ImageFont.load_default(12)
     for i, image in enumerate(images):
-        with Image.open(place / f"{split}2017" / image["file_name"]) as picture:
+        with Image.open(directory / f"{split}2017" / image["file_name"]) as picture:
             view = picture.convert("RGB").resize((image["width"] * zoom, image["height"] * zoom), 0)
         pen = ImageDraw.Draw(view)
         for annotation in content["annotations"]:
@@ -285,13 +285,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--preview", type=Path, metavar="FILE.png", help="also draw a contact sheet")
     options = parser.parse_args(arguments)
     try:
-        place = generate(options.root, options.difficulty, options.seed, processes=options.processes)
+        directory = generate(options.root, options.difficulty, options.seed, processes=options.processes)
         if options.preview:
-            preview(place, options.preview)
+            preview(directory, options.preview)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(place)
+    print(directory)
     return 0
 
 

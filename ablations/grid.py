@@ -159,8 +159,8 @@ class Preset(Recipe):
         depths: DyHead blocks of the grids that vary them.
         one_depth: DyHead blocks of the grids that vary something else.
         gpu_precision: Precision on a GPU; on a CPU it is fp32.
-        own: Where cells differ from the recipe, by the detector's name or by what the backbones' names begin with.
-            Where two entries fit, the later one counts.
+        exceptions: Fields in which cells differ from the recipe, by the detector's name or by the beginning of the
+            backbone's. Where two entries fit, the later one counts.
     """
 
     description: str
@@ -169,19 +169,19 @@ class Preset(Recipe):
     depths: tuple[int, ...]
     one_depth: int
     gpu_precision: str
-    own: dict[str, Exceptions] = field(default_factory=dict)
+    exceptions: dict[str, Exceptions] = field(default_factory=dict)
 
     def recipe(self) -> dict[str, Any]:
         """The fields that the cells take as they are."""
         return {field.name: getattr(self, field.name) for field in fields(Recipe)}
 
-    def own_fields(self, detector: str, backbone: str) -> Exceptions:
+    def exceptions_for(self, detector: str, backbone: str) -> Exceptions:
         """Fields in which a cell with this detector and backbone differs from the recipe."""
-        found: Exceptions = {}
-        for name, changes in self.own.items():
+        merged: Exceptions = {}
+        for name, changes in self.exceptions.items():
             if name == detector or backbone.startswith(name):
-                found |= changes
-        return found
+                merged |= changes
+        return merged
 
 
 ADAMW: Exceptions = {"optimizer": "adamw"}
@@ -216,7 +216,7 @@ PRESETS = {
         weight_decay=1e-4,
         warmup=20,
         gpu_precision="fp32",
-        own=SHORT,
+        exceptions=SHORT,
     ),
     "small": Preset(
         description="one GPU, under a minute a cell",
@@ -234,7 +234,7 @@ PRESETS = {
         weight_decay=1e-4,
         warmup=50,
         gpu_precision="bf16",
-        own=SHORT,
+        exceptions=SHORT,
     ),
     # The paper's ablation: 1x of 90,000 steps, batch 16; lr as in the released ATSS configuration.
     "paper": Preset(
@@ -256,7 +256,7 @@ PRESETS = {
         gpu_precision="bf16",
         # As published, for batch 16: R-CNN and Swin as in DyHead's released configurations, DETR's rates as in
         # mmdetection's, which also clips its gradients at 0.1 where all of ours are clipped at 10.
-        own={
+        exceptions={
             **dict.fromkeys(TWO_STAGE, Exceptions(lr=0.02)),
             "swin": ADAMW | {"lr": 5e-5, "weight_decay": 0.05},
             "detr": ADAMW | {"lr": 1e-4, "backbone_lr": 0.1},
@@ -302,7 +302,7 @@ def build_grid(name: str, preset: Preset, base: Cell, detectors: Iterable[str], 
     cells: list[Cell] = []
     for detector in detectors:
         for seed in range(seeds):
-            baseline = replace(base, detector=detector, seed=seed, **preset.own_fields(detector, base.backbone))
+            baseline = replace(base, detector=detector, seed=seed, **preset.exceptions_for(detector, base.backbone))
             cells += [baseline, *variants(name, preset, baseline)]
     return list(dict.fromkeys(cells))
 

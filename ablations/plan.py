@@ -91,7 +91,7 @@ def dry_run(plan: Plan) -> None:
 
 
 def replaced(plan: Plan, options: Options) -> list[Path]:
-    """Rows and weights that have no place in the results any more."""
+    """Rows and weights that do not belong into the results any more."""
     folder = options.out / "cells"
     if options.fresh:
         return [path for c in plan.todo for path in (folder / f"{c.key}.json", trained.folder(options.out, c))]
@@ -101,8 +101,8 @@ def replaced(plan: Plan, options: Options) -> list[Path]:
 
 def set_aside(out: Path, paths: list[Path]) -> None:
     """Move rows and checkpoints that are about to be replaced to `cells/replaced/<time>/`."""
-    place = out / "cells" / "replaced" / time.strftime("%Y%m%dT%H%M%S")
+    directory = out / "cells" / "replaced" / time.strftime("%Y%m%dT%H%M%S")
     for path in paths:
         if path.exists():
-            place.mkdir(parents=True, exist_ok=True)
-            path.rename(place / path.name)
+            directory.mkdir(parents=True, exist_ok=True)
+            path.rename(directory / path.name)

@@ -111,7 +111,7 @@ def check_out(out: Path) -> None:
     Raises:
         ValueError: A file stands where it or one of its parents should be.
     """
-    if not next(place for place in (out, *out.parents) if place.exists()).is_dir():
+    if not next(path for path in (out, *out.parents) if path.exists()).is_dir():
         raise ValueError(f"--out {out} is not a directory and cannot be made one")
 
 

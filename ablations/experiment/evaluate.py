@@ -90,11 +90,11 @@ def evaluate(
     images = _numbers("image", (image["id"] for image in ground_truth["images"]))
 
     truth = _ground_truth(ground_truth, images, categories, iou_type)
-    found = _detections(predictions, images, truth, evaluated, iou_type)
+    detections = _detections(predictions, images, truth, evaluated, iou_type)
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
-        found.createIndex()
-        evaluation = _Evaluation(truth, found, iou_type)
+        detections.createIndex()
+        evaluation = _Evaluation(truth, detections, iou_type)
         evaluation.params.catIds = sorted(evaluated)
         evaluation.evaluate()
         evaluation.accumulate()
@@ -170,7 +170,7 @@ def _detections(
     categories: Sequence[int],
     iou_type: str,
 ) -> COCO:
-    """What was found, with the images and categories renumbered as those of the ground truth are."""
+    """The detections, their images and categories renumbered as those of the ground truth."""
     images = {image["id"]: image for image in truth.dataset["images"]}
     by_image: dict[Id, list[dict[str, Any]]] = {}
     for image_id, detections in predictions:
@@ -190,9 +190,9 @@ def _detections(
     annotations = [annotation for detections in by_image.values() for annotation in detections]
     for number, annotation in enumerate(annotations, 1):
         annotation["id"] = number
-    found = COCO()
-    found.dataset = {**truth.dataset, "annotations": annotations}
-    return found
+    results = COCO()
+    results.dataset = {**truth.dataset, "annotations": annotations}
+    return results
 
 
 def _image_detections(
@@ -283,32 +283,32 @@ class _Evaluation(COCOeval):
         self._matched: dict[tuple[int, int], dict[tuple[float, ...], Matches]] = {}
 
     def evaluateImg(self, imgId: int, catId: int, aRng: list[float], maxDet: int) -> Matches | None:
-        truth, found = self._gts[imgId, catId], self._dts[imgId, catId]
-        if not truth and not found:
+        truth, detections = self._gts[imgId, catId], self._dts[imgId, catId]
+        if not truth and not detections:
             return None
         if (imgId, catId) not in self._matched:
-            self._matched[imgId, catId] = self._match(truth, found, self.ious[imgId, catId], maxDet)
+            self._matched[imgId, catId] = self._match(truth, detections, self.ious[imgId, catId], maxDet)
         return self._matched[imgId, catId][tuple(aRng)]
 
     def _match(
-        self, truth: list[dict[str, Any]], found: list[dict[str, Any]], overlaps: ArrayLike, most: int
+        self, truth: list[dict[str, Any]], detections: list[dict[str, Any]], overlaps: ArrayLike, most: int
     ) -> dict[tuple[float, ...], Matches]:
         """What `accumulate` reads of one image and category, for every area range."""
         ranges = np.array(self.params.areaRng, dtype=float)
         thresholds = np.minimum(self.params.iouThrs, 1 - 1e-10)
-        order = np.argsort([-detection["score"] for detection in found], kind="mergesort")
-        found = [found[i] for i in order[:most]]
-        ious = np.asarray(overlaps, dtype=float).reshape(len(found), len(truth))
+        order = np.argsort([-detection["score"] for detection in detections], kind="mergesort")
+        detections = [detections[i] for i in order[:most]]
+        ious = np.asarray(overlaps, dtype=float).reshape(len(detections), len(truth))
         ids = np.array([annotation["id"] for annotation in truth], dtype=float)
         crowd = np.array([annotation["iscrowd"] for annotation in truth], dtype=bool)
         areas = np.array([annotation["area"] for annotation in truth], dtype=float)
-        found_areas = np.array([detection["area"] for detection in found], dtype=float)
+        detected_areas = np.array([detection["area"] for detection in detections], dtype=float)
         ignored = crowd | (areas < ranges[:, :1]) | (areas > ranges[:, 1:])
-        outside = (found_areas < ranges[:, :1]) | (found_areas > ranges[:, 1:])
+        outside = (detected_areas < ranges[:, :1]) | (detected_areas > ranges[:, 1:])
 
         shape = (len(ranges), len(thresholds))
-        matches = np.zeros((*shape, len(found)))
-        matches_ignored = np.zeros((*shape, len(found)), dtype=bool)
+        matches = np.zeros((*shape, len(detections)))
+        matches_ignored = np.zeros((*shape, len(detections)), dtype=bool)
         if ious.size:
             free = np.ones((*shape, len(truth)), dtype=bool)
             for d in np.flatnonzero(ious.max(axis=1) >= thresholds.min()):
@@ -324,7 +324,7 @@ class _Evaluation(COCOeval):
                 matches_ignored[a, t, d] = ignored[a, best]
                 # Any number of detections may lie on a crowd.
                 free[a, t, best] = crowd[best]
-        scores = [detection["score"] for detection in found]
+        scores = [detection["score"] for detection in detections]
         return {
             tuple(area): {
                 "dtMatches": matches[a],

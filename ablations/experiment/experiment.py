@@ -186,8 +186,8 @@ def fit(
         masks=model.needs_masks,
     )
     with closing(loader) as batches:
-        place = trained.folder(job.out, cell)
-        return train(cell, model, batches.batch, torch.device(job.device), place, room.busy, report)
+        directory = trained.folder(job.out, cell)
+        return train(cell, model, batches.batch, torch.device(job.device), directory, room.busy, report)
 
 
 @lru_cache(maxsize=1)

@@ -30,12 +30,12 @@ def folder(out: Path, cell: Cell) -> Path:
 
 def find(out: Path, cell: Cell) -> Record | None:
     """The record of this cell's training, or None if it has not ended or its weights are gone."""
-    place = folder(out, cell)
+    directory = folder(out, cell)
     try:
-        record = json.loads((place / "training.json").read_text())
+        record = json.loads((directory / "training.json").read_text())
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and (place / CHECKPOINT).is_file() else None
+    return record if isinstance(record, dict) and (directory / CHECKPOINT).is_file() else None
 
 
 def keep(out: Path, cell: Cell, record: Record) -> None:
@@ -44,7 +44,7 @@ def keep(out: Path, cell: Cell, record: Record) -> None:
 
 
 def load(out: Path, cell: Cell, model: nn.Module, device: torch.device) -> None:
-    """Give `model` the trained weights of a cell that `find` has found."""
+    """Give `model` the trained weights of a cell that `find` knows of."""
     state = torch.load(folder(out, cell) / CHECKPOINT, map_location=device, weights_only=True)
     model.load_state_dict(state["model"])
 
@@ -60,7 +60,7 @@ def is_done(out: Path, cell: Cell, row: dict[str, Any] | None, retry_failed: boo
 
 
 def outdated(rows: Iterable[dict[str, Any]], cells: Iterable[Cell]) -> list[dict[str, Any]]:
-    """Failed rows of these cells on data that have been changed since: what failed there has no place in a table.
+    """Failed rows of these cells on data that have been changed since: what failed there does not belong into a table.
 
     A row counts where its data were bad or its evaluation failed, and all but the data is that of one of `cells`.
     """

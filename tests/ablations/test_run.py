@@ -86,7 +86,7 @@ def test_detectors_and_backbones_train_as_published_where_that_is_not_sgd(data):
 
     detr = ("detr", "adamw", 1e-4, 0.1)
     assert schedules("resnet50") == {("atss", "sgd", 0.01, 1.0, 1e-4), (*detr, 1e-4)}
-    assert PRESETS["paper"].own_fields("cascade_rcnn", "resnet50") == {"lr": 0.02}
+    assert PRESETS["paper"].exceptions_for("cascade_rcnn", "resnet50") == {"lr": 0.02}
     # What DETR does not say for itself is the backbone's.
     assert schedules("swin_t") == {("atss", "adamw", 5e-5, 1.0, 0.05), (*detr, 0.05)}
 
@@ -94,8 +94,8 @@ def test_detectors_and_backbones_train_as_published_where_that_is_not_sgd(data):
 @pytest.mark.parametrize("preset", ["tiny", "small"])
 def test_retinanet_has_half_the_rate_unless_its_backbone_has_one(preset):
     preset = PRESETS[preset]
-    assert preset.own_fields("retinanet", preset.backbone) == {"lr": preset.lr / 2}
-    assert preset.own_fields("retinanet", "swin_t") == preset.own_fields("atss", "swin_t")
+    assert preset.exceptions_for("retinanet", preset.backbone) == {"lr": preset.lr / 2}
+    assert preset.exceptions_for("retinanet", "swin_t") == preset.exceptions_for("atss", "swin_t")
 
 
 @pytest.mark.parametrize(
