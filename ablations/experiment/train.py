@@ -20,6 +20,7 @@ from ablations.experiment.precision import autocast
 from ablations.experiment.trained import CHECKPOINT, Record
 from ablations.grid import Cell
 from ablations.rows.store import atomic_file
+from heads.parameters import parameter_kinds
 
 MOMENTUM = 0.9
 MAX_GRADIENT_NORM = 10.0
@@ -45,15 +46,14 @@ def parameter_groups(model: nn.Module, cell: Cell) -> list[dict[str, Any]]:
     Weight decay is for weights, not for biases, norms and scales, nor for Swin's biases of relative positions, as
     published. `lr_share`, of the cell's learning rate, may differ in the backbone and where offsets are predicted.
     """
-    groups = defaultdict(list)
+    groups, kinds = defaultdict(list), parameter_kinds(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 and not name.endswith("relative_position_bias_table")
-            share = cell.backbone_lr if name.startswith("backbone.") else 1.0
-            # DyHead's layer is called `offset`, a backbone's `conv_offset`.
-            if name.rpartition(".")[0].endswith("offset"):
+            kind = kinds[name]
+            share = cell.backbone_lr if kind.in_backbone else 1.0
+            if kind.predicts_offsets:
                 share *= cell.offset_lr
-            groups[cell.weight_decay if decays else 0.0, share].append(parameter)
+            groups[cell.weight_decay if kind.decays else 0.0, share].append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "lr_share": share}
         for (decay, share), parameters in groups.items()

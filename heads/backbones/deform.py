@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from heads.parameters import SpecialParameters
 from kernels import deform_conv2d
 
 
-class DeformConv(nn.Module):
+class DeformConv(SpecialParameters):
     """A 3×3 modulated deformable convolution without bias in place of an ordinary one: (N, C, H, W) in and out.
 
     Keys are mmdetection's: `weight` is that of the ordinary convolution, `conv_offset` predicts 18 offsets, dy and dx
@@ -17,6 +18,8 @@ class DeformConv(nn.Module):
         stride: 1 or 2.
         groups: Of the convolution.
     """
+
+    offset_layers = ("conv_offset",)
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1, groups: int = 1):
         super().__init__()

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from heads.parameters import SpecialParameters
+
 # Added to the score of two cells of a moved window that are not neighbours in the image; exp(-100) is nothing.
 FAR = -100.0
 
@@ -43,8 +45,10 @@ def far_pairs(height: int, width: int, side: int, shift: int, device: torch.devi
     return FAR * (part[:, None, :, None] != part[:, None, None, :])
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(SpecialParameters):
     """Self-attention of the T = side² cells of each window: (N, windows, T, C) in and out."""
+
+    position_biases = ("relative_position_bias_table",)
 
     def __init__(self, channels: int, heads: int, side: int):
         super().__init__()

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from heads.parameters import SpecialParameters
 from kernels import deform_conv2d_levels, dynamic_relu
 
 GROUPS = 16
@@ -53,7 +54,7 @@ class Branch(nn.Module):
         return deform_conv2d_levels(maps, offsets, self.weight, bias, self.stride, padding=1, masks=masks)
 
 
-class SpatialAttention(nn.Module):
+class SpatialAttention(SpecialParameters):
     """S: each level gathers from itself, from the finer and from the coarser level, at positions it learned.
 
     The offsets (18 channels, dy and dx interleaved) and the mask (9 channels, through a sigmoid) come from the level
@@ -68,6 +69,8 @@ class SpatialAttention(nn.Module):
             offsets stay in pixels of the map that is sampled.
         static: Leave out offsets and masks.
     """
+
+    offset_layers = ("offset",)
 
     def __init__(self, channels: int, coarse_offsets: str = "crop", static: bool = False):
         super().__init__()

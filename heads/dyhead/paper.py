@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heads.dyhead.attention import GROUPS, TAPS, TaskAttention
+from heads.parameters import SpecialParameters
 from kernels import deform_conv2d, dynamic_relu
 
 
@@ -58,11 +59,13 @@ class PaperScaleAttention(nn.Module):
         return x * gate[:, :, None, None, None]
 
 
-class PaperSpatialAttention(nn.Module):
+class PaperSpatialAttention(SpecialParameters):
     """π_S: a deformable 3×3 convolution per level, all with the median level's offsets and mask, then GroupNorm(16).
 
     Off: the same convolutions on the regular grid.
     """
+
+    offset_layers = ("offset",)
 
     def __init__(self, channels: int, levels: int, static: bool = False):
         super().__init__()
