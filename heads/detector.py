@@ -1,23 +1,27 @@
-"""A detector is backbone → FPN → trunk → prediction head; what a second stage does is its head's affair."""
+"""A detector is backbone → FPN → trunk → prediction head, and a prediction head is what `PredictionHead` says."""
 
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from heads.targets import usable_targets
+from heads.boxes.selection import ImageDetections
+from heads.targets import Target, usable_targets
 from kernels.runtime.checks import check_device, kind_of
 
 # ImageNet's channel statistics, RGB in [0, 1].
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
+# What a head's `forward` returns and its `loss` and `predict` take: a NamedTuple of the head's own.
+Outputs = TypeVar("Outputs")
 
-class PredictionHead(nn.Module):
+
+class PredictionHead(nn.Module, Generic[Outputs]):
     """The last part of a detector: it predicts from the trunk's maps, and knows the losses and the detections.
 
-    A subclass has `forward(classification maps, regression maps)`, whatever it returns, and of that
-    `loss(outputs, targets, image_sizes)` and `predict(outputs, image_sizes)`.
+    A subclass implements `forward`, `loss` and `predict`, and sets `num_classes`. Nobody asks a head for its class:
+    what a detector, a measurement or a data loader wants to know of it stands here, with an answer that fits most.
 
     Attributes:
         num_classes: Object classes, without background.
@@ -25,11 +29,81 @@ class PredictionHead(nn.Module):
     """
 
     num_classes: int
-    needs_masks = False
+    needs_masks: bool = False
+
+    def forward(self, *features: Any, **options: Any) -> Outputs:
+        """Predict from the maps of the trunk.
+
+        Args:
+            *features: Two lists of L maps (N, C, H_l, W_l), finest level first, for classes and for boxes; one and the
+                same list where the trunk has no towers. A detector that overrides `Detector.raw` may give others.
+            **options: None, unless the detector gives some.
+
+        Returns:
+            All that losses and detections are made of. It must not depend on the targets.
+        """
+        raise NotImplementedError
+
+    def loss(self, outputs: Outputs, targets: list[Target], image_sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
+        """Losses of a batch of N images.
+
+        Args:
+            outputs: What `forward` returned.
+            targets: One dict an image: `boxes` (n, 4) float32, x1, y1, x2, y2 in pixels, `labels` (n,) int64 in
+                0 … C - 1, and `masks` where the head `needs_masks`; n may be 0.
+            image_sizes: (height, width) of each image before padding.
+
+        Returns:
+            Scalars whose sum is minimised, by name; every name begins with `loss` or has it behind a dot.
+        """
+        raise NotImplementedError
+
+    def predict(self, outputs: Outputs, image_sizes: list[tuple[int, int]]) -> list[ImageDetections]:
+        """Detections of a batch of N images, without gradients.
+
+        Args:
+            outputs: What `forward` returned.
+            image_sizes: (height, width) of each image before padding.
+
+        Returns:
+            One dict an image, by falling score: `boxes` (K, 4) xyxy in pixels, clipped to the image, `scores` (K,),
+            `labels` (K,) int64, and `masks` (K, height, width) where the head has them.
+        """
+        raise NotImplementedError
+
+    def full_image(self, outputs: Outputs) -> None:
+        """Compute what `predict` computes beside `forward` on an image full of objects, to count its operations.
+
+        Most heads have nothing to compute: their layers all run in `forward`. A second stage runs once for each
+        proposal, and here for as many as an image may have.
+
+        Args:
+            outputs: What `forward` returned.
+        """
 
 
 class Detector(nn.Module):
     """The parts of a detector in a row, with torchvision's calling convention.
+
+    In training the model takes images and targets and returns a dict of losses; in evaluation it takes images and
+    returns their detections. Images may have different sizes: they are normalised, padded at the bottom and right to
+    one size, a multiple of `divisor`, and detections come in pixels of the image as it was given. Nothing is resized.
+
+    Input, a list with one tensor an image: RGB, (3, H, W), uint8 in 0 … 255 or floating point in 0 … 1.
+
+    Targets, in training, a list with one dict an image:
+
+    - `boxes` (n, 4), floating point: x1, y1, x2, y2 in pixels, x2 > x1 and y2 > y1; n may be 0;
+    - `labels` (n,), any integer type: classes counted from 0, without background;
+    - `masks`, only where the detector `needs_masks`: a tensor (n, H, W), or for each object a list of polygons.
+
+    Output in training, a dict of scalar losses to be summed. Output in evaluation, a list with one dict an image, by
+    falling score:
+
+    - `boxes` (K, 4), floating point: x1, y1, x2, y2 in pixels, inside the image;
+    - `scores` (K,) in 0 … 1;
+    - `labels` (K,), int64;
+    - `masks` (K, H, W) bool, of detectors that `needs_masks`.
 
     Args:
         backbone: (N, 3, H, W) -> C3, C4, C5, and C2 before them for pyramids that begin with it.
@@ -38,16 +112,34 @@ class Detector(nn.Module):
             (pyramid -> pyramid, which serves both).
         head: Makes losses and detections of the trunk's maps.
         divisor: Batches are padded to a multiple of this many pixels.
-        mean, std: What the channels are normalised with, in the order red, green, blue, for pixels in 0…1.
+        mean, std: What the channels are normalised with, in the order red, green, blue, for pixels in 0 … 1.
         bgr: Whether the backbone gets the channels in the order blue, green, red. Images are RGB all the same.
+
+    Example:
+        >>> import torch
+        >>> from heads import build_detector
+        >>> model = build_detector("atss", num_classes=3, backbone="tiny", depth=1, channels=16)
+        >>> images = [torch.rand(3, 64, 96), torch.rand(3, 70, 50)]
+        >>> objects = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 50.0]]), "labels": torch.tensor([2])}
+        >>> nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+        >>> losses = model(images, [objects, nothing])
+        >>> sorted(losses)
+        ['loss_bbox', 'loss_centerness', 'loss_cls']
+        >>> sum(losses.values()).backward()
+        >>> detections = model.eval()(images)
+        >>> [sorted(found) for found in detections]
+        [['boxes', 'labels', 'scores'], ['boxes', 'labels', 'scores']]
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
         backbone: nn.Module,
         fpn: nn.Module,
         trunk: nn.Module,
-        head: PredictionHead,
+        head: PredictionHead[Any],
         divisor: int = 32,
         *,
         mean: tuple[float, float, float] = MEAN,
@@ -70,22 +162,19 @@ class Detector(nn.Module):
         return self.head.needs_masks
 
     def forward(
-        self, images: list[Tensor], targets: list[dict] | None = None, *, check_targets: bool = True
-    ) -> dict[str, Tensor] | list[dict]:
-        """Losses in training, detections in evaluation.
+        self, images: list[Tensor], targets: list[Target] | None = None, *, check_targets: bool = True
+    ) -> dict[str, Tensor] | list[ImageDetections]:
+        """Losses in training, detections in evaluation; the class's docstring has both formats.
 
         Args:
-            images: RGB, (3, H, W) each, uint8 in 0…255 or floating point in 0…1; sizes may differ.
-            targets: In training one dict an image: `boxes` (n, 4) floating point, x1, y1, x2, y2 in pixels with x2 > x1
-                and y2 > y1, which may overhang the image, `labels` (n,) integers in 0 … C - 1, and, where the detector
-                `needs_masks`, `masks`: a tensor (n, H, W), or for each object a list of polygons; n may be 0.
+            images: RGB, (3, H, W) each, uint8 in 0 … 255 or floating point in 0 … 1; sizes may differ.
+            targets: In training one dict an image. Boxes may overhang the image. In evaluation they are not looked at.
             check_targets: Whether the targets are looked at first. On a GPU this waits once for what is on its way
                 there. Without it they must be right, `boxes` float32 and `labels` int64: a wrong one may train to
                 nothing without a word.
 
         Returns:
-            In training a dict of scalar losses whose sum is minimised. In evaluation one dict an image: `boxes` (K, 4)
-            xyxy in pixels of that image, `scores` (K,), `labels` (K,), and `masks` where the head has them.
+            In training a dict of scalar losses whose sum is minimised, in evaluation one dict of detections an image.
 
         Raises:
             TypeError: Images or targets are of the wrong Python type, or a target lacks a key.
@@ -93,16 +182,25 @@ class Detector(nn.Module):
                 none; the message names the image and the first wrong box.
         """
         check_images(images, self.mean)
-        sizes = [tuple(image.shape[-2:]) for image in images]
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         if self.training and check_targets:
             targets = usable_targets(targets, sizes, self.head.num_classes, self.needs_masks, self.mean)
         outputs = self.raw(self.batch(images), sizes)
         if self.training:
+            if targets is None:
+                raise ValueError("targets must be given in training: a list with one dict an image")
             return self.head.loss(outputs, targets, sizes)
         return self.head.predict(outputs, sizes)
 
     def batch(self, images: list[Tensor]) -> Tensor:
-        """Normalise and pad images at the bottom and right to one (N, 3, H, W) tensor, with zeros after normalising."""
+        """Normalise images and pad them at the bottom and right to one size.
+
+        Args:
+            images: RGB, (3, H, W) each, uint8 in 0 … 255 or floating point in 0 … 1.
+
+        Returns:
+            (N, 3, H, W), a multiple of `divisor` high and wide, 0 in the padding.
+        """
         height, width = (max(image.shape[d] for image in images) for d in (-2, -1))
         height, width = (-(-side // self.divisor) * self.divisor for side in (height, width))
         batch = self.mean.new_zeros(len(images), 3, height, width)
@@ -111,10 +209,16 @@ class Detector(nn.Module):
             slot[:, : image.shape[1], : image.shape[2]] = (unit - self.mean) / self.std
         return batch.flip(1) if self.bgr else batch
 
-    def raw(self, batch: Tensor, sizes: list[tuple[int, int]] | None = None):
-        """Head outputs for a normalised, padded batch (N, 3, H, W): everything but target assignment and decoding.
+    def raw(self, batch: Tensor, sizes: list[tuple[int, int]] | None = None) -> Any:
+        """Everything but target assignment and decoding.
 
-        `sizes` are the images' own, for detectors to whom padding is something else than black; None: all are full.
+        Args:
+            batch: (N, 3, H, W), as `batch` gives it.
+            sizes: (height, width) of each image before padding, for detectors to whom padding is not just black; None
+                where every image fills the batch.
+
+        Returns:
+            What the head's `forward` returns.
         """
         # Channels last is the layout that convolutions, pooling and our kernels run fastest in, on a CPU too.
         batch = batch.contiguous(memory_format=torch.channels_last)

@@ -5,8 +5,8 @@ refused, and named. Types, shapes and devices are known beforehand. The values o
 device, which is waited for once.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -20,9 +20,24 @@ BOXES = "boxes are x1, y1, x2, y2 in pixels, finite, with x2 > x1 and y2 > y1; x
 LEAST_NUMBERS = 6
 
 
+class Target(TypedDict):
+    """The objects of one image that a detector learns from.
+
+    Attributes:
+        boxes: (n, 4) floating point, x1, y1, x2, y2 in pixels; n may be 0.
+        labels: (n,) int64 in 0 … C - 1.
+        masks: (n, height, width) of numbers or bool, or for each object a list of polygons, arrays x, y, x, y, … in
+            pixels.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    masks: NotRequired[Tensor | Sequence[Sequence[np.ndarray[Any, Any]]]]
+
+
 def usable_targets(
     targets: Any, sizes: list[tuple[int, int]], num_classes: int, needs_masks: bool, like: Tensor
-) -> list[dict]:
+) -> list[Target]:
     """The targets of a batch as the losses use them, or an error that names the image and its first wrong box.
 
     Args:
@@ -53,7 +68,9 @@ def usable_targets(
             _check_masks(image, target["masks"], len(target["boxes"]), size, like)
     # A box that is none any more after rounding is refused as the losses would see it.
     dtype = torch.promote_types(like.dtype, torch.float32)
-    usable = [{**t, "boxes": t["boxes"].to(dtype), "labels": t["labels"].to(torch.int64)} for t in targets]
+    usable = [
+        cast(Target, {**t, "boxes": t["boxes"].to(dtype), "labels": t["labels"].to(torch.int64)}) for t in targets
+    ]
     _check_values(usable, num_classes)
     return usable
 
@@ -117,9 +134,9 @@ def _is_polygon(polygon: Any) -> bool:
 
 
 @torch.no_grad()
-def _check_values(targets: list[dict], num_classes: int) -> None:
+def _check_values(targets: list[Target], num_classes: int) -> None:
     """Boxes and labels of all images, at the price of one wait for the device."""
-    boxes, labels = (torch.cat([target[key] for target in targets]) for key in KEYS)
+    boxes, labels = torch.cat([t["boxes"] for t in targets]), torch.cat([t["labels"] for t in targets])
     good = (boxes[:, 2:] > boxes[:, :2]).all(1) & boxes.isfinite().all(1) & (labels >= 0) & (labels < num_classes)
     if good.all():
         return

@@ -58,8 +58,7 @@ class _Raw(nn.Module):
     def forward(self, images: list[Tensor]) -> Any:
         outputs = self.model.raw(self.model.batch(images))
         # A second stage costs the same for any full list of proposals.
-        if hasattr(getattr(self.model, "head", None), "full_image"):
-            self.model.head.full_image(outputs)
+        self.model.head.full_image(outputs)
         return outputs
 
 

@@ -1,6 +1,7 @@
 """What dense heads share: one row per anchor instead of maps by level, and the way from scores to detections."""
 
 from collections.abc import Sequence
+from typing import NotRequired, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,24 @@ from torch import Tensor, nn
 
 from heads.boxes.boxes import clip_boxes
 from kernels import batched_nms
+
+
+class ImageDetections(TypedDict):
+    """What a detector finds in one image, by falling score.
+
+    Attributes:
+        boxes: (K, 4) x1, y1, x2, y2 in pixels, clipped to the image.
+        scores: (K,) in 0 … 1.
+        labels: (K,) int64.
+        masks: (K, height, width) bool, of detectors with masks.
+        mask_probabilities: (K, 28, 28), the masks before they are pasted into the image.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks: NotRequired[Tensor]
+    mask_probabilities: NotRequired[Tensor]
 
 
 def flatten_levels(maps: Sequence[Tensor], values: int) -> Tensor:
@@ -86,7 +105,7 @@ def detections(
     iou_threshold: float,
     max_detections: int,
     clip_first: bool,
-) -> dict[str, Tensor]:
+) -> ImageDetections:
     """Suppress, clip to the image, and drop boxes without area: one image's detections, by falling score.
 
     Args:

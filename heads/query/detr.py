@@ -93,6 +93,8 @@ def depth(channels: int) -> int:
 class SingleMap(nn.Module):
     """What plain DETR has for a pyramid: C5 through a 1×1 convolution."""
 
+    strides = (32,)
+
     def __init__(self, in_channels: int, channels: int):
         super().__init__()
         self.projection = nn.Conv2d(in_channels, channels, 1)
@@ -263,9 +265,9 @@ class DETR(Detector):
         channels: of the maps.
     """
 
-    def __init__(self, backbone: nn.Module, fpn: nn.Module, trunk: nn.Module, head: DETRHead, channels: int):
+    def __init__(self, backbone: nn.Module, fpn: FPN | SingleMap, trunk: nn.Module, head: DETRHead, channels: int):
         super().__init__(backbone, fpn, trunk, head)
-        levels = len(getattr(fpn, "strides", (32,)))
+        levels = len(fpn.strides)
         self.levels = nn.Parameter(torch.zeros(levels, channels)) if levels > 1 else None
         self.norm = nn.LayerNorm(channels) if isinstance(trunk, DyHead) else None
 

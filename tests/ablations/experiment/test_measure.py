@@ -15,6 +15,7 @@ from ablations.experiment.measure import count_gmacs, count_parameters, measure_
 from ablations.rows import machine
 from ablations.rows.machine import machine_info, machine_line, own_command, public_command
 from heads import DyHead, build_detector
+from heads.detector import PredictionHead
 from heads.dyhead import fused
 from kernels import backend, use_backend
 
@@ -32,6 +33,7 @@ class Toy(nn.Module):
         self.linear = nn.Linear(channels, 5)
         self.norm = nn.BatchNorm2d(channels)
         self.register_buffer("mean", torch.zeros(3, 1, 1))
+        self.head = PredictionHead()
 
     def batch(self, images):
         height = -(-max(image.shape[1] for image in images) // 32) * 32
@@ -259,6 +261,7 @@ class Trunk(nn.Module):
     def __init__(self):
         super().__init__()
         self.trunk = DyHead(16, 2)
+        self.head = PredictionHead()
 
     def batch(self, images):
         return torch.stack(list(images)).float()
