@@ -7,11 +7,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from interpreter_child import InterpreterChild
-from places import GOLDEN
+from places import GOLDEN, TESTS
 from tabulate import tabulate
 
 from ablations.rows.machine import machine_info as describe_machine
+from kernels.backend import INTERPRET
+
+INTERPRETED = "TRITON_INTERPRET=1 pytest tests/interpreter tests/kernels/regions"
 
 
 class Unmeasured:
@@ -34,7 +36,6 @@ class Unmeasured:
 
 def pytest_configure(config):
     config.pluginmanager.register(Unmeasured(), "unmeasured")
-    config.pluginmanager.register(InterpreterChild(), "interpreter child")
     # Without the flag a benchmark runs once, untimed: enough to see that it still works.
     if not config.getoption("benchmark_only", True):
         config.option.benchmark_disable = True
@@ -57,6 +58,8 @@ def pytest_sessionfinish(session):
 def pytest_terminal_summary(terminalreporter, config):
     measured = _measured(config)
     if measured is None:
+        if not INTERPRET and config.args_source is config.ArgsSource.TESTPATHS:
+            terminalreporter.write_line(f"the Triton kernels are tested by a run of its own: {INTERPRETED}")
         return
     rows = [
         {"benchmark": benchmark.name} | {k: v for k, v in benchmark.extra_info.items() if not isinstance(v, str)}
@@ -79,18 +82,23 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info |= {"machine": machine, "commands": [command]}
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a GPU; torch sees none")
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+    # One process either interprets kernels or does not: Triton reads the variable when a kernel is made.
+    if INTERPRET:
+        kept = [item for item in items if "both_paths" in item.keywords or _for_the_interpreter(item)]
+    else:
+        kept = [item for item in items if not _for_the_interpreter(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
 
 
-@pytest.fixture
-def interpreter_child(pytestconfig):
-    """The process in which the tests of tests/interpreter have been running since this one began."""
-    return pytestconfig.pluginmanager.get_plugin("interpreter child")
+def _for_the_interpreter(item) -> bool:
+    return "interpreter" in item.keywords or TESTS / "interpreter" in item.path.parents
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Rows of the benchmarks to tables.
 
     pytest --benchmark-only --benchmark-json rows.json
-    python -m kernels.table rows.json results/NAME
+    python -m kernels.bench.table rows.json results/NAME
 
 Writes `kernels.json`, the rows without what nobody reads, and `kernels.md`, the tables. Several files of rows from one
 machine and commit make one table; a `kernels.json` is such a file, too. What a later file has measured again replaces
@@ -190,7 +190,7 @@ def _absent(found: Measurement) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; returns its exit code: 0, or 2 where a file is not what it must be."""
-    parser = argparse.ArgumentParser("python -m kernels.table", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser("python -m kernels.bench.table", description=__doc__.split("\n\n")[0])
     parser.add_argument("rows", nargs="+", type=Path, metavar="ROWS.json", help="from --benchmark-json")
     parser.add_argument("target", type=Path, metavar="results/NAME", help="where kernels.md and kernels.json go")
     options = parser.parse_args(arguments)

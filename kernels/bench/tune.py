@@ -3,8 +3,8 @@
     python -m kernels.bench.tune [--only TEXT]
 
 Starts at the tiles in use and changes one size after the other, as long as that helps; what computes something else or
-does not compile is passed over. Writes `kernels/tuned/<device>.json`, which `kernels.tiles` reads; rows of that file
-that are not measured now stay as they are.
+does not compile is passed over. Writes `kernels/tuned/<device>.json`, which `kernels.runtime.tiles` reads; rows of
+that file that are not measured now stay as they are.
 """
 
 import argparse
@@ -37,7 +37,7 @@ CHOICES = {
     "warps": (4, 8),
     "stages": (1, 2, 3, 4),
 }
-# What `kernels.tiles` looks a row up by.
+# What `kernels.runtime.tiles` looks a row up by.
 KEY = ("kernel", "class", "channels", "outputs")
 # A gain below this is noise.
 GAIN = 0.98

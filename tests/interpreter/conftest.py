@@ -1,5 +1,5 @@
-"""These tests need TRITON_INTERPRET=1 from the start; tests/test_interpreter.py runs them in a process that has it."""
+"""These tests need TRITON_INTERPRET=1 from the start: a run of their own, for which tests/conftest.py has the command."""
 
-import os
+from kernels.backend import INTERPRET
 
-collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
+collect_ignore_glob = [] if INTERPRET else ["test_*.py"]

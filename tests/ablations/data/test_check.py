@@ -4,24 +4,12 @@ import os
 import pickle
 
 import pytest
-from tiny_coco import annotation, documents, edited, json_path, write, write_json
+from tiny_coco import annotation, documents, edited, json_path, set_in, write, write_json
 
 from ablations.data import json_file, problems
 from ablations.data.check import read_instances
 from ablations.data.coco import read_dataset, read_split
 from ablations.data.problems import DataError
-
-
-def set_in(*path):
-    """A change that sets the value at `path[:-1]` to `path[-1]`."""
-    *place, last, value = path
-
-    def change(node):
-        for step in place:
-            node = node[step]
-        node[last] = value
-
-    return change
 
 
 def remove(*path):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from perfect_answers import perfect, pycocotools_on
 from PIL import Image, features
 from pycocotools.coco import COCO
-from test_lenient import perfect, pycocotools_on
 from tiny_coco import documents, json_path, write
 
 from ablations.data.coco import DataError, read_image, read_split

@@ -1,17 +1,12 @@
 """What other tools read is read as they read it, and counted; boxes that cannot be are left out if that is asked."""
 
-import contextlib
 import copy
-import io
 import json
 import math
 
-import numpy as np
 import pytest
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from test_check import set_in
-from tiny_coco import annotation, documents, edited, json_path, problem, write, write_json
+from perfect_answers import perfect, pycocotools_on
+from tiny_coco import annotation, documents, edited, json_path, problem, set_in, write, write_json
 
 from ablations.data import image_files
 from ablations.data.check import read_instances
@@ -28,30 +23,6 @@ def every(section: str, change):
             change(entry)
 
     return changed
-
-
-def perfect(split):
-    """For every image of a split, its ordinary boxes with a score of 0.9."""
-    return [
-        (record.image_id, {"boxes": record.boxes, "scores": np.full(len(record.boxes), 0.9), "labels": record.labels})
-        for record in split.images
-    ]
-
-
-def pycocotools_on(path, split) -> list[float | None]:
-    """The 12 numbers that pycocotools itself gives the split's ordinary boxes on the file as it stands."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(path))
-        answers = [
-            {"image_id": image, "category_id": split.category_ids[label], "bbox": [x, y, X - x, Y - y], "score": 0.9}
-            for image, found in perfect(split)
-            for (x, y, X, Y), label in zip(found["boxes"].tolist(), found["labels"].tolist(), strict=True)
-        ]
-        evaluation = COCOeval(truth, truth.loadRes(answers), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return [None if value < 0 else 100 * value for value in evaluation.stats]
 
 
 # A change, and what the note counts. `annotations` are four, one of them a crowd.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_released import official_state
+from official_weights import official_state
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 

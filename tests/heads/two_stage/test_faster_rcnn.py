@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from golden_box_heads import NAMES, load_box_head, proposals_of, rois_of
 from golden_scene import CLASSES, EDGES, IMAGES, STRIDES, check_edges, difference, float32_loss, targets_of
 
 from ablations.experiment.measure import count_gmacs, count_parameters
@@ -12,24 +13,9 @@ from heads import build_detector
 from heads.two_stage.faster_rcnn import FasterRCNNHead, TwoStageOutputs
 from heads.two_stage.roi import levels_of, pool
 
-NAMES = {
-    "shared_fcs.0": "fc1",
-    "shared_fcs.1": "fc2",
-    "fc_cls": "cls_score",
-    "fc_reg": "bbox_pred",
-}
-
 
 def lost(vectors: dict, key: str) -> float:
     return float32_loss(vectors, key)[key]
-
-
-def load_box_head(box: torch.nn.Module, vectors: dict, prefix: str) -> None:
-    """mmdetection's parameters of one box head, whose names begin with `prefix`, into ours."""
-    with torch.no_grad():
-        for theirs, ours in NAMES.items():
-            for kind in ("weight", "bias"):
-                box.get_parameter(f"{ours}.{kind}").copy_(torch.from_numpy(vectors[f"{prefix}.{theirs}.{kind}"]))
 
 
 def head_and_outputs(vectors: dict, dtype: torch.dtype) -> tuple[FasterRCNNHead, TwoStageOutputs]:
@@ -40,15 +26,6 @@ def head_and_outputs(vectors: dict, dtype: torch.dtype) -> tuple[FasterRCNNHead,
     load_box_head(head.box, vectors, "param.bbox_head")
     features = [torch.from_numpy(vectors[f"feat.{level}"]).to(dtype).requires_grad_() for level in range(4)]
     return head.to(dtype), TwoStageOutputs(features, None)
-
-
-def proposals_of(vectors: dict, dtype: torch.dtype) -> list[torch.Tensor]:
-    return [torch.from_numpy(vectors[f"proposals.{image}"]).to(dtype) for image in range(2)]
-
-
-def rois_of(boxes: list[torch.Tensor]) -> torch.Tensor:
-    """mmdetection's (R, 5) with the image's index first."""
-    return torch.cat([torch.cat([b.new_full((len(b), 1), i), b], 1) for i, b in enumerate(boxes)])
 
 
 @pytest.mark.parametrize("case", ["full", "one_empty", "all_empty"])

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from golden_box_heads import load_box_head, proposals_of, rois_of
 from golden_scene import CLASSES, EDGES, IMAGES, STRIDES, difference, float32_loss, random_boxes, targets_of
-from test_faster_rcnn import load_box_head, proposals_of, rois_of
 
 from ablations.experiment.measure import count_gmacs, count_parameters
 from heads import build_detector

@@ -85,7 +85,7 @@ def test_a_spill_is_a_problem(target, size):
 def test_a_problem_is_named_and_fails_the_command(monkeypatch, capsys):
     specs = [replace(SPILLING, constexprs={"SIZE": 128}), SPILLING]
     monkeypatch.setattr(kernels.bench.compile, "TRITON_MODULES", [SimpleNamespace(compile_specs=lambda: specs)])
-    assert kernels.compile.main(["--target", "sm_90", "--processes", "1"]) == 1
+    assert kernels.bench.compile.main(["--target", "sm_90", "--processes", "1"]) == 1
     assert "2 compiled, 1 with a problem\ntoo many values fp32 sm_90: spills" in capsys.readouterr().out
 
 

@@ -8,10 +8,16 @@ import region_plain
 import torch
 
 from kernels import border_align, use_backend
-from kernels.backend import resolve_backend
+from kernels.backend import INTERPRET, resolve_backend
 from kernels.regions.border_align import reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_kernels(request):
+    if INTERPRET:
+        request.getfixturevalue("poison")
 
 
 def plain(features, boxes, pool_size):
@@ -43,6 +49,7 @@ def plain(features, boxes, pool_size):
     return torch.stack(rows)
 
 
+@pytest.mark.both_paths
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", ["small", "det"])
@@ -68,6 +75,7 @@ def random_case(height: int, width: int, count: int = 7):
     return features, boxes
 
 
+@pytest.mark.both_paths
 @pytest.mark.parametrize(("height", "width"), [(5, 7), (1, 6), (4, 1), (1, 1)])
 def test_values_and_gradients_equal_plain_loops(height, width):
     features, boxes = random_case(height, width)
@@ -86,13 +94,14 @@ def test_gradient_by_differences():
 
 def test_parts_give_the_whole(monkeypatch):
     # The package has a function of the same name as its module.
-    module = importlib.import_module("kernels.border_align")
+    module = importlib.import_module("kernels.regions.border_align")
     features, boxes = random_case(5, 7)
     whole = border_align(features, boxes)
     monkeypatch.setattr(module, "_SAMPLES", 2 * 12 * 11 * 3)
     assert torch.equal(border_align(features, boxes), whole)
 
 
+@pytest.mark.both_paths
 def test_of_equal_samples_the_first_has_the_gradient():
     features = torch.ones(1, 4, 3, 3, requires_grad=True)
     border_align(features, torch.tensor([[[0.0, 0.0, 2.0, 2.0]]])).sum().backward()
@@ -102,6 +111,7 @@ def test_of_equal_samples_the_first_has_the_gradient():
     assert features.grad.sum() == 4
 
 
+@pytest.mark.both_paths
 def test_no_boxes_half_precision_and_wrong_shapes():
     features = torch.randn(2, 8, 3, 3)
     assert border_align(features, torch.zeros(2, 0, 4)).shape == (2, 2, 0, 4)
@@ -119,6 +129,7 @@ def test_no_boxes_half_precision_and_wrong_shapes():
             border_align(*arguments)
 
 
+@pytest.mark.both_paths
 @pytest.mark.parametrize("layout", ["channels last", "some channels", "transposed"])
 def test_any_strides(layout):
     features, boxes = random_case(4, 5)
@@ -139,6 +150,7 @@ def test_any_strides(layout):
     torch.testing.assert_close(both(strided), want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.both_paths
 def test_what_is_not_a_number_is_the_maximum():
     features = torch.zeros(1, 4, 3, 3)
     features[0, :, 0, 0] = torch.nan
@@ -147,6 +159,7 @@ def test_what_is_not_a_number_is_the_maximum():
     assert not found[0, 0, 1].isnan().any()
 
 
+@pytest.mark.both_paths
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("side", range(4))
 def test_a_side_that_is_not_finite_spoils_the_three_borders_it_is_a_part_of(side, value):
@@ -168,6 +181,7 @@ def test_a_side_that_is_not_finite_spoils_the_three_borders_it_is_a_part_of(side
     torch.testing.assert_close(grad, torch.autograd.grad(want, features, alone.float())[0])
 
 
+@pytest.mark.both_paths
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_in_a_map_reaches_the_borders_that_read_it(value):
     """Also with a share of 0, 0 × ∞ being NaN, and not where a sample is outside."""
@@ -183,6 +197,7 @@ def test_what_is_not_finite_in_a_map_reaches_the_borders_that_read_it(value):
     assert (out[1, 0, 1] == value).all() if value == value else out[1, 0, 1].isnan().all()
 
 
+@pytest.mark.both_paths
 def test_a_gradient_that_is_not_finite_reaches_the_cells_that_were_read():
     features = torch.rand(1, 4, 4, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
     out = border_align(features, torch.tensor([[[1.5, 1.5, 1.5, 1.5], [9.0, 9, 9, 9]]]), 1)
@@ -194,6 +209,7 @@ def test_a_gradient_that_is_not_finite_reaches_the_cells_that_were_read():
     assert torch.equal(grad.isnan(), spoiled)
 
 
+@pytest.mark.both_paths
 def test_empty_in_every_way():
     features, boxes = torch.randn(2, 8, 3, 4, requires_grad=True), torch.ones(2, 3, 4)
     for x, of_x in ((features[:0], boxes[:0]), (features[:, :0], boxes), (features, boxes[:, :0])):
@@ -214,6 +230,7 @@ def test_the_definition_is_plain_loops():
     torch.testing.assert_close(grad, torch.from_numpy(wanted), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.both_paths
 def test_there_is_no_second_derivative():
     features, boxes = random_case(4, 5, count=3)
     out = border_align(features.requires_grad_(), boxes, 3)
@@ -222,6 +239,7 @@ def test_there_is_no_second_derivative():
         grad.sum().backward()
 
 
+@pytest.mark.both_paths
 def test_opcheck():
     features, boxes = random_case(4, 5, count=3)
     settings = (3, resolve_backend(features.device))
@@ -265,3 +283,37 @@ def test_gpu_agrees_with_cpu_and_its_bits_can_be_fixed():
         torch.use_deterministic_algorithms(False)
     assert torch.equal(once, again)
     torch.testing.assert_close(once.cpu(), grad)
+
+
+@pytest.mark.interpreter
+def test_gradcheck():
+    features, boxes = random_case(4, 5, count=3)
+    assert torch.autograd.gradcheck(lambda f: border_align(f, boxes, 3), features.requires_grad_(), fast_mode=True)
+
+
+@pytest.mark.interpreter
+def test_several_blocks_of_boxes_and_channels():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 4 * 130, 4, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    _, boxes = random_case(4, 5, 11)
+
+    def both(backend):
+        with use_backend(backend):
+            out = border_align(features, boxes, 3)
+        return out, torch.autograd.grad(out.square().sum(), features)[0]
+
+    torch.testing.assert_close(both("triton"), both("torch"), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.interpreter
+def test_deterministic_algorithms_take_the_backward_in_pytorch():
+    features, boxes = random_case(4, 5)
+    features.requires_grad_()
+    with use_backend("torch"):
+        (want,) = torch.autograd.grad(border_align(features, boxes, 4).sum(), features)
+    torch.use_deterministic_algorithms(True)
+    try:
+        (found,) = torch.autograd.grad(border_align(features, boxes, 4).sum(), features)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(found, want)

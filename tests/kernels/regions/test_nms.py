@@ -1,5 +1,7 @@
 """Suppression against mmcv's vectors and against the plain greedy loop."""
 
+import importlib
+
 import numpy as np
 import pytest
 import region_plain
@@ -29,6 +31,7 @@ def random_scene(count: int, seed: int, classes: int = 1, duplicates: bool = Fal
     return boxes, scores, rng.integers(0, classes, count)
 
 
+@pytest.mark.both_paths
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.6, 0.7])
 def test_mmcv_vectors(golden, threshold, device):
@@ -43,6 +46,7 @@ def test_mmcv_vectors(golden, threshold, device):
         np.testing.assert_array_equal(ten.cpu(), vectors["nms_thr0.3_max10.keep_0.5"])
 
 
+@pytest.mark.both_paths
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("threshold", [0.5, 0.6])
 def test_an_overlap_equal_to_the_threshold_is_kept(golden, threshold, device):
@@ -81,29 +85,34 @@ def test_equals_the_greedy_loop(scene, device):
         check_scene(scene, seed, threshold, device)
 
 
+@pytest.mark.both_paths
 def test_ties_go_by_index():
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 11], [30, 30, 40, 40], [0, 0, 10, 10]])
     assert nms(boxes, torch.full((4,), 0.5), 0.5).tolist() == [0, 2]
     assert nms(boxes.flip(0), torch.full((4,), 0.5), 0.5).tolist() == [0, 1]
 
 
+@pytest.mark.both_paths
 def test_labels_do_not_move_the_boxes():
     """With class 100,000 as a shift in float32 these two boxes would become the same."""
     boxes = torch.tensor([[0.0, 0, 0.3, 0.3], [0.2, 0.2, 0.5, 0.5]])
     assert batched_nms(boxes, torch.tensor([0.9, 0.8]), torch.tensor([100_000, 100_000]), 0.5).tolist() == [0, 1]
 
 
+@pytest.mark.both_paths
 def test_boxes_without_area_stay():
     boxes = torch.tensor([[5.0, 5, 5, 5], [5, 5, 5, 5], [0, 0, 10, 10]])
     assert nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5).tolist() == [0, 1, 2]
 
 
+@pytest.mark.both_paths
 def test_no_box_gives_no_index():
     keep = batched_nms(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long), 0.5)
     assert keep.shape == (0,) and keep.dtype == torch.int64
     assert nms(torch.zeros(1, 4), torch.zeros(1), 0.5, max_output=0).tolist() == []
 
 
+@pytest.mark.both_paths
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_compared_in_float32(dtype):
     boxes, scores, _ = (torch.from_numpy(a) for a in random_scene(90, 3))
@@ -112,11 +121,13 @@ def test_half_precision_is_compared_in_float32(dtype):
     assert nms(boxes, scores.double().requires_grad_(), 0.3).tolist() == want
 
 
+@pytest.mark.both_paths
 def test_boxes_that_are_not_finite_suppress_nothing():
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, torch.nan, 10], [0, 0, torch.inf, 10], [0, 0, 10, 11]])
     assert nms(boxes, torch.tensor([0.9, 0.8, 0.7, 0.6]), 0.5).tolist() == [0, 1, 2]
 
 
+@pytest.mark.both_paths
 def test_float64_is_compared_in_float64():
     """In float32 the first two boxes would be one, and so would the two thresholds."""
     boxes = 1e9 + torch.tensor([[0.0, 0, 8, 8], [8, 8, 16, 16], [0, 0, 8, 9]], dtype=torch.float64)
@@ -128,6 +139,7 @@ def test_float64_is_compared_in_float64():
     assert batched_nms(boxes, scores, torch.tensor([1, 1, 2], dtype=torch.uint8), 0.5).tolist() == [0, 1, 2]
 
 
+@pytest.mark.both_paths
 def test_any_threshold():
     """Also one that float32 does not hold; a box that is not finite takes no part even below 0."""
     boxes = torch.tensor([[0.0, 0, 9, 9], [20, 20, 30, 30], [0, torch.nan, 9, 9], [0, 0, 9, 9], [-torch.inf, 0, 9, 9]])
@@ -138,6 +150,7 @@ def test_any_threshold():
             assert nms(boxes.to(dtype), scores, threshold).tolist() == want, (threshold, dtype)
 
 
+@pytest.mark.both_paths
 def test_scores_that_are_not_numbers_come_first():
     boxes = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 9], [20, 20, 30, 30], [20, 20, 30, 31]])
     scores = torch.tensor([torch.inf, torch.nan, -torch.inf, torch.nan])
@@ -162,6 +175,7 @@ def test_refusals():
             batched_nms(*arguments)
 
 
+@pytest.mark.both_paths
 def test_any_strides():
     boxes, scores, labels = (torch.from_numpy(a) for a in random_scene(70, 4, classes=2))
     want = batched_nms(boxes, scores, labels, 0.2)
@@ -169,6 +183,7 @@ def test_any_strides():
     assert torch.equal(found, want)
 
 
+@pytest.mark.both_paths
 def test_opcheck():
     boxes, scores, labels = (torch.from_numpy(a) for a in random_scene(70, 0, classes=2))
     backend = resolve_backend(boxes.device)
@@ -206,3 +221,48 @@ def test_the_host_waits_once():
         batched_nms(boxes, scores, labels, 0.5)
     waits = [event for event in profile.events() if event.name == "aten::_local_scalar_dense"]
     assert len(waits) == 1
+
+
+@pytest.fixture
+def every_bit_set(monkeypatch):
+    """Memory that nobody has written says that everything is suppressed."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(-1))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("scene", "threshold"),
+    [
+        pytest.param({"count": 1}, 0.5, id="one"),
+        pytest.param({"count": 64}, 0.1, id="one tile"),
+        pytest.param({"count": 65}, 0.5, id="one more than a tile"),
+        pytest.param({"count": 300, "duplicates": True, "ties": True, "classes": 3}, 0.5, id="duplicates and ties"),
+        pytest.param({"count": 1030, "classes": 3, "duplicates": True}, 0.3, id="more than 1,000 boxes"),
+    ],
+)
+def test_tiles_equal_the_greedy_loop(scene, threshold, every_bit_set):
+    check_scene(scene, 0, threshold)
+
+
+@pytest.mark.interpreter
+def test_each_box_suppresses_only_the_next(every_bit_set):
+    """The longest chain within a tile and across tiles: every second box is kept, and each depends on all before."""
+    start = torch.arange(150.0)
+    boxes = torch.stack([start, start * 0, start + 2.5, start * 0 + 1], 1)
+    assert nms(boxes, -start, 0.3).tolist() == list(range(0, 150, 2))
+
+
+@pytest.mark.interpreter
+def test_the_walk_in_pieces(monkeypatch, every_bit_set):
+    monkeypatch.setattr(importlib.import_module("kernels.regions.nms_kernels"), "_PIECE", 32)
+    check_scene({"count": 200, "duplicates": True}, 1, 0.3)
+
+
+@pytest.mark.interpreter
+def test_more_boxes_than_the_matrix_holds_take_the_other_path(monkeypatch):
+    boxes, scores, labels = (torch.from_numpy(a) for a in random_scene(90, 0, classes=2))
+    want = batched_nms(boxes, scores, labels, 0.3)
+    monkeypatch.setattr(importlib.import_module("kernels.regions.nms"), "_MOST_TRITON", 89)
+    monkeypatch.setattr(importlib.import_module("kernels.regions.nms_kernels"), "greedy", None)
+    assert torch.equal(batched_nms(boxes, scores, labels, 0.3), want)

@@ -3,11 +3,11 @@
 import importlib
 import itertools
 
-import numpy as np
 import pytest
 import region_plain
 import torch
 from poisoned import Buffers
+from region_vectors import boxes_of, check_vectors
 
 from kernels import roi_align, use_backend
 from kernels.backend import resolve_backend
@@ -15,27 +15,6 @@ from kernels.regions.roi_align_samples import reference, reference_backward
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SETTINGS = list(itertools.product((True, False), (0, 2), ((7, 7), (3, 5))))
-
-
-def boxes_of(rois: np.ndarray, images: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """(R, 5) rows image, x1, y1, x2, y2 as boxes by image, and the order that groups them so."""
-    rois = torch.from_numpy(rois).to(dtype)
-    order = rois[:, 0].argsort(stable=True)
-    return [rois[rois[:, 0] == image, 1:] for image in range(images)], order
-
-
-def check_vectors(vectors, aligned, ratio, size, dtype, device="cpu"):
-    key = f"aligned{int(aligned)}.sr{ratio}.{size[0]}x{size[1]}"
-    x = torch.from_numpy(vectors["x"]).to(device, dtype).requires_grad_()
-    boxes, order = boxes_of(vectors["rois"], len(x), dtype)
-    y = roi_align(x, [b.to(device) for b in boxes], size, 0.125, ratio, aligned)
-    (grad,) = torch.autograd.grad(y, x, torch.from_numpy(vectors[f"{key}.cot"])[order].to(device, dtype))
-    # Positions reach 20 cells; ten roundings of a float32 there.
-    tolerance = 1e-12 if dtype == torch.float64 else 10 * 20 * 1.2e-7
-    assert y.dtype == dtype
-    assert np.abs(y.detach().cpu().numpy() - vectors[f"{key}.y"][order]).max() <= tolerance
-    want = vectors[f"{key}.grad_x"]
-    assert np.abs(grad.cpu().numpy() - want).max() <= tolerance * max(1, np.abs(want).max())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -47,7 +26,7 @@ def test_values_and_gradients_are_mmcvs(golden, aligned, ratio, size, dtype, dev
 
 def test_chunks_change_nothing(golden, monkeypatch):
     # The package has a function of the same name as its module.
-    module = importlib.import_module("kernels.roi_align")
+    module = importlib.import_module("kernels.regions.roi_align")
     vectors = golden("pieces_roi_align")
     x = torch.from_numpy(vectors["x"]).double().requires_grad_()
     boxes, _ = boxes_of(vectors["rois"], len(x), torch.float64)
@@ -69,6 +48,7 @@ def test_gradient_by_finite_differences():
     assert torch.autograd.gradcheck(lambda x: roi_align(x, boxes, (2, 3), 0.125), x)
 
 
+@pytest.mark.both_paths
 def test_a_ramp_is_read_at_the_bins_centres():
     """Bilinear sampling is exact on a plane, and pixel centres lie at half-integers."""
     y, x = torch.meshgrid(torch.arange(12.0), torch.arange(16.0), indexing="ij")
@@ -79,6 +59,7 @@ def test_a_ramp_is_read_at_the_bins_centres():
     torch.testing.assert_close(out[0, 0], want)
 
 
+@pytest.mark.both_paths
 def test_no_box_gives_an_empty_result_that_can_be_differentiated():
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
     out = roi_align(x, [torch.zeros(0, 4)] * 2, (7, 7), 0.25)
@@ -87,6 +68,7 @@ def test_no_box_gives_an_empty_result_that_can_be_differentiated():
     assert torch.equal(x.grad, torch.zeros_like(x))
 
 
+@pytest.mark.both_paths
 def test_images_do_not_mix():
     x = torch.randn(3, 2, 8, 8)
     box = torch.tensor([[4.0, 4.0, 40.0, 40.0]])
@@ -95,6 +77,7 @@ def test_images_do_not_mix():
     torch.testing.assert_close(out, roi_align(x[1:2], [box], (3, 3), 0.125))
 
 
+@pytest.mark.both_paths
 def test_half_precision_is_computed_in_float32():
     x = torch.randn(1, 2, 8, 8).bfloat16()
     box = [torch.tensor([[4.0, 4.0, 40.0, 40.0]])]
@@ -103,6 +86,7 @@ def test_half_precision_is_computed_in_float32():
     assert torch.equal(out, roi_align(x.float(), box, (3, 3), 0.125))
 
 
+@pytest.mark.both_paths
 def test_boxes_thinner_than_a_pixel_outside_and_not_finite():
     """A plane is sampled exactly, so a bin is its value at the mean of its samples. Boxes do not harm one another."""
     y, x = torch.meshgrid(torch.arange(6.0), torch.arange(8.0), indexing="ij")
@@ -121,6 +105,7 @@ def test_boxes_thinner_than_a_pixel_outside_and_not_finite():
     assert not out[1:3].any()
 
 
+@pytest.mark.both_paths
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "some channels", "transposed", "one image for all"])
 def test_any_strides(layout):
     generator = torch.Generator().manual_seed(0)
@@ -146,6 +131,7 @@ def test_any_strides(layout):
     torch.testing.assert_close(both(x), want, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.both_paths
 def test_a_gradient_of_half_precision_has_its_type():
     x = torch.randn(1, 2, 8, 8).half().requires_grad_()
     out = roi_align(x, [torch.tensor([[4.0, 4.0, 40.0, 40.0]])], (2, 2), 0.125)
@@ -153,6 +139,7 @@ def test_a_gradient_of_half_precision_has_its_type():
     assert torch.autograd.grad(out.sum(), x)[0].dtype == torch.float16
 
 
+@pytest.mark.both_paths
 def test_there_is_no_second_derivative():
     x = torch.randn(1, 2, 4, 4, requires_grad=True)
     out = roi_align(x, [torch.tensor([[4.0, 4.0, 20.0, 20.0]])], (2, 2), 0.125)
@@ -161,6 +148,7 @@ def test_there_is_no_second_derivative():
         grad.sum().backward()
 
 
+@pytest.mark.both_paths
 def test_opcheck():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 4, 5, generator=generator)
@@ -225,6 +213,7 @@ def by_rows(boxes: list[torch.Tensor], order: list[int]) -> torch.Tensor:
     return torch.cat(rows)[order]
 
 
+@pytest.mark.both_paths
 def test_rows_are_pooled_in_the_order_given():
     x = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
     boxes = [torch.tensor([[3.0, 1, 17, 30], [8, 8, 38, 39]]), torch.tensor([[0.0, 0, 30, 9]])]
@@ -235,6 +224,7 @@ def test_rows_are_pooled_in_the_order_given():
     torch.testing.assert_close(*(torch.autograd.grad(y, x, cot)[0] for y in (found, want)), rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.both_paths
 def test_a_row_of_no_image_is_0_and_reads_nothing():
     """Nor does it write: around the map lies poison. A fraction is dropped, but not from below 0."""
     number = torch.tensor([torch.nan, -1.0, -0.5, 2.0, 1e30, torch.inf, -torch.inf, 1.75, -0.0])
@@ -250,6 +240,7 @@ def test_a_row_of_no_image_is_0_and_reads_nothing():
     assert grad.isfinite().all() and grad.any()
 
 
+@pytest.mark.both_paths
 def test_defaults_are_torchvisions_but_for_aligned():
     x = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     box = torch.tensor([[1.0, 2.0, 6.5, 7.0]])
@@ -258,6 +249,7 @@ def test_defaults_are_torchvisions_but_for_aligned():
         assert torch.equal(found, want)
 
 
+@pytest.mark.both_paths
 @pytest.mark.parametrize("ratio", [0, 1])
 def test_samples_exactly_a_cell_outside_count_and_no_others(ratio):
     """A box of one cell has one sample, where it begins; the map is two cells, of 1 and 3."""
@@ -269,6 +261,7 @@ def test_samples_exactly_a_cell_outside_count_and_no_others(ratio):
         torch.testing.assert_close(out.flatten(), torch.tensor([float(want) for want in wanted.values()]))
 
 
+@pytest.mark.both_paths
 def test_empty_in_every_way():
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
     box = torch.tensor([[0.0, 0.0, 3.0, 3.0]])
@@ -328,6 +321,7 @@ def test_the_definition_is_plain_loops():
         torch.testing.assert_close(reference_backward(cot, boxes, (5, 4), ratio, aligned), grad[1])
 
 
+@pytest.mark.both_paths
 def test_opcheck_of_rows():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 4, 5, generator=generator)

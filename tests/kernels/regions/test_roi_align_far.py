@@ -13,6 +13,10 @@ from kernels.regions.roi_align_samples import cells_of, grid_of, numbers_on_map
 @pytest.mark.parametrize("side", range(4))
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
 def test_a_box_that_is_not_finite_is_0_and_harms_no_other(value, side, ratio, aligned):
+    check_a_box_that_is_not_finite(value, side, ratio, aligned)
+
+
+def check_a_box_that_is_not_finite(value, side, ratio, aligned):
     """3e38 makes a size that is not: the opposite side lies at -3e38."""
     box = torch.tensor([[1.0, 1.0, 3.0, 3.0]]).repeat(2, 1)
     if value == 3e38:
@@ -29,6 +33,7 @@ def test_a_box_that_is_not_finite_is_0_and_harms_no_other(value, side, ratio, al
     torch.testing.assert_close(grad, torch.autograd.grad(alone.sum(), x)[0])
 
 
+@pytest.mark.both_paths
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_in_a_map_reaches_the_bins_that_read_it(value):
     """One sample a bin, at cells 0.5, 2.5 and 4.5, then at whole ones, where the cell behind has a share of 0."""
@@ -46,6 +51,7 @@ def test_what_is_not_finite_in_a_map_reaches_the_bins_that_read_it(value):
     assert out[3, 0, 1, 1].isnan() if value != value else out[3, 0, 1, 1] == value
 
 
+@pytest.mark.both_paths
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 def test_a_gradient_that_is_not_finite_reaches_the_cells_that_were_read(value):
     x = torch.zeros(2, 2, 6, 6, dtype=torch.float64, requires_grad=True)
@@ -59,6 +65,7 @@ def test_a_gradient_that_is_not_finite_reaches_the_cells_that_were_read(value):
     assert torch.equal(grad[0], grad[1].where(~spoiled[1], grad[0]))
 
 
+@pytest.mark.both_paths
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("ratio", [0, 2])
 def test_a_box_of_1e9_pixels_is_its_share_of_the_map(dtype, ratio):
@@ -82,6 +89,10 @@ def test_a_box_of_1e9_pixels_is_its_share_of_the_map(dtype, ratio):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("far", [1e4, 1e6, 1.5e6, 1e9, 1e12, 1e30])
 def test_boxes_of_any_size_are_finite(far, dtype):
+    check_boxes_are_finite(far, dtype)
+
+
+def check_boxes_are_finite(far, dtype):
     x = torch.rand(1, 2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=dtype, requires_grad=True)
     boxes = torch.tensor([[-far, -far, far, far], [0, 0, far, far], [far, far, 2 * far, 2 * far], [-far, 0, 1, 3]])
     for settings in ((0, True), (0, False), (2, True)):
@@ -127,3 +138,23 @@ def test_visits_are_bounded_by_the_map(length, dtype):
                 grid, _, count = axis_samples(first, last, 7, length, ratio, dtype)
                 assert max(count) <= (ratio or 2 * length + 8)
                 assert cells_of(grid).known.shape[-1] <= max(ratio, 2 * length + 8)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("value", "side", "ratio", "aligned"),
+    [
+        (torch.nan, 0, 0, False),
+        (torch.nan, 3, 3, True),
+        (torch.inf, 2, 0, True),
+        (-torch.inf, 1, 3, False),
+        (3e38, 0, 0, False),
+    ],
+)
+def test_a_box_that_is_not_finite_is_0_in_the_kernel(value, side, ratio, aligned):
+    check_a_box_that_is_not_finite(value, side, ratio, aligned)
+
+
+@pytest.mark.interpreter
+def test_boxes_with_more_samples_than_an_integer_holds_are_finite():
+    check_boxes_are_finite(1.5e6, torch.float32)

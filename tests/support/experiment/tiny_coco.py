@@ -105,3 +105,15 @@ def problem(root, *fragments, split="train", **options):
     for fragment in fragments:
         assert fragment in message
     return caught.value
+
+
+def set_in(*path):
+    """A change that sets the value at `path[:-1]` to `path[-1]`."""
+    *place, last, value = path
+
+    def change(node):
+        for step in place:
+            node = node[step]
+        node[last] = value
+
+    return change

@@ -85,7 +85,14 @@ def _border(seed: int) -> Malformed:
             boxes,
             features[:1],
         ],
-        "boxes": [*_no_tensors(boxes), boxes[:1], boxes[..., :3], torch.cat([boxes, boxes], -1), features],
+        # Two wrong arguments must not fit one another.
+        "boxes": [
+            *_no_tensors(boxes),
+            torch.cat([boxes, boxes[:1]]),
+            boxes[..., :3],
+            torch.cat([boxes, boxes], -1),
+            features,
+        ],
         "pool_size": [*_NO_INTEGERS, 0, -1, 256, 2**31, (2, 2)],
     }
     return Malformed(border_align, {"features": features, "boxes": boxes, "pool_size": 2}, wrong)
@@ -95,7 +102,8 @@ def _suppression(seed: int, with_labels: bool) -> Malformed:
     boxes, scores, labels = _boxes(seed, 4), torch.arange(4.0), torch.tensor([0, 0, 1, 1])
     wrong = {
         "boxes": [*_no_tensors(boxes), boxes[:3], boxes[:, :3], torch.cat([boxes, boxes], 1), boxes.t()[:3], scores],
-        "scores": [*_no_tensors(scores), scores[:3], torch.arange(5.0), scores[:, None], boxes],
+        # Two wrong arguments must not fit one another.
+        "scores": [*_no_tensors(scores), scores[:2], torch.arange(5.0), scores[:, None], boxes],
         "iou_threshold": list(_NO_NUMBERS),
         "max_output": [x for x in _NO_INTEGERS if x is not None] + [-1, (2, 2)],
     }
