@@ -11,18 +11,16 @@ all (tap, map, image, bin) in this order, where a map of H x W pixels has (2 * c
 `index`; let another call `collect` for every tile.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from kernels.deform_conv import inverse_kernels as kernels
+from kernels.deform_conv.level import Level, strides
 from kernels.runtime.launch import Launch, real
 from kernels.runtime.tiles import Table, Tiles, type_class
-
-if TYPE_CHECKING:
-    from kernels.deform_conv.launch import Level
 
 # Chosen without a GPU: Triton 3.6 and 3.7 compile them for sm_80, sm_90, sm_100 and gfx942 without a spill.
 GATHER = Table(
@@ -67,7 +65,7 @@ def map_bins(height: int, width: int, tiles: Tiles) -> int:
     return (2 * triton.cdiv(height, tiles.height) + 1) * (2 * triton.cdiv(width, tiles.width) + 1)
 
 
-def _bin_launch(level: "Level", keys: Tensor, places: Tensor, firsts: dict[str, int], no_bin: int) -> Launch:
+def _bin_launch(level: Level, keys: Tensor, places: Tensor, firsts: dict[str, int], no_bin: int) -> Launch:
     constants, _ = level.constants(GATHER)
     images, points, height, width = level.x.shape[0], level.offset.shape[1] // 2, *level.offset.shape[2:]
     arguments = level.arguments() | {"keys": keys, "places": places, "images": images, "no_bin": no_bin}
@@ -76,14 +74,14 @@ def _bin_launch(level: "Level", keys: Tensor, places: Tensor, firsts: dict[str, 
 
 
 def _gather_launch(
-    level: "Level", packed: Tensor, grad: Tensor, found: Index, places: Tensor, firsts: dict[str, int], target: Tensor
+    level: Level, packed: Tensor, grad: Tensor, found: Index, places: Tensor, firsts: dict[str, int], target: Tensor
 ) -> Launch:
     constants, tiles = level.constants(GATHER)
     images, height, width, channels = level.x.shape
     arguments = level.arguments() | {"grad": grad, "weight": packed, "out": target}
     arguments |= {"order": found.order, "starts": found.starts, "places": places}
     arguments |= {"rows": grad.shape[:3].numel(), "bins": images * map_bins(height, width, tiles)}
-    arguments |= {f"out_{axis}": stride for axis, stride in zip("nchw", target.stride(), strict=True)}
+    arguments |= strides(target, "out")
     blocks = channels // constants["SPAN"] * triton.cdiv(constants["SPAN"], tiles.c)
     grid = (images * triton.cdiv(height, tiles.height) * triton.cdiv(width, tiles.width), blocks)
     constants |= {"ENTRIES": entries(grad.dtype, grad.device)}
@@ -96,7 +94,7 @@ def _launch(kernel, grid, arguments: dict, constants: dict, warps: int, stages: 
     return Launch(kernel, grid, *taken, warps, stages)
 
 
-def input_gradients(targets: list[Tensor], grads: list[Tensor], levels: "list[Level]", packed: Tensor) -> None:
+def input_gradients(targets: list[Tensor], grads: list[Tensor], levels: list[Level], packed: Tensor) -> None:
     """Write the gradients (N, C, H, W) of the inputs of all levels.
 
     Args:
@@ -120,7 +118,7 @@ def input_gradients(targets: list[Tensor], grads: list[Tensor], levels: "list[Le
         _gather_launch(level, packed, grad, found, places, first, target).run()
 
 
-def compile_launches(level: "Level", packed: Tensor, grad: Tensor) -> tuple[Launch, Launch]:
+def compile_launches(level: Level, packed: Tensor, grad: Tensor) -> tuple[Launch, Launch]:
     """The kernels, bins and gather, as they run on such a level, whose tensors may be on the `meta` device."""
     keys, order = (torch.empty(16, dtype=kind, device=grad.device) for kind in (torch.int32, torch.int64))
     places = torch.empty((16, 3), dtype=real(grad.dtype), device=grad.device)

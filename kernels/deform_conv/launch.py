@@ -3,20 +3,16 @@
 A launch is prepared as data and run afterwards, so that the ahead-of-time compilation describes exactly what runs.
 """
 
-from dataclasses import dataclass
-from math import gcd
-from typing import Any
-
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.deform_conv import inverse as deform_conv_inverse
 from kernels.deform_conv import kernels
+from kernels.deform_conv.level import Level, strides
 from kernels.runtime.compile_spec import CompileSpec
-from kernels.runtime.launch import Launch, real, triton_real
-from kernels.runtime.tiles import Table, Tiles, fit, precision
+from kernels.runtime.launch import Launch, real
+from kernels.runtime.tiles import Table, Tiles
 
 # Chosen without a GPU: large ones that Triton 3.6 and 3.7 compile for sm_80, sm_90, sm_100 and gfx942 without a spill.
 FORWARD = Table(
@@ -41,75 +37,6 @@ _POINTS_PIECES = Table(
 _WEIGHT_PROGRAMS = 512
 
 
-def _strides(tensor: Tensor, name: str) -> dict[str, int]:
-    return {f"{name}_{axis}": stride for axis, stride in zip("nchw", tensor.stride(), strict=True)}
-
-
-def _extent(tensor: Tensor) -> int:
-    """The farthest element of an image from its first."""
-    return sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
-
-
-@dataclass(frozen=True)
-class Level:
-    """One map as the kernels read it."""
-
-    x: Tensor  # (N, H, W, C), contiguous
-    offset: Tensor
-    mask: Tensor | None
-    weight: Tensor
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-
-    @property
-    def groups(self) -> int:
-        return self.x.shape[3] // self.weight.shape[1]
-
-    @property
-    def taps(self) -> int:
-        return self.weight.shape[2] * self.weight.shape[3]
-
-    def arguments(self) -> dict[str, Tensor | int]:
-        # Pointers must point somewhere, also where nothing is read.
-        mask = self.offset if self.mask is None else self.mask
-        _, height, width, _ = self.x.shape
-        sizes = {"H": height, "W": width, "HO": self.offset.shape[2], "WO": self.offset.shape[3]}
-        tensors = {"x": self.x, "offset": self.offset, "mask": mask}
-        return tensors | sizes | _strides(self.offset, "offset") | _strides(mask, "mask")
-
-    def constants(self, table: Table, *others: Tensor) -> tuple[dict[str, Any], Tiles]:
-        """What is known at compilation; `others` are tensors (N, ., Ho, Wo) that the kernel reads or writes besides."""
-        c, o, channels = self.weight.shape[1], self.weight.shape[0] // self.groups, self.x.shape[3]
-        share = channels * 2 * self.taps // self.offset.shape[1]
-        far = max(_extent(t) for t in (self.x, self.offset, self.mask, *others) if t is not None)
-        tiles = fit(table, self.x.dtype, self.x.device, gcd(c, share), o)
-        constants = {
-            "C": c,
-            "OUT": o,
-            "GROUPS": self.groups,
-            "SHARE": share,
-            "SPAN": gcd(c, share),
-            "KW": self.weight.shape[3],
-            "TAPS": self.taps,
-            "GEOMETRY": (*self.stride, *self.padding, *self.dilation),
-            "HAS_MASK": self.mask is not None,
-            "TILE_H": tiles.height,
-            "TILE_W": tiles.width,
-            "BLOCK_C": tiles.c,
-            "BLOCK_O": tiles.o,
-            "REAL": triton_real(self.x.dtype),
-            # Twice an offset's channel, and sums of several places, must fit as well.
-            "INDEX": tl.int32 if far < 2**30 else tl.int64,
-            "PRECISION": precision(self.x.dtype, self.x.device),
-        }
-        return constants, tiles
-
-    def tile_count(self, tiles: Tiles) -> int:
-        height, width = self.offset.shape[2:]
-        return self.x.shape[0] * triton.cdiv(height, tiles.height) * triton.cdiv(width, tiles.width)
-
-
 def _levels(inputs, offsets, masks, weight, stride, padding, dilation) -> list[Level]:
     masks = masks or [None] * len(inputs)
     return [
@@ -125,7 +52,7 @@ def _forward_launch(level: Level, packed: Tensor, bias: Tensor | None, out: Tens
     return Launch(
         kernels.forward_kernel,
         grid,
-        arguments | _strides(out, "out"),
+        arguments | strides(out, "out"),
         constants | {"HAS_BIAS": bias is not None},
         tiles.warps,
         tiles.stages,
@@ -142,7 +69,7 @@ def _points_launch(level: Level, packed: Tensor, grad: Tensor, to_x, to_offset, 
         constants[f"TO_{name.upper()}"] = target is not None
         arguments[f"grad_{name}"] = spare if target is None else target
         if name != "x":
-            arguments |= _strides(arguments[f"grad_{name}"], f"grad_{name}")
+            arguments |= strides(arguments[f"grad_{name}"], f"grad_{name}")
     points = level.offset.shape[1] // 2
     grid = (level.tile_count(tiles) * points,)
     return Launch(kernels.backward_points_kernel, grid, arguments, constants, tiles.warps, tiles.stages)

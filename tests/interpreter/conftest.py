@@ -1,4 +1,4 @@
-"""These tests need TRITON_INTERPRET=1 from the start: a run of their own, for which tests/conftest.py has the command."""
+"""These tests need TRITON_INTERPRET=1 from the start; tests/conftest.py has the command that runs them."""
 
 from kernels.backend import INTERPRET
 
