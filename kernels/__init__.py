@@ -13,6 +13,8 @@ What holds for all of them, on both paths:
 
 from kernels.backend import use_backend
 from kernels.bench.op import OPS
+from kernels.block.dyhead_block import dyhead_block, dyhead_blocks
+from kernels.block.parameters import BlockParameters
 from kernels.deform_conv.operator import deform_conv2d, deform_conv2d_levels
 from kernels.dynamic_relu.operator import dynamic_relu
 from kernels.regions.border_align import border_align
@@ -22,11 +24,14 @@ from kernels.version import __version__
 
 __all__ = [
     "OPS",
+    "BlockParameters",
     "__version__",
     "batched_nms",
     "border_align",
     "deform_conv2d",
     "deform_conv2d_levels",
+    "dyhead_block",
+    "dyhead_blocks",
     "dynamic_relu",
     "nms",
     "roi_align",

@@ -33,6 +33,8 @@ class Branch(nn.Module):
     The released convolution has a bias before its GroupNorm, mmdetection's has none; `heads.load_released` adds it.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, channels: int, stride: int):
         super().__init__()
         self.stride = stride

@@ -1,19 +1,18 @@
 """The coefficients of a DyHead block's tail, from the means and variances of its sampled maps.
 
 GroupNorm, scale attention, the mean over a level's maps and the coefficients of dynamic ReLU are a small computation on
-(N, C) tensors: about thirty launches as PyTorch writes it, and as many on the way back. Here it is one launch forward
-and two backward, the second of which adds up the gradients of the parameters, in the order of levels and images. The
-formulas stand in `kernels.block.coefficients_kernels`.
+(N, C) tensors: about thirty launches as PyTorch writes it, and as many backward. Here it is one launch forward and two
+backward, the second of which adds up the gradients of the parameters, in the order of levels and images. The formulas
+stand in `kernels.block.coefficients_kernels`.
 """
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.backend import INTERPRET
 from kernels.block import coefficients_kernels as kernels
@@ -21,116 +20,95 @@ from kernels.block.layout import BRANCHES
 from kernels.runtime.compile_spec import CompileSpec
 from kernels.runtime.launch import Launch, real, steps, triton_real
 
-Norm = tuple[Tensor, Tensor, Tensor | None]
-
 # Lines of one program forward, elements of a block of a matrix, slots and columns of the sums over slots.
 _LINES, _ELEMENTS, _SLOTS, _COLUMNS = (1024, 8192, 16, 256) if INTERPRET else (256, 2048, 16, 64)
 _WARPS = 8
+# The parameters by the kernels' names for them.
 _NAMES = (
     *(f"{name}{branch}" for name in ("scale", "shift", "bias") for branch in range(BRANCHES)),
     *("gate", "gate_bias", "reduce", "reduce_bias", "expand", "expand_bias"),
 )
 
 
-def coefficients_reference(
-    statistics: Tensor,
-    share: Tensor,
-    norms: Sequence[Norm],
-    gate: tuple[Tensor, Tensor] | None,
-    network: tuple[Tensor, Tensor, Tensor, Tensor] | None,
-    groups: int,
-    eps: float,
-) -> Tensor:
-    """The definition in plain PyTorch, differentiable by autograd; arguments as in `coefficients`."""
+class Saved(NamedTuple):
+    """What backward needs; arithmetic is in the type of the statistics.
 
-    def of_groups(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (groups, -1))
+    Attributes:
+        coefficients: (L, N, 8, C): A0, A1, A2, D, a1, b1, a2, b2; without a network (L, N, 4, C).
+        pooled: (L, N, C), what the network of dynamic ReLU sees.
+        statistics: (3, L, 3, N, C): means, variances, means after upsampling.
+        share: (L, 3, 1, 1): one divided by the level's number of maps, 0 for a map it has not.
+        parameters: GroupNorm's three scales and three shifts and the convolutions' three biases, (C,) each, for a level
+            itself, its finer and its coarser neighbour; weight (1, C) and bias (1,) of the gate of scale attention;
+            weight and bias of both layers of dynamic ReLU, (R, C), (R,), (4C, R), (4C,). They are of any floating type.
+            The biases may be None, all three; so may the gate, for the plain mean, and the layers.
+    """
 
-    mean, variance, pooled = statistics.unbind()
-    scale, shift = (torch.stack([norm[i] for norm in norms])[:, None].to(mean.dtype) for i in (0, 1))
-    bias = torch.stack([torch.zeros_like(norm[0]) if norm[2] is None else norm[2] for norm in norms])[:, None]
-    # A bias in front of the GroupNorm moves means and nothing else, so the convolution need not add it.
-    mean, pooled = mean + bias, pooled + bias
-
-    # GroupNorm as a slope and an intercept for every channel.
-    group_mean = of_groups(mean).mean(-1, keepdim=True)
-    group_variance = (of_groups(variance) + (of_groups(mean) - group_mean).square()).mean(-1, keepdim=True)
-    slope = (of_groups(scale) * torch.rsqrt(group_variance + eps)).flatten(-2)
-    intercept = shift - (of_groups(slope) * group_mean).flatten(-2)
-    pooled = slope * pooled + intercept
-    intercept = intercept + slope * bias
-
-    weight = share
-    if gate is not None:
-        weight = F.hardsigmoid(F.relu(F.linear(pooled, *(x.to(mean.dtype) for x in gate)))) * share
-    lines = [*(slope * weight).unbind(1), (intercept * weight).sum(1)]
-    if network is not None:
-        first, first_bias, second, second_bias = (x.to(mean.dtype) for x in network)
-        y = F.hardsigmoid(F.linear(F.relu(F.linear((pooled * weight).sum(1), first, first_bias)), second, second_bias))
-        y0, y1, y2, y3 = y.chunk(4, -1)
-        lines += [2 * y0, y1 - 0.5, 2 * y2 - 1, y3 - 0.5]
-    return torch.stack(lines, 2)
+    coefficients: Tensor
+    pooled: Tensor
+    statistics: Tensor
+    share: Tensor
+    parameters: tuple[Tensor | None, ...]
 
 
-def coefficients(
-    statistics: Tensor,
-    share: Tensor,
-    norms: Sequence[Norm],
-    gate: tuple[Tensor, Tensor] | None,
-    network: tuple[Tensor, Tensor, Tensor, Tensor] | None,
-    groups: int,
-    eps: float,
-) -> Tensor:
-    """What `kernels.block_tail.tail` takes, from what `kernels.block_tail.statistics` gives.
+def forward(statistics: Tensor, share: Tensor, parameters: Sequence[Tensor | None], groups: int, eps: float) -> Saved:
+    """The coefficients that the tail takes; arguments as in `Saved`, and the GroupNorms' groups and eps."""
+    _, levels, _, batch, channels = statistics.shape
+    coefficients = statistics.new_empty((levels, batch, 4 if parameters[-1] is None else 8, channels))
+    pooled = statistics.new_empty((levels, batch, channels))
+    saved = Saved(coefficients, pooled, statistics, share, tuple(parameters))
+    _forward_launch(saved, groups, eps).run()
+    return saved
+
+
+def backward(grad: Tensor, saved: Saved, groups: int, eps: float) -> tuple[Tensor, list[Tensor | None]]:
+    """Gradients of statistics and parameters.
+
+    Where a coefficient is, rounded, at an end of its range, the network gets no gradient for it. With one level the
+    neighbours' parameters get none.
 
     Args:
-        statistics: (3, L, 3, N, C), float32 or float64: means, variances, means after upsampling.
-        share: (L, 3, 1, 1) of the same type: one divided by the level's number of maps, 0 for a map it has not.
-        norms: GroupNorm's scale and shift and the convolution's bias or None, (C,) each, of the three branches. With
-            one level only those of the first get a gradient.
-        gate: (1, C) and (1,) of scale attention; None for the plain mean.
-        network: (R, C), (R,), (4C, R), (4C,) of dynamic ReLU; None without it.
-        groups: of the GroupNorms, a power of two.
-        eps: of the GroupNorms.
-
-    Parameters may be of any floating type; arithmetic is in the type of `statistics`. Where a coefficient is, rounded,
-    at an end of its range, the network gets no gradient for it.
-
-    Returns:
-        (L, N, 8, C): A0, A1, A2, D, a1, b1, a2, b2; without a network (L, N, 4, C).
+        grad: Gradient of the coefficients, contiguous.
+        saved: What `forward` returned.
+        groups: Groups of the GroupNorms, a power of two.
+        eps: Of the GroupNorms.
     """
-    biases = [bias for _, _, bias in norms]
-    if any(bias is not None for bias in biases):
-        biases = [torch.zeros_like(scale) if bias is None else bias for scale, _, bias in norms]
-    parameters = [norm[0] for norm in norms] + [norm[1] for norm in norms] + biases
-    parameters += [*(gate or (None, None)), *(network or (None,) * 4)]
-    return _Coefficients.apply(statistics, share, groups, eps, *parameters)
+    statistics, parameters = saved.statistics, saved.parameters
+    _, levels, _, batch, channels = statistics.shape
+    hidden = _hidden(parameters)
+    sums = _sums(channels, hidden)
+    partial = statistics.new_empty((levels * batch, sums + (channels + hidden if hidden else 0)))
+    grad_statistics = torch.empty_like(statistics)
+    _backward_launch((grad, grad_statistics), saved, partial, groups, eps).run()
+    dtype = reduce(torch.promote_types, {x.dtype for x in parameters if x is not None})
+    grads = statistics.new_empty(5 * channels * hidden + sums, dtype=dtype)
+    _parameters_launch(partial, grads, channels, hidden).run()
+
+    # As the kernel has them: the two matrices, then the sums; here in the order of the parameters.
+    sizes = [channels] * (3 * BRANCHES + 1) + ([4 * channels, hidden] if hidden else [0, 0]) + [1]
+    expand, reduced, *vectors = grads.split([4 * channels * hidden, hidden * channels, *sizes])
+    *norms_and_gate, expand_bias, reduce_bias, gate_bias = vectors
+    found: list[Tensor | None] = [*norms_and_gate, gate_bias, reduced, reduce_bias, expand, expand_bias]
+    if levels == 1:
+        found = [None if _NAMES[i][-1] in "12" else x for i, x in enumerate(found)]
+    return grad_statistics, [
+        None if x is None or parameter is None else x.view(parameter.shape).to(parameter.dtype)
+        for x, parameter in zip(found, parameters, strict=True)
+    ]
 
 
-class _Coefficients(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, statistics, share, groups, eps, *parameters):
-        _, levels, _, batch, channels = statistics.shape
-        coefficients = statistics.new_empty((levels, batch, 4 if parameters[-1] is None else 8, channels))
-        pooled = statistics.new_empty((levels, batch, channels))
-        saved = coefficients, pooled, statistics, share, *parameters
-        _forward_launch(saved, groups, eps).run()
-        ctx.settings = groups, eps
-        ctx.save_for_backward(*saved)
-        return coefficients
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        grad_statistics, grads = _backward(grad.contiguous(), ctx.saved_tensors, *ctx.settings)
-        return grad_statistics, None, None, None, *grads
+def _hidden(parameters: Sequence[Tensor | None]) -> int:
+    """R, or 0 without a network."""
+    bias = parameters[-3]
+    return 0 if bias is None else bias.shape[0]
 
 
-def _common(statistics: Tensor, share: Tensor, parameters, groups: int, eps: float) -> tuple[dict, dict]:
+def _common(saved: Saved, groups: int, eps: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    statistics, parameters = saved.statistics, saved.parameters
     _, levels, _, batch, channels = statistics.shape
     # Pointers must point somewhere, also where nothing is read.
     named = {n: statistics if x is None else x.contiguous() for n, x in zip(_NAMES, parameters, strict=True)}
-    hidden = 0 if parameters[-1] is None else named["reduce_bias"].shape[0]
+    hidden = _hidden(parameters)
     span = triton.next_power_of_2(channels // groups)
     constants = {
         "HAS_BIAS": parameters[2 * BRANCHES] is not None,
@@ -145,16 +123,15 @@ def _common(statistics: Tensor, share: Tensor, parameters, groups: int, eps: flo
         "REAL": triton_real(statistics.dtype),
     }
     numbers = {"batch": batch, "stride": levels * BRANCHES * batch * channels}
-    return {"statistics": statistics, "share": share} | named | numbers, constants
+    return {"statistics": statistics, "share": saved.share, **named, **numbers}, constants
 
 
-def _forward_launch(saved: tuple, groups: int, eps: float) -> Launch:
-    coefficients, pooled, statistics, share, *parameters = saved
-    arguments, constants = _common(statistics, share, parameters, groups, eps)
-    levels, batch, kinds, channels = coefficients.shape
+def _forward_launch(saved: Saved, groups: int, eps: float) -> Launch:
+    arguments, constants = _common(saved, groups, eps)
+    levels, batch, kinds, channels = saved.coefficients.shape
     constants["BLOCK_O"] = min(_LINES, triton.next_power_of_2(4 * channels))
     grid = (levels * batch, triton.cdiv(4 * channels, constants["BLOCK_O"]) if kinds == 8 else 1)
-    arguments |= {"coefficients": coefficients, "pooled": pooled}
+    arguments |= {"coefficients": saved.coefficients, "pooled": saved.pooled}
     return Launch(kernels.forward_kernel, grid, arguments, constants, _WARPS)
 
 
@@ -164,14 +141,13 @@ def _sums(channels: int, hidden: int) -> int:
 
 
 def _backward_launch(
-    gradients: tuple[Tensor, Tensor], saved: tuple, partial: Tensor, groups: int, eps: float
+    gradients: tuple[Tensor, Tensor], saved: Saved, partial: Tensor, groups: int, eps: float
 ) -> Launch:
     """`gradients` are those of the coefficients, which are there, and of the statistics, which are to be written."""
-    coefficients, pooled, statistics, share, *parameters = saved
-    arguments, constants = _common(statistics, share, parameters, groups, eps)
+    arguments, constants = _common(saved, groups, eps)
     del arguments["expand_bias"]
     arguments |= {"grad": gradients[0], "grad_statistics": gradients[1], "partial": partial}
-    arguments |= {"coefficients": coefficients, "pooled": pooled}
+    arguments |= {"coefficients": saved.coefficients, "pooled": saved.pooled}
     constants |= {"BLOCK_O": triton.next_power_of_2(4 * constants["C"]), "COLUMNS": partial.shape[1]}
     # Without the network there is little to share, and eight warps leave some bytes on the stack.
     warps = _WARPS if constants["KINDS"] == 8 else max(1, groups * constants["SPAN"] // 256)
@@ -196,51 +172,26 @@ def _parameters_launch(partial: Tensor, grads: Tensor, channels: int, hidden: in
     return Launch(kernels.parameters_kernel, grid, {"partial": partial, "grads": grads, "slots": slots}, constants)
 
 
-def _backward(grad: Tensor, saved: tuple, groups: int, eps: float) -> tuple[Tensor, list[Tensor | None]]:
-    _, _, statistics, _, *parameters = saved
-    _, levels, _, batch, channels = statistics.shape
-    hidden = 0 if parameters[-1] is None else parameters[-3].shape[0]
-    sums = _sums(channels, hidden)
-    partial = statistics.new_empty((levels * batch, sums + (channels + hidden if hidden else 0)))
-    grad_statistics = torch.empty_like(statistics)
-    _backward_launch((grad, grad_statistics), saved, partial, groups, eps).run()
-    dtype = reduce(torch.promote_types, {x.dtype for x in parameters if x is not None})
-    grads = statistics.new_empty(5 * channels * hidden + sums, dtype=dtype)
-    _parameters_launch(partial, grads, channels, hidden).run()
-
-    # As the kernel has them: the two matrices, then the sums; here in the order of the parameters.
-    sizes = [channels] * (3 * BRANCHES + 1) + ([4 * channels, hidden] if hidden else [0, 0]) + [1]
-    expand, reduced, *vectors = grads.split([4 * channels * hidden, hidden * channels, *sizes])
-    *norms_and_gate, expand_bias, reduce_bias, gate_bias = vectors
-    found = [*norms_and_gate, gate_bias, reduced, reduce_bias, expand, expand_bias]
-    if levels == 1:
-        found = [None if _NAMES[i][-1] in "12" else x for i, x in enumerate(found)]
-    return grad_statistics, [
-        None if x is None or parameter is None else x.view(parameter.shape).to(parameter.dtype)
-        for x, parameter in zip(found, parameters, strict=True)
-    ]
-
-
 def compile_specs() -> list[CompileSpec]:
     """The kernels as they run on five levels, batch 8, with 256 channels; `dtype` is that of the parameters."""
     specs = []
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
 
-        def new(*shape, dtype=dtype):
+        def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
         vector, meta = new(256), {"dtype": real(dtype)}
         statistics, share, pooled = new(3, 5, 3, 8, 256, **meta), new(5, 3, 1, 1, **meta), new(5, 8, 256, **meta)
         gate, network = (new(1, 256), new(1)), (new(64, 256), new(64), new(1024, 64), new(1024))
         unbiased = *[vector] * 6, None, None, None
-        variants = {"": (*unbiased, *gate, *network)}
+        variants: dict[str, tuple[Tensor | None, ...]] = {"": (*unbiased, *gate, *network)}
         # The others are nearly the same code or less of it, and differ by type in their loads alone.
         if dtype == torch.float32:
             variants |= {" biased": (*[vector] * 9, *gate, *network), " relu": (*unbiased, *gate, *[None] * 4)}
         for name, parameters in variants.items():
             hidden = 0 if parameters[-1] is None else 64
             coefficients = new(5, 8, 8 if hidden else 4, 256, **meta)
-            saved = coefficients, pooled, statistics, share, *parameters
+            saved = Saved(coefficients, pooled, statistics, share, parameters)
             partial = new(40, _sums(256, hidden) + (256 + hidden if hidden else 0), **meta)
             specs.append(_forward_launch(saved, 16, 1e-5).spec(f"block coefficients forward{name}", dtype))
             launch = _backward_launch((coefficients, statistics), saved, partial, 16, 1e-5)

@@ -1,21 +1,54 @@
-"""The deformable convolutions of a DyHead block as one function of pyramid, predicted offsets and weights."""
+"""The deformable convolutions of a DyHead block, of all levels and branches, and their gradients, in a few launches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.block import conv_backward as block_conv_backward
+from kernels.block import conv_backward_kernels
 from kernels.block.conv_kernels import forward_kernel
-from kernels.block.layout import Layout, layout
-from kernels.block.maps import Maps
-from kernels.deform_conv import launch as single
+from kernels.block.layout import BRANCHES, Layout, layout
+from kernels.block.sums import add_runs
+from kernels.deform_conv.inverse import index, map_bins
+from kernels.deform_conv.launch import FORWARD
 from kernels.runtime.compile_spec import CompileSpec
-from kernels.runtime.launch import Launch, real
-from kernels.runtime.tiles import Table, Tiles, fit
+from kernels.runtime.launch import Launch, real, triton_real
+from kernels.runtime.tiles import Table, Tiles, fit, precision
 
 # In 16 bits a tile of 128 pixels spills on NVIDIA: a thread's 128 sums, and the sums for the statistics on top.
-_FORWARD = Table("block convolutions forward", single.FORWARD | {"16": Tiles(8, 8, 32, 256, 8, 3)})
+_FORWARD = Table("block convolutions forward", FORWARD | {"16": Tiles(8, 8, 32, 256, 8, 3)})
+# Chosen without a GPU: large, and compiled by Triton 3.6 and 3.7 for all targets without a spill.
+_POINTS = Table(
+    "block convolutions backward points",
+    {"16": Tiles(8, 16, 64, 256, 8, 1), "32": Tiles(8, 8, 64, 256, 8, 1), "exact": Tiles(4, 8, 16, 32, 4, 1)},
+)
+# The addresses of the additions take registers.
+_POINTS_AND_PYRAMID = Table(
+    "block convolutions backward points and pyramid",
+    _POINTS | {"16": Tiles(8, 8, 64, 256, 8, 1), "32": Tiles(8, 8, 32, 256, 8, 1)},
+)
+_PYRAMID = Table(
+    "block convolutions backward pyramid",
+    {"16": Tiles(8, 16, 256, 64, 8, 2), "32": Tiles(8, 8, 256, 64, 8, 2), "exact": Tiles(4, 8, 32, 16, 4, 2)},
+)
+_WEIGHT = Table(
+    "block convolutions backward weight",
+    {"16": Tiles(4, 8, 128, 256, 8, 2), "32": Tiles(4, 8, 128, 256, 8, 1), "exact": Tiles(4, 8, 16, 32, 4, 1)},
+)
+
+_TAPS = 9
+# Programs over which the sums of the weights' gradients are spread, at most: some waves of the largest GPUs.
+_WEIGHT_PROGRAMS = 1024
+_PREDICTED_PIXELS = 64
+# How many samples `collect` multiplies at a time.
+_ENTRIES = 32
+# The pixels of one program that finds the bins of samples.
+_BINNED = (16, 16)
 
 
 def tile(dtype: torch.dtype, device: torch.device, channels: int) -> Tiles:
@@ -23,27 +56,83 @@ def tile(dtype: torch.dtype, device: torch.device, channels: int) -> Tiles:
     return fit(_FORWARD, dtype, device, channels, channels)
 
 
+@dataclass(frozen=True)
+class Maps:
+    """What is sampled, and where; see `convolve`."""
+
+    pyramid: Tensor
+    predicted: Tensor
+    sigmoid: bool
+    crop: bool
+    layout: Layout
+
+    @property
+    def channels(self) -> int:
+        return self.pyramid.shape[1]
+
+    def fit(self, table: Table) -> Tiles:
+        return fit(table, self.pyramid.dtype, self.pyramid.device, self.channels, self.channels)
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], size: tuple[int, int], tiles: Tiles, **others: Any) -> Launch:
+        """Of a kernel whose programs sample tiles of `size`.
+
+        `others` are tensors and numbers by the kernel's names for them, and in capitals what is known at compilation,
+        besides what many of these kernels take.
+        """
+        layout, dtype = self.layout, self.pyramid.dtype
+        common = {
+            "pyramid": self.pyramid,
+            "predicted": self.predicted,
+            "problems": layout.table,
+            "work": layout.tiles(size),
+            # From a row of the sampled maps to the row of predictions that a coarser neighbour has for itself.
+            "coarser_rows": layout.rows - layout.coarser_row,
+            "sampled_rows": layout.sampled_rows,
+            "C": self.channels,
+            "CROP": self.crop,
+            "SIGMOID": self.sigmoid,
+            "TILE_H": size[0],
+            "TILE_W": size[1],
+            "BLOCK_C": tiles.c,
+            "BLOCK_O": tiles.o,
+            "REAL": triton_real(dtype),
+            # Sums of several places within an image must fit as well.
+            "INDEX": tl.int32 if max(h * w for h, w in layout.sizes) * self.channels < 2**30 else tl.int64,
+            "PRECISION": precision(dtype, self.pyramid.device),
+        }
+        values = {name: value for name, value in common.items() if name in kernel.arg_names} | others
+        arguments = {name: value for name, value in values.items() if name.islower()}
+        constants = {name: value for name, value in values.items() if name.isupper()}
+        return Launch(kernel, grid, arguments, constants, tiles.warps, tiles.stages)
+
+
 def convolve(
-    pyramid: Tensor, predicted: Tensor, weights: list[Tensor], sigmoid: bool, crop: bool, layout: Layout
+    pyramid: Tensor, predicted: Tensor, weights: Sequence[Tensor], sigmoid: bool, crop: bool, layout: Layout
 ) -> tuple[Tensor, Tensor]:
     """Every deformable convolution of a block, in one launch.
 
     Args:
         pyramid: (P, C), see `kernels.block.layout`.
         predicted: (P, 27) of the same type: 18 offsets and 9 masks of every pixel. Without `crop`, one more row for
-            every pixel of the coarser neighbours' maps, which read their own and not those of the level they are for.
+            every pixel of the coarser neighbours' maps, which read these rows and not those of the level.
         weights: (C, C, 3, 3) for a level itself, its finer and its coarser neighbour.
-        sigmoid: the masks are in front of their sigmoid.
+        sigmoid: Whether the masks are still to pass a sigmoid.
+        crop: Whether a coarser neighbour reads the top left corner of the level's offsets and masks.
+        layout: Rows and tables of the pyramid.
 
     Returns:
-        (Q, C), and (tiles, 3, C) for `kernels.block_tail.statistics`, which has no gradient.
+        The sampled maps (Q, C), without the convolutions' biases; and (tiles, 3, C), partial sums for the statistics of
+        `kernels.block.tail`, which have no gradient.
     """
-    return _Convolve.apply(pyramid, predicted, sigmoid, crop, layout, *weights)
+    sampled, partial = _Convolve.apply(pyramid, predicted, sigmoid, crop, layout, *weights)
+    return sampled, partial
 
 
 class _Convolve(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, pyramid, predicted, sigmoid, crop, layout, *weights):
+    def forward(
+        ctx: Any, pyramid: Tensor, predicted: Tensor, sigmoid: bool, crop: bool, layout: Layout, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
         ctx.settings = sigmoid, crop, layout
         ctx.save_for_backward(pyramid, predicted, *weights)
         # Packed at every call: a copy kept for the next one would miss what is written to a parameter's `.data`.
@@ -51,7 +140,8 @@ class _Convolve(torch.autograd.Function):
         channels = pyramid.shape[1]
         sampled = pyramid.new_empty((layout.sampled_rows, channels))
         partial = pyramid.new_empty((len(layout.tiles()), 3, channels), dtype=layout.real)
-        _launch(Maps(pyramid, predicted.contiguous(), sigmoid, crop, layout), packed, sampled, partial).run()
+        maps = Maps(pyramid, predicted.contiguous(), sigmoid, crop, layout)
+        _forward_launch(maps, packed, sampled, partial).run()
         ctx.mark_non_differentiable(partial)
         # Otherwise zeros would be made for the gradient that `partial` does not have.
         ctx.set_materialize_grads(False)
@@ -59,20 +149,204 @@ class _Convolve(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, _):
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Any, ...]:
         pyramid, predicted, *weights = ctx.saved_tensors
         maps, wanted = Maps(pyramid, predicted.contiguous(), *ctx.settings), ctx.needs_input_grad
-        grad_pyramid, grad_predicted, grad_weights = block_conv_backward.gradients(
+        grad_pyramid, grad_predicted, grad_weights = _gradients(
             maps, grad.contiguous(), weights, to_pyramid=wanted[0], to_weights=any(wanted[5:])
         )
         return grad_pyramid, grad_predicted, None, None, None, *grad_weights
 
 
-def _launch(maps: Maps, packed: Tensor, sampled: Tensor, partial: Tensor) -> Launch:
+def _forward_launch(maps: Maps, packed: Tensor, sampled: Tensor, partial: Tensor) -> Launch:
     tiles, size = maps.fit(_FORWARD), maps.layout.tile
     grid = (len(maps.layout.tiles(size)), triton.cdiv(maps.channels, tiles.o))
     tensors = {"weight": packed, "sampled": sampled, "partial": partial, "axes": maps.layout.axes}
     return maps.launch(forward_kernel, grid, size, tiles, **tensors)
+
+
+def _gradients(
+    maps: Maps, grad: Tensor, weights: Sequence[Tensor], to_pyramid: bool, to_weights: bool
+) -> tuple[Tensor | None, Tensor, Sequence[Tensor | None]]:
+    """Gradients of `convolve`.
+
+    Args:
+        maps: Its arguments; predictions are contiguous.
+        grad: (Q, C), the gradient of its output, contiguous.
+        weights: (C, C, 3, 3) for a level itself, its finer and its coarser neighbour.
+        to_pyramid: Whether the gradient of the pyramid is wanted.
+        to_weights: Whether those of the weights are wanted.
+
+    Returns:
+        Gradients of pyramid, predictions and weights. That of the pyramid is a sum of atomic additions, in any order,
+        unless PyTorch is told to use deterministic algorithms; with one level there are no neighbours, and their
+        weights get no gradient, not one of zeros.
+    """
+    packed = torch.stack([w.permute(2, 3, 1, 0) for w in weights]).to(grad.dtype)
+    atomic = to_pyramid and not torch.are_deterministic_algorithms_enabled()
+    grad_pyramid = torch.zeros_like(maps.pyramid, dtype=maps.layout.real) if atomic else None
+    grad_predicted = _points(maps, grad, packed, grad_pyramid)
+    if grad_pyramid is not None:
+        grad_pyramid = grad_pyramid.to(maps.pyramid.dtype)
+    elif to_pyramid:
+        grad_pyramid = _pyramid(maps, grad, packed)
+    return grad_pyramid, grad_predicted, _weights(maps, grad, weights) if to_weights else [None] * BRANCHES
+
+
+def _points_launch(maps: Maps, grad: Tensor, packed: Tensor, grad_pyramid: Tensor | None, partial: Tensor) -> Launch:
+    tiles = maps.fit(_POINTS if grad_pyramid is None else _POINTS_AND_PYRAMID)
+    size = tiles.height, tiles.width
+    return maps.launch(
+        conv_backward_kernels.backward_points_kernel,
+        (len(maps.layout.tiles(size)) * _TAPS,),
+        size,
+        tiles,
+        grad=grad,
+        weight=packed,
+        partial=partial,
+        # A pointer must point somewhere, also where nothing is written.
+        grad_pyramid=partial if grad_pyramid is None else grad_pyramid,
+        TO_PYRAMID=grad_pyramid is not None,
+    )
+
+
+def _predicted_launch(partial: Tensor, grad_predicted: Tensor, crop: bool, layout: Layout) -> Launch:
+    work = layout.runs(_PREDICTED_PIXELS)
+    arguments: dict[str, Any] = {"partial": partial, "grad_predicted": grad_predicted, "levels": layout.levels}
+    arguments |= {"work": work, "sampled_rows": layout.sampled_rows}
+    constants = {"CROP": crop, "PIXELS": _PREDICTED_PIXELS}
+    return Launch(conv_backward_kernels.backward_predicted_kernel, (len(work),), arguments, constants)
+
+
+def _points(maps: Maps, grad: Tensor, packed: Tensor, grad_pyramid: Tensor | None) -> Tensor:
+    """The gradient of the predictions; that of the pyramid is added to `grad_pyramid` if there is one."""
+    layout = maps.layout
+    partial = grad.new_empty((maps.predicted.shape[1], layout.sampled_rows), dtype=layout.real)
+    _points_launch(maps, grad, packed, grad_pyramid, partial).run()
+    grad_predicted = torch.empty_like(maps.predicted)
+    _predicted_launch(partial, grad_predicted, maps.crop, layout).run()
+    if not maps.crop:
+        grad_predicted[layout.rows :] = partial[:, layout.coarser_row :].T
+    return grad_predicted
+
+
+class _Inverse(NamedTuple):
+    """The samples of a block by the bins they lie in; names are those of the kernels' arguments.
+
+    Attributes:
+        order: The samples' numbers, as in `kernels.deform_conv.inverse.Index`.
+        starts: Where in `order` every bin begins, as there.
+        places: (9 * Q, 3), y, x and mask of every sample.
+        level_bins: (L,) int32, the first bin of every level.
+        bins: The number of bins of one tap.
+    """
+
+    order: Tensor
+    starts: Tensor
+    places: Tensor
+    level_bins: Tensor
+    bins: int
+
+
+def _bins_launch(maps: Maps, keys: Tensor, places: Tensor, level_bins: Tensor, bins: int) -> Launch:
+    tiles, tensors = maps.fit(_PYRAMID), {"keys": keys, "places": places, "level_bins": level_bins}
+    grid = (len(maps.layout.tiles(_BINNED)), _TAPS)
+    sizes = {"BIN_H": tiles.height, "BIN_W": tiles.width}
+    return maps.launch(conv_backward_kernels.bins_kernel, grid, _BINNED, tiles, **tensors, bins=bins, **sizes)
+
+
+def _level_bins(maps: Maps) -> tuple[Tensor, int]:
+    """The first bin of every level, (L,) int32, and the number of bins of one tap."""
+    tiles = maps.fit(_PYRAMID)
+    counts = tuple(map_bins(*size, tiles) for size in maps.layout.sizes)
+    return maps.layout.level_starts(counts), maps.layout.batch * sum(counts)
+
+
+def _invert(maps: Maps) -> _Inverse:
+    layout, device = maps.layout, maps.predicted.device
+    level_bins, bins = _level_bins(maps)
+    samples = _TAPS * layout.sampled_rows
+    keys = torch.empty(samples, dtype=torch.int32, device=device)
+    places = torch.empty((samples, 3), dtype=layout.real, device=device)
+    _bins_launch(maps, keys, places, level_bins, bins).run()
+    return _Inverse(*index(keys, BRANCHES * _TAPS * bins), places, level_bins, bins)
+
+
+def _pyramid_launches(maps: Maps, grad: Tensor, packed: Tensor, inverse: _Inverse, target: Tensor) -> list[Launch]:
+    """Of the finest level, which no finer one samples and which is most of the pyramid, and of the others."""
+    tiles, count = maps.fit(_PYRAMID), len(maps.layout.sizes)
+    size = tiles.height, tiles.width
+    tensors = {"grad": grad, "weight": packed, "grad_pyramid": target, "levels": maps.layout.levels}
+    launches = []
+    for levels, branches in ((range(1), min(count, BRANCHES - 1)), (range(1, count), BRANCHES))[: min(count, 2)]:
+        work = maps.layout.level_tiles(size, levels)
+        grid = (len(work), triton.cdiv(maps.channels, tiles.c))
+        constants = {"TAPS": branches * _TAPS, "ENTRIES": _ENTRIES}
+        others = tensors | constants | inverse._asdict()
+        launches.append(
+            maps.launch(conv_backward_kernels.backward_pyramid_kernel, grid, size, tiles, work=work, **others)
+        )
+    return launches
+
+
+def _pyramid(maps: Maps, grad: Tensor, packed: Tensor) -> Tensor:
+    """The gradient of the pyramid, the same bits every time."""
+    target = torch.empty_like(maps.pyramid)
+    for launch in _pyramid_launches(maps, grad, packed, _invert(maps), target):
+        launch.run()
+    return target
+
+
+def _weight_launch(maps: Maps, grad: Tensor) -> tuple[Launch, Tensor]:
+    """The launch lacks `partial`, whose length is the last number of its grid; with it the `bounds` of its sums."""
+    tiles = maps.fit(_WEIGHT)
+    size = tiles.height, tiles.width
+    steps, blocks = _TAPS * triton.cdiv(maps.channels, tiles.c), triton.cdiv(maps.channels, tiles.o)
+    splits = max(1, _WEIGHT_PROGRAMS // (steps * blocks))
+    # A power of two, so that few sizes of maps need another compilation.
+    count = triton.next_power_of_2(triton.cdiv(len(maps.layout.tiles(size)), splits))
+    splits, bounds = maps.layout.splits(size, count)
+    grid = (steps, blocks, len(splits))
+    launch = maps.launch(
+        conv_backward_kernels.backward_weight_kernel, grid, size, tiles, grad=grad, splits=splits, TILES=count
+    )
+    return launch, bounds
+
+
+def _weights(maps: Maps, grad: Tensor, weights: Sequence[Tensor]) -> list[Tensor | None]:
+    launch, bounds = _weight_launch(maps, grad)
+    channels = maps.channels
+    partial = grad.new_empty((launch.grid[-1], channels, _TAPS, channels), dtype=maps.layout.real)
+    launch.arguments["partial"] = partial
+    launch.run()
+    total = add_runs(partial, bounds, most=launch.grid[-1], dtype=weights[0].dtype)
+    grads = [x.view(channels, 3, 3, channels).permute(0, 3, 1, 2) for x in total]
+    return [*grads, *[None] * (BRANCHES - len(grads))]
+
+
+def launches(pyramid: Tensor, predicted: Tensor, sampled: Tensor, layout: Layout) -> dict[str, Launch]:
+    """All launches of forward and backward by name, deterministic ones included; nothing is run.
+
+    Making them makes the tables that they look up. The matrices' shapes and types count and not what they hold, so they
+    may be on the `meta` device.
+    """
+    maps = Maps(pyramid, predicted, True, True, layout)
+    partial = torch.empty((16, 3), dtype=layout.real, device=sampled.device)
+    keys, order = (torch.empty(16, dtype=kind, device=sampled.device) for kind in (torch.int32, torch.int64))
+    weight, _ = _weight_launch(maps, sampled)
+    weight.arguments["partial"] = partial
+    level_bins, bins = _level_bins(maps)
+    inverse = _Inverse(order, keys, partial, level_bins, bins)
+    levels = _pyramid_launches(maps, sampled, sampled, inverse, pyramid)
+    return {
+        "forward": _forward_launch(maps, sampled, sampled, partial),
+        "backward points": _points_launch(maps, sampled, sampled, None, partial),
+        "backward points and pyramid": _points_launch(maps, sampled, sampled, partial, partial),
+        "backward predicted": _predicted_launch(partial, predicted, maps.crop, layout),
+        "backward bins": _bins_launch(maps, keys, partial, level_bins, bins),
+        **dict(zip(("backward finest level", "backward other levels"), levels, strict=False)),
+        "backward weight": weight,
+    }
 
 
 def compile_specs() -> list[CompileSpec]:
@@ -82,14 +356,12 @@ def compile_specs() -> list[CompileSpec]:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         device = torch.device("meta")
         tiles = tile(dtype, device, 256)
-        found = layout(sizes, 8, device, real(dtype), (tiles.height, tiles.width))
-        pyramid, sampled = (torch.empty(n, 256, dtype=dtype, device=device) for n in (found.rows, found.sampled_rows))
-        predicted = torch.empty(found.rows, 27, dtype=dtype, device=device)
-        partial = torch.empty(1, 3, 256, dtype=real(dtype), device=device)
-        maps = Maps(pyramid, predicted, True, True, found)
-        launches = {"forward": _launch(maps, sampled, sampled, partial)}
-        launches |= {f"backward {k}": x for k, x in block_conv_backward.compile_launches(maps, sampled).items()}
-        for name, launch in launches.items():
+        tables = layout(sizes, 8, device, real(dtype), (tiles.height, tiles.width))
+        pyramid, sampled = (
+            torch.empty((n, 256), dtype=dtype, device=device) for n in (tables.rows, tables.sampled_rows)
+        )
+        predicted = torch.empty((tables.rows, 27), dtype=dtype, device=device)
+        for name, launch in launches(pyramid, predicted, sampled, tables).items():
             multiplies = "BLOCK_O" in launch.constants
             specs.append(launch.spec(f"block convolutions {name}", dtype, uses_dot=multiplies))
     return specs

@@ -20,7 +20,7 @@ from kernels.block.layout import (
     SAME_ROW,
     SOURCE,
 )
-from kernels.block.tail_kernels import work_item
+from kernels.block.sums import work_item
 from kernels.deform_conv.inverse_kernels import bins_along, collect, store_samples
 from kernels.deform_conv.kernels import (
     add_rows,

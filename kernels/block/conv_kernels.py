@@ -25,7 +25,7 @@ from kernels.block.layout import (
     TARGET_WIDTH,
     WIDTH,
 )
-from kernels.block.tail_kernels import store_sums
+from kernels.block.sums import store_sums
 from kernels.deform_conv.kernels import find_corners, load_rows, mix_corners, tile_pixels
 
 CHANNELS = tl.constexpr(27)

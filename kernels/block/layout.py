@@ -7,14 +7,15 @@ looks up its problem in a table. Two matrices hold all maps, one row of C channe
     sampled (Q, C)   the problems: every level from itself, then from its finer, then from its coarser neighbour;
                      the last in the size of the neighbour, as the upsampling is left to the tail
 
-Tables depend on shapes alone and are made once for each set of them; making one copies it to the GPU, which a CUDA
-graph cannot capture, so a block runs once on its shapes before it is captured.
+Tables depend on shapes alone and are made once for each set of them. Making one copies it to the GPU, which a CUDA
+graph cannot capture, so the first forward on some shapes makes all of them, also those that only backward looks up.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from itertools import pairwise
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 import triton.language as tl
@@ -69,26 +70,23 @@ class Problem:
         return 2 if self.branch == FINER else 1
 
 
-def pyramid_mismatch(sizes: tuple[tuple[int, int], ...]) -> str | None:
-    """Why levels of these sizes are no pyramid whose levels halve, rounded up; None if they are."""
-    for level, (fine, coarse) in enumerate(pairwise(sizes)):
-        expected = tuple((size + 1) // 2 for size in fine)
-        if coarse != expected:
-            return f"level {level + 1} is {coarse[0]}x{coarse[1]}, half of level {level} is {expected[0]}x{expected[1]}"
-    return None
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
-def _kept(make: Callable) -> Callable:
+def _kept(
+    make: Callable[Concatenate["Layout", _Arguments], _Result],
+) -> Callable[Concatenate["Layout", _Arguments], _Result]:
     """A method whose results the layout keeps. `functools.cache` would keep them, and every layout, for ever."""
 
     @wraps(make)
-    def method(self, *arguments):
-        key = make.__name__, *arguments
+    def method(self: "Layout", *arguments: _Arguments.args, **named: _Arguments.kwargs) -> _Result:
+        key = make.__name__, *arguments, *named.items()
         if key not in self.kept:
-            self.kept[key] = make(self, *arguments)
-        return self.kept[key]
+            self.kept[key] = make(self, *arguments, **named)
+        return cast(_Result, self.kept[key])
 
-    return method
+    return cast(Callable[Concatenate["Layout", _Arguments], _Result], method)
 
 
 class Layout:
@@ -110,6 +108,8 @@ class Layout:
         slots: (L * 3 * N, 2) int32: problem and image, or -1, of every level, branch and image.
         share: (L, 3, 1, 1) real: one divided by the level's number of maps, 0 for a map it has not.
         kept: The tables that methods have made, by method and arguments.
+        complete: The kinds of pyramid for which all tables of forward and backward are among `kept`; see
+            `kernels.block.launch`.
     """
 
     def __init__(
@@ -122,7 +122,8 @@ class Layout:
     ):
         count = len(sizes)
         self.sizes, self.batch, self.device, self.real, self.tile = sizes, batch, device, real, tile
-        self.kept: dict[tuple, Tensor | tuple[Tensor, ...]] = {}
+        self.kept: dict[tuple[Any, ...], Any] = {}
+        self.complete: set[tuple[Any, ...]] = set()
         self.problems = [
             *(Problem(SAME, i, i, sizes[i], sizes[i]) for i in range(count)),
             *(Problem(FINER, i, i - 1, sizes[i], sizes[i]) for i in range(1, count)),
@@ -200,7 +201,10 @@ class Layout:
         counts = [_cdiv(n, count) for n in tiles if n]
         pieces = [[first, end] for start, end in pairwise(starts) for first in range(start, end, count)]
         bounds = list(zip(_starts(counts), counts, strict=False))
-        return tuple(torch.tensor(x, dtype=torch.int32).to(self.device) for x in (pieces, bounds))
+        return (
+            torch.tensor(pieces, dtype=torch.int32).to(self.device),
+            torch.tensor(bounds, dtype=torch.int32).to(self.device),
+        )
 
     @_kept
     def sampled_runs(self, pixels: int) -> Tensor:
@@ -238,27 +242,8 @@ class Layout:
             part.view(self.batch, h, w, -1).permute(0, 3, 1, 2) for part, (h, w) in zip(parts, self.sizes, strict=True)
         ]
 
-    def source(self, pyramid: Tensor, problem: Problem) -> Tensor:
-        """The map that a problem samples."""
-        return self._map(pyramid, self.level_rows[problem.source], self.sizes[problem.source])
 
-    def sampled(self, matrix: Tensor, number: int) -> Tensor:
-        """The sampled map that a problem makes, from a (Q, channels) matrix."""
-        return self._map(matrix, self.problem_rows[number], self.problems[number].size)
-
-    def predicted(self, matrix: Tensor, number: int, crop: bool) -> Tensor:
-        """The rows that hold a problem's offsets or masks, as `kernels.block.conv` finds them."""
-        problem = self.problems[number]
-        if problem.branch == COARSER and not crop:
-            return self._map(matrix, self.rows + self.problem_rows[number] - self.coarser_row, problem.size)
-        height, width = problem.size
-        return self._map(matrix, self.level_rows[problem.level], problem.target)[:, :, :height, :width]
-
-    def _map(self, matrix: Tensor, row: int, size: tuple[int, int]) -> Tensor:
-        return matrix[row : row + self.batch * size[0] * size[1]].unflatten(0, (self.batch, *size)).permute(0, 3, 1, 2)
-
-
-def join(maps: list[Tensor]) -> Tensor:
+def join(maps: Sequence[Tensor]) -> Tensor:
     """Maps (N, C, H, W) as the rows of one matrix, in one launch where they are channels last."""
     return torch.cat([x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in maps])
 

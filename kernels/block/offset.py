@@ -4,6 +4,8 @@ One launch writes the matrix that the deformable convolutions read. Its gradient
 for weight and bias, whose partial sums are added in the order of pixels: the same bits every time.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -45,12 +47,13 @@ def predict(pyramid: Tensor, weight: Tensor, bias: Tensor, layout: Layout) -> Te
     Returns:
         (P, O) in the type of `pyramid`. Sums are float32, or float64 for float64.
     """
-    return _Predict.apply(pyramid, weight, bias, layout)
+    predicted: Tensor = _Predict.apply(pyramid, weight, bias, layout)
+    return predicted
 
 
 class _Predict(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, pyramid, weight, bias, layout):
+    def forward(ctx: Any, pyramid: Tensor, weight: Tensor, bias: Tensor, layout: Layout) -> Tensor:
         outputs, channels = weight.shape[:2]
         packed = pyramid.new_empty((outputs, 3, 3, channels)).copy_(weight.permute(0, 2, 3, 1))
         predicted = pyramid.new_empty((layout.rows, outputs))
@@ -61,23 +64,24 @@ class _Predict(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pyramid, packed = ctx.saved_tensors
-        grad, grad_pyramid, parameters = grad.contiguous(), None, (None, None)
+        grad = grad.contiguous()
+        grad_pyramid = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_pyramid = torch.empty_like(pyramid)
             _input_launch(grad, packed, grad_pyramid, ctx.layout).run()
         if any(ctx.needs_input_grad[1:]):
-            parameters = _backward_parameters(grad, pyramid, ctx.layout)
-            parameters = (x.to(dtype) for x, dtype in zip(parameters, ctx.types, strict=True))
-        return grad_pyramid, *parameters, None
+            sums = _backward_parameters(grad, pyramid, ctx.layout)
+            grad_weight, grad_bias = (x.to(dtype) for x, dtype in zip(sums, ctx.types, strict=True))
+        return grad_pyramid, grad_weight, grad_bias, None
 
 
 def _tile_count(layout: Layout, tile: tuple[int, int]) -> int:
     return layout.batch * sum(triton.cdiv(h, tile[0]) * triton.cdiv(w, tile[1]) for h, w in layout.sizes)
 
 
-def _common(x: Tensor, channels: int, outputs: int, layout: Layout) -> dict:
+def _common(x: Tensor, channels: int, outputs: int, layout: Layout) -> dict[str, Any]:
     return {
         "C": channels,
         "OUT": outputs,
@@ -88,14 +92,24 @@ def _common(x: Tensor, channels: int, outputs: int, layout: Layout) -> dict:
     }
 
 
-def _on_tiles(kernel, x: Tensor, arguments: dict, tiles: Tiles, blocks: dict, grid: int, layout: Layout) -> Launch:
+def _on_tiles(
+    kernel: Any,
+    x: Tensor,
+    arguments: dict[str, Any],
+    tiles: Tiles,
+    blocks: dict[str, int],
+    grid: int,
+    layout: Layout,
+) -> Launch:
     """A launch on the tiles of the levels, and `grid` blocks of channels; `x` is a matrix to take the type from."""
     outputs, _, _, channels = arguments["weight"].shape
     size = tiles.height, tiles.width
-    arguments = arguments | {"problems": layout.table, "work": layout.tiles(size)}
+    tables = {"problems": layout.table, "work": layout.tiles(size)}
     constants = _common(x, channels, outputs, layout) | blocks | {"TILE_H": size[0], "TILE_W": size[1]}
     # The problems of the levels from themselves come first.
-    return Launch(kernel, (_tile_count(layout, size), grid), arguments, constants, tiles.warps, tiles.stages)
+    return Launch(
+        kernel, (_tile_count(layout, size), grid), {**arguments, **tables}, constants, tiles.warps, tiles.stages
+    )
 
 
 def _forward_launch(pyramid: Tensor, packed: Tensor, bias: Tensor, predicted: Tensor, layout: Layout) -> Launch:
@@ -127,7 +141,7 @@ def _weight_launch(grad: Tensor, pyramid: Tensor, layout: Layout) -> Launch:
     grid = len(work), triton.cdiv(9 * outputs, tiles.o), triton.cdiv(channels, tiles.c)
     constants = _common(grad, channels, outputs, layout)
     constants |= {"STEPS": steps, "PIXELS": pixels, "BLOCK_K": tiles.o, "BLOCK_C": tiles.c}
-    arguments = {"grad": grad, "pyramid": pyramid, "problems": layout.table, "work": work}
+    arguments: dict[str, Any] = {"grad": grad, "pyramid": pyramid, "problems": layout.table, "work": work}
     return Launch(kernels.backward_weight_kernel, grid, arguments, constants, tiles.warps, tiles.stages)
 
 
@@ -141,20 +155,30 @@ def _backward_parameters(grad: Tensor, pyramid: Tensor, layout: Layout) -> tuple
     return weight.view(3, 3, outputs, channels).permute(2, 3, 0, 1), bias
 
 
+def launches(pyramid: Tensor, predicted: Tensor, layout: Layout) -> dict[str, Launch]:
+    """All launches of forward and backward by name; nothing is run.
+
+    Making them makes the tables that they look up. The matrices' shapes and types count and not what they hold, so they
+    may be on the `meta` device.
+    """
+    packed = pyramid.new_empty(()).expand(predicted.shape[1], 3, 3, pyramid.shape[1])
+    weight = _weight_launch(predicted, pyramid, layout)
+    weight.arguments["partial"] = pyramid.new_empty(1, dtype=layout.real)
+    return {
+        "forward": _forward_launch(pyramid, packed, packed, predicted, layout),
+        "backward input": _input_launch(predicted, packed, pyramid, layout),
+        "backward weight": weight,
+    }
+
+
 def compile_specs() -> list[CompileSpec]:
     """The kernels as they run on the levels of 800x1333 pixels, batch 8, with 256 channels."""
     specs = []
     sizes = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         device = torch.device("meta")
-        found = layout(sizes, 8, device, real(dtype))
-        pyramid, predicted = (torch.empty(found.rows, n, dtype=dtype, device=device) for n in (256, 27))
-        packed = torch.empty(27, 3, 3, 256, dtype=dtype, device=device)
-        launches = {
-            "forward": _forward_launch(pyramid, packed, packed, predicted, found),
-            "backward input": _input_launch(predicted, packed, pyramid, found),
-            "backward weight": _weight_launch(predicted, pyramid, found),
-        }
-        launches["backward weight"].arguments["partial"] = torch.empty(1, dtype=real(dtype), device=device)
-        specs += [launch.spec(f"block offsets {name}", dtype, uses_dot=True) for name, launch in launches.items()]
+        tables = layout(sizes, 8, device, real(dtype))
+        pyramid, predicted = (torch.empty((tables.rows, n), dtype=dtype, device=device) for n in (256, 27))
+        for name, launch in launches(pyramid, predicted, tables).items():
+            specs.append(launch.spec(f"block offsets {name}", dtype, uses_dot=True))
     return specs

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from kernels.block.layout import HEIGHT, INPUT_ROW, PROBLEM_COLUMNS, WIDTH
-from kernels.block.tail_kernels import work_item
+from kernels.block.sums import work_item
 from kernels.deform_conv.kernels import tile_pixels
 
 

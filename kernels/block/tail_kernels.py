@@ -36,28 +36,10 @@ from kernels.block.layout import (
     TARGET_WIDTH,
     TILES,
 )
+from kernels.block.sums import channel_block, matrix_rows, store_sums, work_item
 
 LEVEL_HEIGHT = tl.constexpr(0)
 LEVEL_WIDTH = tl.constexpr(1)
-
-
-@triton.jit
-def work_item(work):
-    """Problem or level, image and number of what this program is to do."""
-    base = work + tl.program_id(0) * 3
-    return tl.load(base), tl.load(base + 1), tl.load(base + 2)
-
-
-@triton.jit
-def _channels(C: tl.constexpr, BLOCK_C: tl.constexpr):
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    return c, c < C
-
-
-@triton.jit
-def _rows(matrix, place, inside, c, known, C: tl.constexpr, REAL: tl.constexpr):
-    """(pixels, BLOCK_C) of a matrix; zero where there is nothing."""
-    return tl.load(matrix + place[:, None] * C + c[None, :], mask=inside[:, None] & known[None, :], other=0.0).to(REAL)
 
 
 @triton.jit
@@ -76,18 +58,18 @@ def _maps(
     height, width = tl.load(row + LEVEL_HEIGHT), tl.load(row + LEVEL_WIDTH)
     same, finer, coarser = tl.load(row + SAME_ROW), tl.load(row + FINER_ROW), tl.load(row + COARSER_ROW)
     place = image.to(tl.int64) * height * width + pixel
-    b_same = _rows(sampled, same + place, inside, c, known, C, REAL)
-    b_finer = _rows(sampled, finer + place, inside & (finer >= 0), c, known, C, REAL)
+    b_same = matrix_rows(sampled, same + place, inside, c, known, C, REAL)
+    b_finer = matrix_rows(sampled, finer + place, inside & (finer >= 0), c, known, C, REAL)
     coarse_h, coarse_w = tl.load(row + COARSER_HEIGHT), tl.load(row + COARSER_WIDTH)
     scales = axes + tl.load(row + COARSER_AXES)
     y0, y1, fy = _between((pixel // width).to(REAL), tl.load(scales), coarse_h)
     x0, x1, fx = _between((pixel % width).to(REAL), tl.load(scales + 1), coarse_w)
     first = coarser + image.to(tl.int64) * coarse_h * coarse_w
     there = inside & (coarser >= 0)
-    b_up = _rows(sampled, first + y0 * coarse_w + x0, there, c, known, C, REAL) * ((1 - fy) * (1 - fx))[:, None]
-    b_up += _rows(sampled, first + y0 * coarse_w + x1, there, c, known, C, REAL) * ((1 - fy) * fx)[:, None]
-    b_up += _rows(sampled, first + y1 * coarse_w + x0, there, c, known, C, REAL) * (fy * (1 - fx))[:, None]
-    b_up += _rows(sampled, first + y1 * coarse_w + x1, there, c, known, C, REAL) * (fy * fx)[:, None]
+    b_up = matrix_rows(sampled, first + y0 * coarse_w + x0, there, c, known, C, REAL) * ((1 - fy) * (1 - fx))[:, None]
+    b_up += matrix_rows(sampled, first + y0 * coarse_w + x1, there, c, known, C, REAL) * ((1 - fy) * fx)[:, None]
+    b_up += matrix_rows(sampled, first + y1 * coarse_w + x0, there, c, known, C, REAL) * (fy * (1 - fx))[:, None]
+    b_up += matrix_rows(sampled, first + y1 * coarse_w + x1, there, c, known, C, REAL) * (fy * fx)[:, None]
     return b_same, b_finer, b_up
 
 
@@ -104,7 +86,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Grid (runs of PIXELS, blocks of C). `coefficients` is (L, N, KINDS, C), `out` (P, C)."""
     level, image, number = work_item(work)
-    c, known = _channels(C, BLOCK_C)
+    c, known = channel_block(C, BLOCK_C)
     row = levels + level * LEVEL_COLUMNS
     pixels = tl.load(row + LEVEL_HEIGHT) * tl.load(row + LEVEL_WIDTH)
     pixel = number * PIXELS + tl.arange(0, PIXELS)
@@ -137,7 +119,7 @@ def backward_sums_kernel(
     `grad` is (P, C), `grad_m` (P, C), `partial` (runs, KINDS, C): gradients of the coefficients from one run.
     """
     level, image, number = work_item(work)
-    c, known = _channels(C, BLOCK_C)
+    c, known = channel_block(C, BLOCK_C)
     row = levels + level * LEVEL_COLUMNS
     pixels = tl.load(row + LEVEL_HEIGHT) * tl.load(row + LEVEL_WIDTH)
     coefficients += (level * batch + image) * (KINDS * C)
@@ -157,7 +139,7 @@ def backward_sums_kernel(
         inside = pixel < pixels
         b_same, b_finer, b_up = _maps(sampled, axes, row, image, pixel, inside, c, known, C, REAL)
         place = tl.load(row + SAME_ROW) + image.to(tl.int64) * pixels + pixel
-        b_grad = _rows(grad, place, inside, c, known, C, REAL)
+        b_grad = matrix_rows(grad, place, inside, c, known, C, REAL)
         b_m = b_same * b_same_factor + b_finer * b_finer_factor + b_up * b_up_factor + b_shift
         if KINDS == 8:
             b_a1 = _coefficient(coefficients, 4, c, known, C)
@@ -213,7 +195,7 @@ def backward_maps_kernel(
     and an image. A pixel of a coarser neighbour gathers from the SPAN * SPAN target pixels that may take of it.
     """
     problem, image, number = work_item(work)
-    c, known = _channels(C, BLOCK_C)
+    c, known = channel_block(C, BLOCK_C)
     row = problems + problem * PROBLEM_COLUMNS
     height, width = tl.load(row + OUT_HEIGHT), tl.load(row + OUT_WIDTH)
     target_h, target_w = tl.load(row + TARGET_HEIGHT), tl.load(row + TARGET_WIDTH)
@@ -237,11 +219,11 @@ def backward_maps_kernel(
             factor = tl.where(y0 == y, 1 - fy, 0.0) + tl.where(y1 == y, fy, 0.0)
             factor *= tl.where(x0 == x, 1 - fx, 0.0) + tl.where(x1 == x, fx, 0.0)
             taken = inside & (down < target_h) & (right < target_w) & (factor != 0)
-            b_grad += _rows(grad_m, first + down * target_w + right, taken, c, known, C, REAL) * factor[:, None]
+            b_grad += matrix_rows(grad_m, first + down * target_w + right, taken, c, known, C, REAL) * factor[:, None]
     else:
-        b_grad = _rows(grad_m, first + pixel, inside, c, known, C, REAL)
+        b_grad = matrix_rows(grad_m, first + pixel, inside, c, known, C, REAL)
     place = tl.load(row + OUTPUT_ROW) + image.to(tl.int64) * height * width + pixel
-    b_value = _rows(sampled, place, inside, c, known, C, REAL)
+    b_value = matrix_rows(sampled, place, inside, c, known, C, REAL)
     slot = ((level * 3 + branch) * batch + image) * C
     b_mean = _coefficient(statistics + slot, 0, c, known, C)
     b_by_mean = _coefficient(grad_statistics + slot, 0, c, known, C)
@@ -256,31 +238,13 @@ def backward_maps_kernel(
 
 
 @triton.jit
-def store_sums(
-    b_value, inside, ho, wo, partial, axes, row, c, known, C: tl.constexpr, REAL: tl.constexpr
-):  # fmt: skip
-    """Of one tile of a sampled map: the sum, the squared distances from the tile's mean, the sum after upsampling."""
-    b_value = tl.where(inside[:, None], b_value, 0.0)
-    count = tl.sum(inside.to(REAL), 0)
-    b_sum = tl.sum(b_value, 0)
-    b_distance = tl.where(inside[:, None], b_value - (b_sum / count)[None, :], 0.0)
-    start = tl.load(row + AXES) + 2
-    share = tl.load(axes + start + ho, mask=inside, other=0.0)
-    share *= tl.load(axes + start + tl.load(row + OUT_HEIGHT) + wo, mask=inside, other=0.0)
-    target = partial + tl.program_id(0).to(tl.int64) * (3 * C) + c
-    tl.store(target, b_sum, mask=known)
-    tl.store(target + C, tl.sum(b_distance * b_distance, 0), mask=known)
-    tl.store(target + 2 * C, tl.sum(b_value * share[:, None], 0), mask=known)
-
-
-@triton.jit
 def statistics_kernel(
     sampled, partial, axes, problems, work,
     C: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of the sampled maps, blocks of C): `partial` (tiles, 3, C), for maps that come without it."""
     problem, image, number = work_item(work)
-    c, known = _channels(C, BLOCK_C)
+    c, known = channel_block(C, BLOCK_C)
     row = problems + problem * PROBLEM_COLUMNS
     height, width = tl.load(row + OUT_HEIGHT), tl.load(row + OUT_WIDTH)
     pixel = tl.arange(0, TILE_H * TILE_W)
@@ -289,7 +253,7 @@ def statistics_kernel(
     wo = number % across * TILE_W + pixel % TILE_W
     inside = (ho < height) & (wo < width)
     place = tl.load(row + OUTPUT_ROW) + image.to(tl.int64) * height * width + ho * width + wo
-    b_value = _rows(sampled, place, inside, c, known, C, REAL)
+    b_value = matrix_rows(sampled, place, inside, c, known, C, REAL)
     store_sums(b_value, inside, ho, wo, partial, axes, row, c, known, C, REAL)
 
 
@@ -305,7 +269,7 @@ def merge_kernel(
     for Computing Sample Variances", 1979); sums of squares would cancel.
     """
     slot = tl.program_id(0)
-    c, known = _channels(C, BLOCK_C)
+    c, known = channel_block(C, BLOCK_C)
     problem, image = tl.load(slots + slot * 2), tl.load(slots + slot * 2 + 1)
     row = problems + tl.maximum(problem, 0) * PROBLEM_COLUMNS
     height, width, tiles = tl.load(row + OUT_HEIGHT), tl.load(row + OUT_WIDTH), tl.load(row + TILES)
@@ -315,8 +279,8 @@ def merge_kernel(
     s_pooled = tl.zeros((BLOCK_T, BLOCK_C), dtype=REAL)
     for step in range(STEPS):
         tile = step * BLOCK_T + tl.arange(0, BLOCK_T)
-        s_sum += _rows(partial, (first + tile) * 3, tile < tiles, c, known, C, REAL)
-        s_pooled += _rows(partial, (first + tile) * 3 + 2, tile < tiles, c, known, C, REAL)
+        s_sum += matrix_rows(partial, (first + tile) * 3, tile < tiles, c, known, C, REAL)
+        s_pooled += matrix_rows(partial, (first + tile) * 3 + 2, tile < tiles, c, known, C, REAL)
     pixels = (height * width).to(REAL)
     b_mean = tl.sum(s_sum, 0) / pixels
     s_squares = tl.zeros((BLOCK_T, BLOCK_C), dtype=REAL)
@@ -326,27 +290,11 @@ def merge_kernel(
         there = tile < tiles
         size = tl.minimum(height - tile // across * TILE_H, TILE_H) * tl.minimum(width - tile % across * TILE_W, TILE_W)
         size = tl.where(there, size, 1).to(REAL)[:, None]
-        b_distance = _rows(partial, (first + tile) * 3, there, c, known, C, REAL) / size - b_mean[None, :]
-        b_squares = _rows(partial, (first + tile) * 3 + 1, there, c, known, C, REAL)
+        b_distance = matrix_rows(partial, (first + tile) * 3, there, c, known, C, REAL) / size - b_mean[None, :]
+        b_squares = matrix_rows(partial, (first + tile) * 3 + 1, there, c, known, C, REAL)
         s_squares += tl.where(there[:, None], b_squares + size * b_distance * b_distance, 0.0)
     target = statistics + slot * C + c
     b_pooled = tl.sum(s_pooled, 0) / (tl.load(row + TARGET_HEIGHT) * tl.load(row + TARGET_WIDTH)).to(REAL)
     tl.store(target, b_mean, mask=known)
     tl.store(target + count * C, tl.sum(s_squares, 0) / pixels, mask=known)
     tl.store(target + 2 * count * C, b_pooled, mask=known)
-
-
-@triton.jit
-def add_kernel(
-    partial, total, bounds,
-    SIZE: tl.constexpr, STEPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
-):  # fmt: skip
-    """Grid (blocks of SIZE, rows of `bounds`): the sum of some consecutive rows of `partial` (runs, SIZE), in order."""
-    first, count = tl.load(bounds + tl.program_id(1) * 2), tl.load(bounds + tl.program_id(1) * 2 + 1)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    known = c < SIZE
-    s_total = tl.zeros((BLOCK_T, BLOCK_C), dtype=REAL)
-    for step in range(STEPS):
-        run = step * BLOCK_T + tl.arange(0, BLOCK_T)
-        s_total += _rows(partial, (first + run).to(tl.int64), run < count, c, known, SIZE, REAL)
-    tl.store(total + tl.program_id(1) * SIZE + c, tl.sum(s_total, 0), mask=known)

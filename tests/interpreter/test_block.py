@@ -9,8 +9,6 @@ from heads import DyHead
 from heads.dyhead.dyhead import ATTENTIONS
 from kernels import use_backend
 from kernels.block import conv as block_conv
-from kernels.block import conv_backward as block_conv_backward
-from kernels.block import maps as block_maps
 from kernels.block import tail as block_tail
 from kernels.block.layout import join, layout
 from kernels.runtime.tiles import Tiles
@@ -134,10 +132,9 @@ def test_16_bits_lose_no_more_than_the_separate_operators(autocast):
 
 def test_tiles_that_divide_nothing(monkeypatch):
     # As on a GPU without TF32: several blocks of input and of output channels, several tiles in both directions.
-    for module in (block_conv, block_maps):
-        monkeypatch.setattr(module, "fit", lambda *_: Tiles(4, 4, 32, 32, 4, 2))
-    monkeypatch.setattr(block_conv_backward, "_PREDICTED_PIXELS", 8)
-    monkeypatch.setattr(block_conv_backward, "_WEIGHT_PROGRAMS", 9 * 2 * 2 * 2)
+    monkeypatch.setattr(block_conv, "fit", lambda *_: Tiles(4, 4, 32, 32, 4, 2))
+    monkeypatch.setattr(block_conv, "_PREDICTED_PIXELS", 8)
+    monkeypatch.setattr(block_conv, "_WEIGHT_PROGRAMS", 9 * 2 * 2 * 2)
     check(*make("S", sizes=((5, 6),), channels=48, batch=1))
 
 
@@ -159,7 +156,7 @@ def test_statistics_of_maps_far_from_zero():
     shapes = [p.size for p in tables.problems]
     generator = torch.Generator().manual_seed(0)
     maps = [1000 + torch.randn(2, 16, *size, generator=generator) for size in shapes]
-    mean, variance, pooled = block_tail.statistics(join(maps), None, tables, block_tail.Link())
+    mean, variance, pooled = block_tail.merge(block_tail.statistics(join(maps), tables), tables)
     for problem, x in zip(tables.problems, maps, strict=True):
         slot = (problem.level, problem.branch)
         exact = x.double()
@@ -182,9 +179,9 @@ def test_ties_of_the_dynamic_relu_are_split_and_those_of_the_relu_give_nothing()
     tables = layout(((2, 2),), 1, torch.device("cpu"), torch.float32)
     sampled = torch.zeros(4, 16)
     for lines, slope in ((torch.tensor([0.0, 0, 0, 0, 2, 0, -1, 0]), 0.5), (torch.zeros(4), 0.0)):
-        coefficients = lines.view(1, 1, -1, 1).repeat(1, 1, 1, 16).requires_grad_()
-        block_tail.tail(sampled, coefficients, True, tables, block_tail.Link()).sum().backward()
-        torch.testing.assert_close(coefficients.grad[0, 0, 3], torch.full((16,), 4 * slope))
+        coefficients = lines.view(1, 1, -1, 1).repeat(1, 1, 1, 16)
+        _, grad = block_tail.backward_sums(torch.ones(4, 16), sampled, coefficients, True, tables)
+        torch.testing.assert_close(grad[0, 0, 3], torch.full((16,), 4 * slope))
 
 
 def test_nan_reaches_the_output():

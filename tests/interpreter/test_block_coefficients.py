@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from kernels.block import coefficients as block_coefficients
-from kernels.block.coefficients import coefficients, coefficients_reference
 
 GROUPS, EPS = 16, 1e-5
 # Four levels as a pyramid has them: the first has no finer neighbour, the last no coarser one.
@@ -36,10 +36,67 @@ def make(levels=4, batch=2, channels=32, hidden=8, gate=True, network=True, bias
     return statistics, share[..., None, None], norms, gate, network
 
 
+def reference(statistics, share, norms, gate, network):
+    """The definition in plain PyTorch, differentiable by autograd."""
+
+    def of_groups(x):
+        return x.unflatten(-1, (GROUPS, -1))
+
+    mean, variance, pooled = statistics.unbind()
+    scale, shift = (torch.stack([norm[i] for norm in norms])[:, None].to(mean.dtype) for i in (0, 1))
+    bias = torch.stack([torch.zeros_like(norm[0]) if norm[2] is None else norm[2] for norm in norms])[:, None]
+    # A bias in front of the GroupNorm moves means and nothing else, so the convolution need not add it.
+    mean, pooled = mean + bias, pooled + bias
+
+    # GroupNorm as a slope and an intercept for every channel.
+    group_mean = of_groups(mean).mean(-1, keepdim=True)
+    group_variance = (of_groups(variance) + (of_groups(mean) - group_mean).square()).mean(-1, keepdim=True)
+    slope = (of_groups(scale) * torch.rsqrt(group_variance + EPS)).flatten(-2)
+    intercept = shift - (of_groups(slope) * group_mean).flatten(-2)
+    pooled = slope * pooled + intercept
+    intercept = intercept + slope * bias
+
+    weight = share
+    if gate is not None:
+        weight = F.hardsigmoid(F.relu(F.linear(pooled, *(x.to(mean.dtype) for x in gate)))) * share
+    lines = [*(slope * weight).unbind(1), (intercept * weight).sum(1)]
+    if network is not None:
+        first, first_bias, second, second_bias = (x.to(mean.dtype) for x in network)
+        y = F.hardsigmoid(F.linear(F.relu(F.linear((pooled * weight).sum(1), first, first_bias)), second, second_bias))
+        y0, y1, y2, y3 = y.chunk(4, -1)
+        lines += [2 * y0, y1 - 0.5, 2 * y2 - 1, y3 - 0.5]
+    return torch.stack(lines, 2)
+
+
+def flat(norms, gate, network):
+    """The parameters in the kernels' order; zeros for a bias where others have one."""
+    scales, shifts, biases = zip(*norms, strict=True)
+    if any(bias is not None for bias in biases):
+        biases = [torch.zeros_like(scale) if bias is None else bias for scale, bias in zip(scales, biases, strict=True)]
+    return *scales, *shifts, *biases, *(gate or (None,) * 2), *(network or (None,) * 4)
+
+
+def coefficients(statistics, share, norms, gate, network):
+    """The kernels' coefficients, differentiable by autograd."""
+    return Kernels.apply(statistics, share, *flat(norms, gate, network))
+
+
+class Kernels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, statistics, share, *parameters):
+        ctx.saved = block_coefficients.forward(statistics, share, parameters, GROUPS, EPS)
+        return ctx.saved.coefficients.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_statistics, grads = block_coefficients.backward(grad.contiguous(), ctx.saved, GROUPS, EPS)
+        return grad_statistics, None, *grads
+
+
 def results(function, arguments):
     """The coefficients and all gradients, by name; a parameter that got none is missing."""
     statistics, _, norms, gate, network = arguments
-    out = function(*arguments, GROUPS, EPS)
+    out = function(*arguments)
     named = {"statistics": statistics}
     for prefix, tensors in (("norm 0", norms[0]), ("norm 1", norms[1]), ("norm 2", norms[2]), ("gate", gate or ())):
         named |= {f"{prefix}, {i}": x for i, x in enumerate(tensors) if x is not None}
@@ -51,7 +108,7 @@ def results(function, arguments):
 
 
 def check(arguments, absent=()):
-    found, expected = results(coefficients, arguments), results(coefficients_reference, arguments)
+    found, expected = results(coefficients, arguments), results(reference, arguments)
     assert set(expected) - set(found) == set(absent)
     for name, x in found.items():
         y = expected[name]
@@ -67,11 +124,11 @@ def test_gates_and_networks(gate, network):
 
 def test_gates_and_hard_sigmoids_are_on_both_sides_of_their_kinks():
     arguments = make()
-    out = results(coefficients_reference, arguments)["coefficients"]
+    out = results(reference, arguments)["coefficients"]
     assert all((out[:, :, 4] == y).any() for y in (0, 2)) and ((out[:, :, 4] > 0) & (out[:, :, 4] < 2)).any()
     statistics, share, norms, (weight, bias), network = arguments
-    opened = coefficients_reference(statistics, share, norms, (weight, bias), network, GROUPS, EPS)[:, :, :3]
-    closed = coefficients_reference(statistics, share, norms, None, network, GROUPS, EPS)[:, :, :3]
+    opened = reference(statistics, share, norms, (weight, bias), network)[:, :, :3]
+    closed = reference(statistics, share, norms, None, network)[:, :, :3]
     weights = (opened / closed).mean(-1)
     assert (weights < 0.5 + 1e-6).any() and (weights > 1 - 1e-6).any()
     assert ((weights > 0.5 + 1e-6) & (weights < 1 - 1e-6)).any()
@@ -111,8 +168,8 @@ def double(x):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_loses_no_more_than_plain_pytorch(dtype):
     arguments = make(levels=2, dtype=dtype)
-    exact = results(coefficients_reference, double(arguments))
-    plain, found = results(coefficients_reference, arguments), results(coefficients, arguments)
+    exact = results(reference, double(arguments))
+    plain, found = results(reference, arguments), results(coefficients, arguments)
     for name, x in exact.items():
         assert found[name].dtype == plain[name].dtype, name
         allowed = 2 * (plain[name] - x).abs().max() + 1e-6 * x.abs().max()
@@ -124,8 +181,8 @@ def test_statistics_far_from_zero_do_not_cancel():
     with torch.no_grad():
         statistics[0] += 1000
         statistics[2] += 1000
-    exact = coefficients(statistics.double(), share.double(), norms, gate, network, GROUPS, EPS)
-    found = coefficients(statistics, share, norms, gate, network, GROUPS, EPS)
+    exact = coefficients(statistics.double(), share.double(), norms, gate, network)
+    found = coefficients(statistics, share, norms, gate, network)
     # D itself is about 1000 slopes; the gates and the lines see differences of numbers that are near each other.
     for kinds in (slice(0, 3), slice(4, 8)):
         torch.testing.assert_close(found[:, :, kinds].double(), exact[:, :, kinds], rtol=0, atol=2e-3)
@@ -135,7 +192,7 @@ def test_nan_reaches_the_coefficients():
     arguments = make(levels=2)
     with torch.no_grad():
         arguments[0][0, 0, 0, 1, 3] = torch.nan
-        out = coefficients(*arguments, GROUPS, EPS)
+        out = coefficients(*arguments)
     assert out[0, 1, 3:].isnan().any(-1).all() and out[0, 1, 4:].isnan().all()
     assert not out[0, 0].isnan().any() and not out[1].isnan().any()
 

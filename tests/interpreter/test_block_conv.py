@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kernels.block import conv_backward as block_conv_backward
+from kernels.block import conv as block_conv
 from kernels.block.conv import convolve
-from kernels.block.layout import join, layout
+from kernels.block.layout import COARSER, join, layout
 from kernels.deform_conv.operator import reference
 from kernels.runtime.launch import Launch
 
@@ -43,13 +43,30 @@ def run(tables, leaves, cotangent, sigmoid, crop):
     return [sampled.detach(), *torch.autograd.grad(sampled, leaves, cotangent, allow_unused=True)]
 
 
+def rows(tables, matrix, row, size):
+    """The map that begins with a row of a matrix."""
+    count = tables.batch * size[0] * size[1]
+    return matrix[row : row + count].unflatten(0, (tables.batch, *size)).permute(0, 3, 1, 2)
+
+
+def points_of(tables, predicted, number, crop):
+    """Offsets and masks of a problem: those of its level, or a coarser neighbour's rows for itself."""
+    problem = tables.problems[number]
+    if problem.branch == COARSER and not crop:
+        first = tables.rows + tables.problem_rows[number] - tables.coarser_row
+        return rows(tables, predicted, first, problem.size)
+    height, width = problem.size
+    return rows(tables, predicted, tables.level_rows[problem.level], problem.target)[:, :, :height, :width]
+
+
 def expected(tables, leaves, cotangent, sigmoid, crop):
     pyramid, predicted, *weights = leaves
     maps = []
     for i, problem in enumerate(tables.problems):
-        points = tables.predicted(predicted, i, crop)
+        points = points_of(tables, predicted, i, crop)
         mask = points[:, 18:].sigmoid() if sigmoid else points[:, 18:]
-        x, weight = tables.source(pyramid, problem), weights[problem.branch]
+        x = rows(tables, pyramid, tables.level_rows[problem.source], tables.sizes[problem.source])
+        weight = weights[problem.branch]
         maps.append(reference(x, points[:, :18], weight, None, (problem.stride,) * 2, (1, 1), (1, 1), mask))
     sampled = join(maps)
     return [sampled.detach(), *torch.autograd.grad(sampled, leaves, cotangent, allow_unused=True)]
@@ -98,7 +115,7 @@ def test_regular_samples():
 
 
 def test_a_piece_of_a_weight_gradient_spans_levels(monkeypatch, launches):
-    monkeypatch.setattr(block_conv_backward, "_WEIGHT_PROGRAMS", 9 * 2)
+    monkeypatch.setattr(block_conv, "_WEIGHT_PROGRAMS", 9 * 2)
     check(make(sizes=((2, 3), (1, 2))))
     (weight,) = (x for x in launches if x.kernel.__name__ == "backward_weight_kernel")
     assert weight.grid == (9, 1, 1 + 1 + 1) and weight.constants["TILES"] == 2

@@ -20,7 +20,7 @@ class Seen(TorchDispatchMode):
         self.names = []
 
     def kernel(self, launch, run):
-        part = launch.kernel.fn.__module__.removeprefix("kernels.block_").split("_")[0]
+        part = launch.kernel.fn.__module__.removeprefix("kernels.block.").split("_")[0]
         self.names.append(f"{part}.{launch.kernel.__name__.removesuffix('_kernel')}")
         # What the interpreter does to run it is none of PyTorch's launches.
         with _disable_current_modes():
@@ -65,12 +65,12 @@ def test_launches_of_a_block(launches):
     assert forward[-7:] == block
 
     block = backward[max(i for i, name in enumerate(backward) if name == "tail.backward_sums") :]
-    first = ["tail.backward_sums", "tail.add", "coefficients.backward", "coefficients.parameters", "tail.backward_maps"]
+    first = ["tail.backward_sums", "sums.add", "coefficients.backward", "coefficients.parameters", "tail.backward_maps"]
     # Two parts of the pyramid's gradient are added; the last copy is the offset's weight, in the parameter's order.
     last = ["offset.backward_input", "offset.backward_weight", "sum", "add", "copy_"]
     assert block[:5] == first and block[-5:] == last
     convolutions = [name for name in block[5:-5] if "." in name]
-    names = ("conv.backward_points", "conv.backward_predicted", "conv.backward_weight", "tail.add")
+    names = ("conv.backward_points", "conv.backward_predicted", "conv.backward_weight", "sums.add")
     assert convolutions == list(names)
     assert len(block) <= 19, block
 
@@ -81,5 +81,5 @@ def test_launches_of_a_block_without_spatial_attention(launches):
     # Four convolutions on two levels, which PyTorch makes.
     assert forward[-9:] == [*["convolution"] * 4, "cat", *tail]
     assert [name for name in backward if "." in name][-5:] == [
-        *("tail.backward_sums", "tail.add", "coefficients.backward", "coefficients.parameters", "tail.backward_maps")
+        *("tail.backward_sums", "sums.add", "coefficients.backward", "coefficients.parameters", "tail.backward_maps")
     ]

@@ -29,8 +29,8 @@ def test_a_cpu_takes_the_separate_operators():
 
 @pytest.fixture
 def as_if_interpreted(monkeypatch):
-    monkeypatch.setattr("heads.fused.INTERPRET", True)
-    monkeypatch.setattr("heads.fused.resolve_backend", lambda device: "triton")
+    monkeypatch.setattr("kernels.block.dyhead_block.INTERPRET", True)
+    monkeypatch.setattr("kernels.block.dyhead_block.resolve_backend", lambda device: "triton")
 
 
 def test_reasons_against_fusing(as_if_interpreted):
@@ -134,10 +134,10 @@ def test_a_layout_that_nobody_uses_is_let_go():
 
 
 def test_a_wide_weight_fits_a_grid():
-    from kernels.block.tail import _add_launch
+    from kernels.block.sums import add_launch
 
     partial, total = (torch.empty(n, 1024, 9, 1024, device="meta") for n in (8, 3))
-    grid = _add_launch(partial, total, torch.empty(3, 2, dtype=torch.int32, device="meta"), 4).grid
+    grid = add_launch(partial, total, torch.empty(3, 2, dtype=torch.int32, device="meta"), 4).grid
     # CUDA's limits: 2**31 - 1, then twice 65,535.
     assert 65_535 < max(grid) == grid[0]
 
