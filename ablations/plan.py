@@ -25,7 +25,7 @@ class Plan:
         cells: All cells of the grid.
         rows: The rows that were there, by key.
         todo: Cells that have to run.
-        trained: For those of them whose weights are there, and that are only evaluated, the record of their training.
+        only_evaluated: For those of them whose weights are there, the record of their training.
         workers: Processes.
         threads: CPU threads of each.
     """
@@ -33,7 +33,7 @@ class Plan:
     cells: list[Cell]
     rows: dict[str, dict[str, Any]]
     todo: list[Cell]
-    trained: dict[Cell, trained.Record]
+    only_evaluated: dict[Cell, trained.Record]
     workers: int
     threads: int
 
@@ -53,10 +53,10 @@ def announce(plan: Plan, options: Options) -> None:
     """Say what will run, what will not, and what of it another commit made."""
     done = [cell for cell in plan.cells if cell not in plan.todo]
     print(f"{len(plan.cells)} cells, {len(done)} done, {len(plan.todo)} to run; results in {options.out}")
-    if plan.trained:
-        names = ", ".join(cell.name for cell in plan.trained)
+    if plan.only_evaluated:
+        names = ", ".join(cell.name for cell in plan.only_evaluated)
         print(f"trained already, on the same training data, and now only evaluated: {names}")
-        report_reuse("weights", plan.trained.values(), options)
+        report_reuse("weights", plan.only_evaluated.values(), options)
     if not options.dry_run:
         report_reuse("rows", [plan.rows[cell.key]["machine"] for cell in done], options)
 
@@ -72,7 +72,7 @@ def report_reuse(what: str, records: Iterable[Mapping[str, Any]], options: Optio
 def dry_run(plan: Plan) -> None:
     """List the cells and what they will cost, judged by the rows that are there, of the same detector if possible."""
     for cell in plan.cells:
-        waiting = "to evaluate" if cell in plan.trained else "to run"
+        waiting = "to evaluate" if cell in plan.only_evaluated else "to run"
         what = waiting if cell in plan.todo else plan.rows[cell.key]["status"]
         print(f"  {cell.name:34}  {what}")
     seconds = defaultdict(list)
@@ -82,7 +82,7 @@ def dry_run(plan: Plan) -> None:
     if seconds and plan.todo:
         pace = {detector: mean(times) for detector, times in seconds.items()}
         cost = sum(
-            pace.get(cell.detector, mean(pace.values())) * (1 / TRAINING_SHARE - (cell in plan.trained))
+            pace.get(cell.detector, mean(pace.values())) * (1 / TRAINING_SHARE - (cell in plan.only_evaluated))
             for cell in plan.todo
         )
         print(f"about {clock(cost / plan.workers)} with {plan.workers} workers, at the pace of the cells that are done")
