@@ -29,7 +29,7 @@ class DyHeadBlock(nn.Module):
 
     Args:
         channels: C, a multiple of 16.
-        attentions: Subset of the letters L, S, C.
+        attentions: Subset of the letters L, S, C, as `canonical` returns it.
         formulation: `"released"`: lists of maps, order S, L, C. `"paper"`: (N, L, C, H, W), order L, S, C.
         coarse_offsets: See `SpatialAttention`; the paper's formulation has no use for it.
         levels: Number of pyramid levels, which the paper's formulation has weights for.
@@ -46,16 +46,15 @@ class DyHeadBlock(nn.Module):
         super().__init__()
         if formulation not in FORMULATIONS:
             raise ValueError(f"unknown formulation {formulation!r}; it is one of {', '.join(FORMULATIONS)}")
-        off = {letter: letter not in canonical(attentions) for letter in "LSC"}
         self.formulation = formulation
         if formulation == "released":
-            self.spatial = SpatialAttention(channels, coarse_offsets, static=off["S"])
-            self.scale = ScaleAttention(channels, static=off["L"])
-            self.task = TaskAttention(channels, static=off["C"])
+            self.spatial = SpatialAttention(channels, coarse_offsets, static="S" not in attentions)
+            self.scale = ScaleAttention(channels, static="L" not in attentions)
+            self.task = TaskAttention(channels, static="C" not in attentions)
         else:
-            self.scale = PaperScaleAttention(levels, static=off["L"])
-            self.spatial = PaperSpatialAttention(channels, levels, static=off["S"])
-            self.task = PaperTaskAttention(channels, static=off["C"])
+            self.scale = PaperScaleAttention(levels, static="L" not in attentions)
+            self.spatial = PaperSpatialAttention(channels, levels, static="S" not in attentions)
+            self.task = PaperTaskAttention(channels, static="C" not in attentions)
 
     def forward(self, x: list[Tensor] | Tensor) -> list[Tensor] | Tensor:
         """Shapes in are shapes out: a list of (N, C, H_l, W_l), or one (N, L, C, H, W) for the paper's formulation."""
@@ -93,7 +92,7 @@ class DyHead(nn.Module):
         super().__init__()
         self.attentions = canonical(attentions)
         self.formulation = formulation
-        block = (channels, attentions, formulation, coarse_offsets, levels)
+        block = (channels, self.attentions, formulation, coarse_offsets, levels)
         self.blocks = nn.ModuleList(DyHeadBlock(*block) for _ in range(depth))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
