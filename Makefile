@@ -8,8 +8,10 @@ BIN = $(VENV)/bin
 grid: $(VENV)/installed
 	$(BIN)/python -m ablations.run --grid
 
+# One process either interprets Triton's kernels or does not, so there are two runs; each has a worker a core.
 test: $(VENV)/installed-test
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n auto --dist worksteal tests/interpreter tests/kernels/regions
 
 bench: $(VENV)/installed-test
 	$(BIN)/pytest --benchmark-only

@@ -27,7 +27,7 @@ class Difficulty:
         close_ups: share of the images whose largest object is drawn as large as `close_up` says.
         close_up: longest side of such an object, in shorter sides of the image.
         crowds: share of the images with a crowd region.
-        deform: strength of the deformations, as in `ablations.shapes.deformed`.
+        deform: strength of the deformations, as in `ablations.generated.outlines.deformed`.
         clutter, occluders: unlabelled things behind and in front of the objects.
         hollow: share of the clutter that is the bare border of a class's shape.
         colour_bias: share of the objects that have the colour of their class; the others have any.

@@ -16,7 +16,7 @@ def gains_table(frame: pd.DataFrame) -> pd.DataFrame:
     """One line for each LSC cell of a detector that has a baseline, as text; no line below two such detectors.
 
     Args:
-        frame: Of `ablations.tables.make_frame`.
+        frame: Of `ablations.rows.tables.make_frame`.
 
     Returns:
         `COLUMNS`; empty where there is no number, `gain ± deviation` where there are several seeds.

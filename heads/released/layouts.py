@@ -132,7 +132,7 @@ def open_released(name: str, checkpoint: Mapping) -> Detector:
 
     Args:
         name: One of `LAYOUTS`.
-        checkpoint: State dict, or a checkpoint that holds it; see `heads.weights.bare_state`.
+        checkpoint: State dict, or a checkpoint that holds it; see `heads.released.weights.bare_state`.
 
     Raises:
         ValueError: The name is unknown, the keys are another layout's, or `load_released` finds a misfit.

@@ -41,7 +41,7 @@ class MaskRCNNHead(FasterRCNNHead):
     def loss(
         self, outputs: TwoStageOutputs, targets: list[dict], image_sizes: list[tuple[int, int]]
     ) -> dict[str, Tensor]:
-        """The losses of Faster R-CNN and `loss_mask`. Targets also have `masks`, see `heads.masks.mask_targets`."""
+        """The losses of Faster R-CNN and `loss_mask`. Targets also have `masks`, see `heads.two_stage.masks.mask_targets`."""
         regions = self.regions(self.proposals(outputs, image_sizes), targets)
         losses = self.rpn.loss(outputs.rpn, targets, image_sizes) | self.box_loss(outputs, regions)
         return losses | {"loss_mask": self.mask_loss(outputs, regions, targets)}
@@ -58,7 +58,7 @@ class MaskRCNNHead(FasterRCNNHead):
     def predict(self, outputs: TwoStageOutputs, image_sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
         """Detections as Faster R-CNN's, with `masks` (K, height, width) bool of the image's size.
 
-        `mask_probabilities` (K, 28, 28) are the same before `heads.masks.paste`, for images of another size.
+        `mask_probabilities` (K, 28, 28) are the same before `heads.two_stage.masks.paste`, for images of another size.
         """
         results = super().predict(outputs, image_sizes)
         logits = self.mask(self.pool(outputs, [r["boxes"] for r in results], BINS))

@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels.backend import INTERPRET
+from kernels.bench.fingerprint import fingerprint
 from kernels.block import coefficients as block_coefficients
 from kernels.block import conv as block_conv
 from kernels.block import offset as block_offset
@@ -74,8 +75,8 @@ class Row:
 
     `spill_bytes` is thread-local memory: registers that did not fit. `tensor_core` counts matrix instructions (HMMA,
     HGMMA, UTCHMMA, DMMA; MFMA on AMD), `global_loads` loads by their width in bits, `async_copies` cp.async (LDGSTS)
-    and bulk copies (UTMALDG), or loads straight to LDS on AMD. `problem` is empty for a good kernel; a kernel that does
-    not compile has no figures.
+    and bulk copies (UTMALDG), or loads straight to LDS on AMD. `source` is the `fingerprint` of what was compiled.
+    `problem` is empty for a good kernel; a kernel that does not compile has no figures.
     """
 
     kernel: str
@@ -83,6 +84,7 @@ class Row:
     target: str
     warps: int
     stages: int
+    source: str
     problem: str
     registers: int | None = None
     spill_bytes: int | None = None
@@ -103,7 +105,7 @@ def compile_spec(spec: CompileSpec, target: str) -> Row:
     Raises:
         ValueError: `spec` does not describe the arguments of its kernel.
     """
-    row = Row(spec.name, spec.dtype, target, spec.num_warps, spec.num_stages, problem="")
+    row = Row(spec.name, spec.dtype, target, spec.num_warps, spec.num_stages, fingerprint(spec), problem="")
     gpu = TARGETS[target].gpu
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": not spec.exact}
     source = _source(spec)
@@ -225,7 +227,8 @@ def main(arguments: list[str] | None = None) -> int:
         names = ", ".join(sorted({spec.name for spec in all_specs()}))
         parser.error(f"no kernel contains {options.only!r}; there are {names}")
     table = pd.DataFrame([asdict(row) for row in rows])
-    table.insert(len(table.columns) - 1, "problem", table.pop("problem"))
+    for last in ("source", "problem"):
+        table.insert(len(table.columns) - 1, last, table.pop(last))
     command = " ".join(["python -m kernels.bench.compile", *(arguments or sys.argv[1:])])
     header = f"triton {triton.__version__}, {command}"
     print(f"{header}\n\n{_markdown(table)}")

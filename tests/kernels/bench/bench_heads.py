@@ -217,7 +217,7 @@ def checked(case: Case, head: DyHead, exact: tuple, allowed: list[float]) -> flo
 
 @cache
 def cost(case: Case) -> tuple[int, int, int]:
-    """Operations, bytes that must move at least (see `kernels.op.Op.bytes_moved`), and bytes of the outputs."""
+    """Operations, bytes that must move at least (see `kernels.bench.op.Op.bytes_moved`), and bytes of the outputs."""
     # Counted on the separate operators: what is computed does not depend on how many launches compute it.
     head, features = case.head(DTYPES[case.precision], "meta"), case.features(DTYPES[case.precision], "meta")
     with use_backend("torch"), FlopCounterMode(display=False) as counter:

@@ -1,7 +1,6 @@
 """Which DyHead runs fused, the tables of the fused block, and what it costs a CPU: nothing."""
 
 import gc
-import re
 import weakref
 
 import pytest
@@ -140,20 +139,3 @@ def test_a_wide_weight_fits_a_grid():
     grid = add_launch(partial, total, torch.empty(3, 2, dtype=torch.int32, device="meta"), 4).grid
     # CUDA's limits: 2**31 - 1, then twice 65,535.
     assert 65_535 < max(grid) == grid[0]
-
-
-@pytest.mark.parametrize(("name", "gathers"), [("points", 4), ("weight", 8), ("finest level", 1)])
-def test_backward_of_the_convolutions_gathers_16_bytes_at_a_time(name, gathers):
-    from kernels.bench.compile import compile_spec
-    from kernels.block.conv import compile_specs
-
-    spec = next(s for s in compile_specs() if s.name == f"block convolutions backward {name}" and s.dtype == "bf16")
-    row = compile_spec(spec, "sm_90")
-    # What a thread gathers for a tile and block of channels: corners, also ahead of the loop; or gradients of entries.
-    sizes = spec.constexprs
-    if name == "finest level":
-        elements = sizes["ENTRIES"] * sizes["BLOCK_O"]
-    else:
-        elements = sizes["TILE_H"] * sizes["TILE_W"] * sizes["BLOCK_C"]
-    pieces = gathers * elements * 2 // (16 * 32 * spec.num_warps)
-    assert int(re.search(r"\b128x(\d+)", row.global_loads)[1]) - row.async_copies >= pieces

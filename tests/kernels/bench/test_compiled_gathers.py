@@ -1,4 +1,4 @@
-"""What the compilers make of deform_conv2d's gathers, and that what is compiled is what a launch would run."""
+"""What the compilers make of gathers, and that what is compiled is what a launch would run."""
 
 import re
 from collections import Counter
@@ -6,14 +6,11 @@ from collections import Counter
 import pytest
 import torch
 import triton
+from compiled import compiled, find
 
 from kernels.bench.compile import TARGETS, _source, compile_spec
 from kernels.bench.roofline import float32_products
-from kernels.deform_conv.launch import Launch, _forward_launch, _levels, compile_specs
-
-
-def find(name: str, dtype: str):
-    return next(s for s in compile_specs() if s.name == f"deform_conv2d {name}" and s.dtype == dtype)
+from kernels.deform_conv.launch import Launch, _forward_launch, _levels
 
 
 def wide_loads(row) -> int:
@@ -23,8 +20,8 @@ def wide_loads(row) -> int:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["forward", "backward weight"])
 def test_corners_are_loaded_16_bytes_at_a_time_and_not_copied(name, dtype):
-    spec = find(name, dtype)
-    row = compile_spec(spec, "sm_90")
+    spec = find(f"deform_conv2d {name}", dtype)
+    row = compiled(spec.name, dtype, "sm_90")
     # Of a step's corners each thread holds this many pieces of 16 bytes; they are loaded before the loop and in it.
     pixels = spec.constexprs["TILE_H"] * spec.constexprs["TILE_W"]
     size = 4 if dtype == "fp32" else 2
@@ -35,7 +32,7 @@ def test_corners_are_loaded_16_bytes_at_a_time_and_not_copied(name, dtype):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_what_is_copied_past_the_l1_cache_is_the_weights(dtype, target):
-    spec = find("forward", dtype)
+    spec = find("deform_conv2d forward", dtype)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
     code = triton.compile(_source(spec), target=TARGETS[target].gpu, options=options).asm["ttgir"]
     copies, loads = (
@@ -51,8 +48,8 @@ def test_what_is_copied_past_the_l1_cache_is_the_weights(dtype, target):
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_the_gather_loads_rows_16_bytes_at_a_time_and_copies_none(dtype):
-    spec = find("inverse gather", dtype)
-    row = compile_spec(spec, "sm_90")
+    spec = find("deform_conv2d inverse gather", dtype)
+    row = compiled(spec.name, dtype, "sm_90")
     pieces = (4 if dtype == "fp32" else 2) * spec.constexprs["BLOCK_O"] / (16 * 32 * spec.num_warps)
     # The gradients' rows, before the loop and in it, and the weights.
     assert wide_loads(row) == pieces * (2 * spec.constexprs["ENTRIES"] + spec.constexprs["BLOCK_C"])
@@ -62,14 +59,14 @@ def test_the_gather_loads_rows_16_bytes_at_a_time_and_copies_none(dtype):
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_gather_of_exact_products_does_not_spill(target):
     with float32_products("ieee"):
-        spec = find("inverse gather", "fp32")
+        spec = find("deform_conv2d inverse gather", "fp32")
     assert spec.constexprs["PRECISION"] == "ieee"
     assert compile_spec(spec, target).spill_bytes == 0
 
 
 def test_strides_of_one_are_compiled_in():
     # A launch with a channels-last offset compiles its channel stride in; the specification must say the same.
-    spec = find("forward", "fp32")
+    spec = find("deform_conv2d forward", "fp32")
     assert spec.constexprs["offset_c"] == spec.constexprs["mask_c"] == spec.constexprs["out_c"] == 1
     assert "offset_h" in spec.signature and "out_w" in spec.divisible
 
@@ -83,3 +80,17 @@ def test_large_images_take_64_bit_places():
 
     assert str(launch(1024).constants["INDEX"]) == "int32"
     assert str(launch(8192).constants["INDEX"]) == "int64"
+
+
+@pytest.mark.parametrize(("name", "gathers"), [("points", 4), ("weight", 8), ("finest level", 1)])
+def test_backward_of_a_blocks_convolutions_gathers_16_bytes_at_a_time(name, gathers):
+    spec = find(f"block convolutions backward {name}", "bf16")
+    row = compiled(spec.name, "bf16", "sm_90")
+    # What a thread gathers for a tile and block of channels: corners, also ahead of the loop; or gradients of entries.
+    sizes = spec.constexprs
+    if name == "finest level":
+        elements = sizes["ENTRIES"] * sizes["BLOCK_O"]
+    else:
+        elements = sizes["TILE_H"] * sizes["TILE_W"] * sizes["BLOCK_C"]
+    pieces = gathers * elements * 2 // (16 * 32 * spec.num_warps)
+    assert int(re.search(r"\b128x(\d+)", row.global_loads)[1]) - row.async_copies >= pieces

@@ -1,0 +1,16 @@
+"""Kernels compiled once for all tests of a process that look at their machine code."""
+
+from functools import cache
+
+from kernels.bench.compile import Row, all_specs, compile_spec
+from kernels.runtime.compile_spec import CompileSpec
+
+
+def find(name: str, dtype: str) -> CompileSpec:
+    return next(spec for spec in all_specs() if spec.name == name and spec.dtype == dtype)
+
+
+@cache
+def compiled(name: str, dtype: str, target: str) -> Row:
+    """What the compiler made of a shipped kernel."""
+    return compile_spec(find(name, dtype), target)
