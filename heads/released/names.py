@@ -76,9 +76,9 @@ IGNORED = re.compile(r".*num_batches_tracked|.*anchor_generator\.cell_anchors\..
 def load_released(module: DyHead | Detector, state_dict: Mapping[str, Tensor]) -> None:
     """Load a released state dict into a `DyHead` or a whole detector, in place.
 
-    The layout, the authors' or mmdetection's, is recognised by its key names, once `heads.released.weights.bare_state` has
-    taken off what a checkpoint and wrappers put around them. Where the layout has biases in front of the GroupNorms, they are
-    added to `module`.
+    The layout, the authors' or mmdetection's, is recognised by its key names, once `heads.released.weights.bare_state`
+    has taken off what a checkpoint and wrappers put around them. Where the layout has biases in front of the
+    GroupNorms, they are added to `module`.
 
     Args:
         module: A `DyHead(formulation="released")`, or a detector with one as its trunk.

@@ -41,7 +41,7 @@ class MaskRCNNHead(FasterRCNNHead):
     def loss(
         self, outputs: TwoStageOutputs, targets: list[dict], image_sizes: list[tuple[int, int]]
     ) -> dict[str, Tensor]:
-        """The losses of Faster R-CNN and `loss_mask`. Targets also have `masks` (`heads.two_stage.masks.mask_targets`)."""
+        """The losses of Faster R-CNN and `loss_mask`; targets have `masks` (`heads.two_stage.masks.mask_targets`)."""
         regions = self.regions(self.proposals(outputs, image_sizes), targets)
         losses = self.rpn.loss(outputs.rpn, targets, image_sizes) | self.box_loss(outputs, regions)
         return losses | {"loss_mask": self.mask_loss(outputs, regions, targets)}
