@@ -11,7 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+# (height, width) of each level's map.
 Sizes = tuple[tuple[int, int], ...]
+# Of each level the anchors of a cell that is centred on the origin.
+Cells = tuple[tuple[tuple[float, ...], ...], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +79,7 @@ def anchor_grid(
 
 
 @lru_cache(maxsize=32)
-def _anchor_grid(sizes: Sizes, strides: tuple, cells: tuple, offset: float, device: torch.device) -> Grid:
+def _anchor_grid(sizes: Sizes, strides: tuple[int, ...], cells: Cells, offset: float, device: torch.device) -> Grid:
     # These tensors outlive the call: made in inference mode they could never be used in training, and a default device
     # that is set around one call (`meta`, say) is not every caller's.
     with torch.inference_mode(False), torch.device("cpu"):

@@ -200,4 +200,5 @@ def _axes(grid: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _rank_pairs(topk: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
     pairs = [(i, j) for i, j in product(range(rows), range(columns)) if (i + 1) * (j + 1) <= topk]
     with torch.inference_mode(False):
-        return tuple(torch.tensor(ranks, device=device) for ranks in zip(*pairs, strict=True))
+        rows_first, columns_first = zip(*pairs, strict=True)
+        return torch.tensor(rows_first, device=device), torch.tensor(columns_first, device=device)

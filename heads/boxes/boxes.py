@@ -1,7 +1,7 @@
 """Boxes as `(..., 4)` tensors of x1, y1, x2, y2 in pixels: areas, overlaps, clipping, and the two box coders.
 
 A box covers `[x1, x2) x [y1, y2)`: its width is `x2 - x1`, with no `+ 1` anywhere. The functions of two boxes broadcast
-like any elementwise operator, and the `pairwise_` forms spell out the common case of all against all.
+like any elementwise operator.
 """
 
 import math
@@ -33,11 +33,6 @@ def iou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
     return shared / (box_area(a) + box_area(b) - shared).clamp(min=eps)
 
 
-def iof(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
-    """Intersection over foreground: the share of `a` that `b` covers, for boxes that broadcast."""
-    return _intersection(a, b) / box_area(a).clamp(min=eps)
-
-
 def giou(a: Tensor, b: Tensor, eps: float = 1e-6, eps_rule: Literal["max", "add"] = "max") -> Tensor:
     """Generalised IoU (Rezatofighi et al., 2019) of `(..., 4)` boxes that broadcast, in [-1, 1].
 
@@ -59,16 +54,6 @@ def giou(a: Tensor, b: Tensor, eps: float = 1e-6, eps_rule: Literal["max", "add"
         union, enclosing = union + eps, enclosing + eps
     # shared / union - (enclosing - union) / enclosing, with one operation less.
     return shared / union + union / enclosing - 1
-
-
-def pairwise_iou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
-    """`iou` of every box of `a` (n, 4) with every box of `b` (m, 4), as (n, m)."""
-    return iou(a[..., :, None, :], b[..., None, :, :], eps)
-
-
-def pairwise_iof(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
-    """`iof` of every box of `a` (n, 4) with every box of `b` (m, 4), as (n, m)."""
-    return iof(a[..., :, None, :], b[..., None, :, :], eps)
 
 
 def pairwise_giou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
@@ -102,7 +87,7 @@ class DeltaCoder:
     stds: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
     clamp: Literal["both", "above"] = "both"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.clamp not in ("both", "above"):
             raise ValueError(f"unknown clamp {self.clamp!r}; choose 'both' (mmdetection) or 'above' (detectron2)")
 

@@ -4,7 +4,7 @@ Papers and code bases differ most in what they divide by, so no loss here averag
 or a scalar tensor; it is never differentiated.
 """
 
-from typing import Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from heads.boxes.boxes import giou, iou
+from heads.precision import at_least_float32
+
+
+class Focal(TypedDict):
+    """The two constants of the focal loss: the weight of the target class's term, and the focusing exponent."""
+
+    alpha: float
+    gamma: float
 
 
 class _FocalSum(torch.autograd.Function):
@@ -22,7 +30,9 @@ class _FocalSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, is_target: Tensor, weight: Tensor | None, alpha: float, gamma: float) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, is_target: Tensor, weight: Tensor | None, alpha: float, gamma: float
+    ) -> Tensor:
         signed = torch.where(is_target, -logits, logits)
         p = signed.sigmoid()
         cross_entropy = F.softplus(signed)
@@ -39,7 +49,7 @@ class _FocalSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (slope,) = ctx.saved_tensors
         return grad * slope, None, None, None, None
 
@@ -66,8 +76,7 @@ def sigmoid_focal_loss(
     Returns:
         A scalar. It can be differentiated once.
     """
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
+    logits = at_least_float32(logits)
     is_target = labels[..., None] == torch.arange(logits.shape[-1], device=logits.device)
     weight = None if weight is None else weight[..., None].to(logits.dtype)
     return _FocalSum.apply(logits, is_target, weight, alpha, gamma) / normaliser

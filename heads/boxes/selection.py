@@ -1,11 +1,11 @@
-"""What dense heads share: one row per anchor instead of maps by level, and the way from scores to detections."""
+"""From class probabilities and boxes of all anchors to the detections of an image."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from heads.boxes.boxes import clip_boxes
 from kernels import batched_nms
@@ -29,57 +29,80 @@ class ImageDetections(TypedDict):
     mask_probabilities: NotRequired[Tensor]
 
 
-def flatten_levels(maps: Sequence[Tensor], values: int) -> Tensor:
-    """Feature maps as rows: L maps (N, a * values, H_l, W_l) to (N, A, values), in the order of `heads.boxes.anchors`.
+# Image, anchors (K,) and classes (K,) of its candidates -> their boxes (K, 4) in pixels and scores (K,).
+ReadCandidates = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-    Channels are read anchor by anchor. Half precision becomes float32, in which losses and boxes are computed.
+
+@dataclass(frozen=True)
+class Selection:
+    """Which of a dense head's predictions become detections; detectors differ in these numbers alone.
+
+    Attributes:
+        score_threshold: Class probability that a candidate must exceed.
+        per_level: The most candidates of a level that go into NMS.
+        iou_threshold: IoU above which NMS drops the lower of two boxes of a class.
+        most: The most detections of an image.
+        clip_first: Whether boxes are clipped to the image, and dropped where nothing is left of them, before NMS
+            (mmdetection) or after it (detectron2).
     """
-    flat = torch.cat([m.flatten(2) for m in maps], 2)
-    if flat.dtype in (torch.float16, torch.bfloat16):
-        flat = flat.float()
-    batch, channels, cells = flat.shape
-    if channels == values:
-        return flat.transpose(1, 2).contiguous()
-    return flat.view(batch, channels // values, values, cells).permute(0, 3, 1, 2).reshape(batch, -1, values)
 
+    score_threshold: float = 0.05
+    per_level: int = 1000
+    iou_threshold: float = 0.5
+    most: int = 100
+    clip_first: bool = True
 
-def predict_rows(features: Sequence[Tensor], *predictors: nn.Conv2d, anchors: int = 1) -> tuple[Tensor, ...]:
-    """Apply predictors that read the same maps as one convolution, and give the rows of each.
+    def detections(
+        self,
+        probabilities: Tensor,
+        counts: Sequence[int],
+        image_sizes: Sequence[tuple[int, int]],
+        read: ReadCandidates,
+        rank: Tensor | None = None,
+    ) -> list[ImageDetections]:
+        """Select the candidates of each image, decode them, and apply NMS.
 
-    Args:
-        features: L maps (N, channels, H_l, W_l).
-        predictors: convolutions with bias, of one kernel size and padding.
-        anchors: per cell; a predictor's channels are read anchor by anchor.
+        Args:
+            probabilities: (N, A, C), what `score_threshold` is compared with.
+            counts: Anchors of each level; they sum to A.
+            image_sizes: (height, width) of each image before padding.
+            read: Gives boxes and scores of the candidates of an image, which alone need decoding.
+            rank: (N, A, C), what the best of a level are chosen by; None for `probabilities`.
 
-    Returns:
-        One (N, A, channels / anchors) a predictor, as `flatten_levels` gives them.
-    """
-    first = predictors[0]
-    weight, bias = first.weight, first.bias
-    if len(predictors) > 1:
-        weight, bias = torch.cat([p.weight for p in predictors]), torch.cat([p.bias for p in predictors])
-    maps = [F.conv2d(f, weight, bias, padding=first.padding) for f in features]
-    channels = [len(p.bias) for p in predictors]
-    if anchors == 1:
-        return flatten_levels(maps, len(bias)).split(channels, -1)
-    by_predictor = zip(*(m.split(channels, 1) for m in maps), strict=True)
-    return tuple(flatten_levels(part, c // anchors) for part, c in zip(by_predictor, channels, strict=True))
+        Returns:
+            The detections of each image, by falling score.
+        """
+        ranks = probabilities if rank is None else rank
+        results = []
+        for image, (values, order, size) in enumerate(zip(probabilities, ranks, image_sizes, strict=True)):
+            anchor, label = best_per_level(values, self.score_threshold, self.per_level, counts, order)
+            boxes, scores = read(image, anchor, label)
+            results.append(
+                detections(boxes, scores, label, size, self.iou_threshold, self.most, clip_first=self.clip_first)
+            )
+        return results
 
 
 def best_per_level(
     scores: Tensor, threshold: float, topk: int, counts: Sequence[int], rank: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Candidates of one image: anchor and class of every score above `threshold`, at most `topk` of them a level.
+    """Candidates of one image: anchor and class of every score above a threshold, limited by level.
 
     Args:
         scores: (A, C) probabilities.
-        threshold: strict.
-        topk: per level, by `rank`; equal ones in the order of anchors, then classes.
-        counts: anchors of each level, A in all.
-        rank: (A, C) what the best are chosen by, or None for `scores`.
+        threshold: What a score must exceed.
+        topk: The most candidates of a level, by `rank`; equal ones in the order of anchors, then classes.
+        counts: Anchors of each level; they sum to A.
+        rank: (A, C), what the best are chosen by; None for `scores`.
 
     Returns:
         (K,) int64 anchors and (K,) int64 classes, in the order of anchors, then classes.
+
+    Example:
+        >>> import torch
+        >>> from heads.boxes.selection import best_per_level
+        >>> best_per_level(torch.tensor([[0.1, 0.9], [0.6, 0.2]]), 0.5, 10, counts=[1, 1])
+        (tensor([0, 1]), tensor([1, 0]))
     """
     classes = scores.shape[1]
     index = (scores > threshold).flatten().nonzero()[:, 0]
@@ -106,16 +129,19 @@ def detections(
     max_detections: int,
     clip_first: bool,
 ) -> ImageDetections:
-    """Suppress, clip to the image, and drop boxes without area: one image's detections, by falling score.
+    """Apply NMS to the candidates of one image, clip them to it, and drop boxes without area.
 
     Args:
         boxes: (K, 4) in pixels.
         scores: (K,).
-        labels: (K,) int64.
+        labels: (K,) int64; boxes of different labels do not meet in NMS.
         size: (height, width) of the image.
-        iou_threshold: of the suppression within a class.
-        max_detections: the most that survive the suppression.
-        clip_first: clip and drop before the suppression (mmdetection) or after it (detectron2).
+        iou_threshold: IoU above which NMS drops the lower of two boxes.
+        max_detections: The most boxes that survive NMS.
+        clip_first: Whether to clip and drop before NMS (mmdetection) or after it (detectron2).
+
+    Returns:
+        The image's detections, by falling score.
     """
     clipped = clip_boxes(boxes, size)
     if clip_first:

@@ -6,7 +6,7 @@ Ingredients, as published:
 - focal loss (alpha 0.25, gamma 2, prior 0.01), 2 × GIoU loss weighted by centerness, cross-entropy of centerness;
 - a learned scale on each level's box deltas; deltas with weights 10, 10, 5, 5;
 - detections: class probability above 0.05, the 1,000 best of a level, score = probability × centerness (no root),
-  suppression at IoU 0.6 within a class, 100 boxes.
+  NMS at IoU 0.6 within a class, 100 boxes.
 
 Two releases of ATSS with DyHead differ in details that move losses and detections; `convention` selects one:
 
@@ -18,21 +18,20 @@ Two releases of ATSS with DyHead differ in details that move losses and detectio
 | GIoU's guard                | union and enclosing area at least 1e-6   | 1e-7 added to both                    |
 | width and height deltas     | clamped on both sides                    | clamped from above                    |
 | the 1,000 best of a level by| class probability                        | class probability × centerness        |
-| boxes clipped to the image  | before suppression                       | after suppression                     |
+| boxes clipped to the image  | before NMS                               | after NMS                             |
 
 They also differ in settings that have arguments of their own: the official model centres anchors in their cells
 (`anchor_offset=0.5`, as does mmdetection's "r50-caffe" DyHead configuration) and predicts with 1×1 convolutions;
 mmdetection's ATSS and its "r50" DyHead configuration use offset 0 and 3×3 convolutions. `build_detector("atss")`
 follows "mmdet" with the anchors and predictors of the official model.
 
-Deviations: an image without boxes raises an error in the official code and is all background here. Suppression compares
-class labels instead of shifting boxes by class, and ties go by order (see `kernels/regions/nms.py`,
-`heads/boxes/assign.py`). Targets stay boxes; the official code encodes and decodes them. mmdetection's pad_shape is
-recomputed from the image's size, and the 1.2e-7 it adds to every normaliser is left out. Towers of fewer than 256
-channels start with the published variance of a sum, not of a weight (`heads/dense/towers.py`).
+Deviations: an image without boxes raises an error in the official code and is all background here. NMS compares class
+labels instead of shifting boxes by class, and ties go by order (see `kernels/regions/nms.py`, `heads/boxes/assign.py`).
+Targets stay boxes; the official code encodes and decodes them. mmdetection's pad_shape is recomputed from the image's
+size, and the 1.2e-7 it adds to every normaliser is left out. Towers of fewer than 256 channels start with the published
+variance of a sum, not of a weight (`heads/dense/towers.py`).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -45,16 +44,31 @@ from heads.backbones.resnet import ResNet
 from heads.boxes.anchors import Grid, Sizes, anchor_grid, cell_anchors, outside_padding
 from heads.boxes.assign import assign_atss
 from heads.boxes.boxes import DeltaCoder, centerness_of, encode_distances
-from heads.boxes.losses import centerness_loss, giou_loss, sigmoid_focal_loss
-from heads.boxes.selection import best_per_level, detections, predict_rows
-from heads.dense.towers import ConvTowers, Scale
+from heads.boxes.losses import Focal, centerness_loss, giou_loss, sigmoid_focal_loss
+from heads.boxes.matched import labels_of, positives_of
+from heads.boxes.rows import initialise_predictors, predict_rows
+from heads.boxes.selection import ImageDetections, Selection
+from heads.dense.towers import ConvTowers, LevelScales
 from heads.detector import Detector, PredictionHead
 from heads.dyhead.dyhead import DyHead
+from heads.targets import Target
 
 
-@dataclass(frozen=True)
-class Convention:
-    """The details in which the two releases differ, row by row as in the table above."""
+@dataclass(frozen=True, kw_only=True)
+class ATSSConvention:
+    """The details in which the two releases differ, row by row as in the table above.
+
+    Attributes:
+        padding_is_background: Whether anchors in the padding are background; else they take no part.
+        empty_images_count: Whether the classification loss is divided by the sum over images of max(positives, 1); else
+            by max(positives of the batch, 1).
+        least_centerness: The least that the box loss is divided by.
+        giou_eps, giou_eps_rule: See `giou`.
+        delta_clamp: See `DeltaCoder`.
+        rank_by_product: Whether the best of a level are chosen by class probability × centerness; else by class
+            probability.
+        selection: The published numbers of the selection of detections.
+    """
 
     padding_is_background: bool
     empty_images_count: bool
@@ -63,13 +77,31 @@ class Convention:
     giou_eps_rule: Literal["max", "add"]
     delta_clamp: Literal["both", "above"]
     rank_by_product: bool
-    clip_first: bool
+    selection: Selection
 
 
 CONVENTIONS = {
-    "mmdet": Convention(False, True, 1.0, 1e-6, "max", "both", False, True),
-    # The smallest normal number stands for "not clamped": it only turns 0 / 0 of a batch without boxes into 0.
-    "official": Convention(True, False, torch.finfo(torch.float32).tiny, 1e-7, "add", "above", True, False),
+    "mmdet": ATSSConvention(
+        padding_is_background=False,
+        empty_images_count=True,
+        least_centerness=1.0,
+        giou_eps=1e-6,
+        giou_eps_rule="max",
+        delta_clamp="both",
+        rank_by_product=False,
+        selection=Selection(iou_threshold=0.6, clip_first=True),
+    ),
+    "official": ATSSConvention(
+        padding_is_background=True,
+        empty_images_count=False,
+        # The smallest normal number stands for "not clamped": it only turns 0 / 0 of a batch without boxes into 0.
+        least_centerness=torch.finfo(torch.float32).tiny,
+        giou_eps=1e-7,
+        giou_eps_rule="add",
+        delta_clamp="above",
+        rank_by_product=True,
+        selection=Selection(iou_threshold=0.6, clip_first=False),
+    ),
 }
 
 
@@ -111,29 +143,27 @@ class ATSSTargets(NamedTuple):
     valid: Tensor | None
 
 
-class ATSSHead(PredictionHead):
+class ATSSHead(PredictionHead[ATSSOutputs]):
     """Predicts class, box and centerness for one anchor per cell; see the top of this file.
 
     Args:
-        in_channels: of the trunk's maps.
-        num_classes: C, without background.
-        strides: pixels per cell, by level.
-        kernel_size: of the predictors.
-        convention: "mmdet" or "official".
-        anchor_offset: where in its cell an anchor is centred, in cells.
-        anchor_scale: side of an anchor in strides.
-        candidates: anchors per level and box that the assignment considers.
-        pad_divisor: of "mmdet"'s rule for anchors in the padding, see `outside_padding`; `pad_size_divisor` there.
-        prior: class probability that an untrained head predicts.
-        focal_alpha, focal_gamma: of the focal loss.
-        box_weight: of the GIoU loss.
-        score_threshold: class probability that a candidate must exceed.
-        candidates_per_level: the most that a level sends into suppression.
-        iou_threshold: of the suppression.
-        max_detections: per image.
+        in_channels: Channels of the trunk's maps.
+        num_classes: Object classes C, without background.
+        strides: Pixels per cell, by level.
+        kernel_size: Side of the predictors' kernels, odd.
+        convention: `"mmdet"` or `"official"`.
+        anchor_offset: Where in its cell an anchor is centred, in cells.
+        anchor_scale: Side of an anchor in strides.
+        candidates: Anchors of a level that the assignment considers for a box.
+        pad_divisor: Divisor of the rule of `"mmdet"` for anchors in the padding, its `pad_size_divisor`; see
+            `outside_padding`.
+        prior: Class probability that an untrained head predicts.
+        focal_alpha, focal_gamma: Constants of the focal loss.
+        box_weight: Weight of the GIoU loss.
+        selection: Which predictions become detections; None for the convention's published numbers.
 
     Raises:
-        ValueError: the convention is unknown.
+        ValueError: The convention is unknown.
     """
 
     def __init__(
@@ -152,10 +182,7 @@ class ATSSHead(PredictionHead):
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
         box_weight: float = 2.0,
-        score_threshold: float = 0.05,
-        candidates_per_level: int = 1000,
-        iou_threshold: float = 0.6,
-        max_detections: int = 100,
+        selection: Selection | None = None,
     ):
         super().__init__()
         if convention not in CONVENTIONS:
@@ -167,23 +194,17 @@ class ATSSHead(PredictionHead):
         self.anchor_offset = anchor_offset
         self.candidates = candidates
         self.pad_divisor = pad_divisor
-        self.focal = {"alpha": focal_alpha, "gamma": focal_gamma}
+        self.focal: Focal = {"alpha": focal_alpha, "gamma": focal_gamma}
         self.box_weight = box_weight
-        self.score_threshold = score_threshold
-        self.candidates_per_level = candidates_per_level
-        self.iou_threshold = iou_threshold
-        self.max_detections = max_detections
+        self.selection = selection or self.convention.selection
         self.coder = DeltaCoder(stds=(0.1, 0.1, 0.2, 0.2), clamp=self.convention.delta_clamp)
 
         padding = kernel_size // 2
         self.cls_logits = nn.Conv2d(in_channels, num_classes, kernel_size, padding=padding)
         self.bbox_pred = nn.Conv2d(in_channels, 4, kernel_size, padding=padding)
         self.centerness = nn.Conv2d(in_channels, 1, kernel_size, padding=padding)
-        self.scales = nn.ModuleList(Scale() for _ in strides)
-        for predictor in (self.cls_logits, self.bbox_pred, self.centerness):
-            nn.init.normal_(predictor.weight, std=0.01)
-            nn.init.zeros_(predictor.bias)
-        nn.init.constant_(self.cls_logits.bias, -math.log((1 - prior) / prior))
+        self.scales = LevelScales(len(strides))
+        initialise_predictors(self.cls_logits, self.bbox_pred, self.centerness, prior=prior)
 
     def forward(self, cls_features: list[Tensor], reg_features: list[Tensor]) -> ATSSOutputs:
         """Predict from the trunk's maps (N, C, H_l, W_l); both lists may be the same one, as with DyHead."""
@@ -194,36 +215,33 @@ class ATSSHead(PredictionHead):
         else:
             (logits,) = predict_rows(cls_features, self.cls_logits)
             deltas, centerness = predict_rows(reg_features, self.bbox_pred, self.centerness)
-        scale = torch.cat([s.scale.expand(h * w) for s, (h, w) in zip(self.scales, sizes, strict=True)])
-        return ATSSOutputs(logits, deltas * scale[:, None], centerness[..., 0], sizes)
+        return ATSSOutputs(logits, deltas * self.scales.rows(sizes), centerness[..., 0], sizes)
 
     def grid(self, outputs: ATSSOutputs) -> Grid:
         """The anchors of `outputs`, in the order of its rows."""
         return anchor_grid(outputs.sizes, self.strides, self.cells, self.anchor_offset, outputs.deltas.device)
 
-    def targets(self, grid: Grid, targets: list[dict], image_sizes: list[tuple[int, int]]) -> ATSSTargets:
+    def targets(self, grid: Grid, targets: list[Target], image_sizes: list[tuple[int, int]]) -> ATSSTargets:
         """Assign boxes to anchors. Arguments as in `loss`."""
-        boxes, device = [t["boxes"] for t in targets], grid.anchors.device
+        boxes = [t["boxes"] for t in targets]
         valid_sizes = valid = None
         if not self.convention.padding_is_background:
             valid_sizes, valid = outside_padding(grid, image_sizes, self.pad_divisor)
         matched = assign_atss(grid, boxes, self.candidates, valid_sizes)
-        background = torch.tensor([self.num_classes], device=device)
-        # An index of -1 reads the last entry: background.
-        labels = torch.cat([*(t["labels"] for t in targets), background])[matched]
-        flat = matched.flatten()
-        positive = (flat >= 0).nonzero()[:, 0]
+        labels = labels_of(matched, [t["labels"] for t in targets], background=self.num_classes)
+        positive, target = positives_of(matched, boxes)
         cell = positive % matched.shape[1]
-        target = torch.cat(boxes)[flat[positive]]
         central = centerness_of(encode_distances(target, grid.centres[cell]))
         return ATSSTargets(matched, labels, positive, grid.anchors[cell], target, central, valid)
 
-    def loss(self, outputs: ATSSOutputs, targets: list[dict], image_sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
+    def loss(
+        self, outputs: ATSSOutputs, targets: list[Target], image_sizes: list[tuple[int, int]]
+    ) -> dict[str, Tensor]:
         """The three losses of a batch, to be summed.
 
         Args:
-            outputs: of `forward`.
-            targets: one dict an image: `boxes` (n, 4) xyxy in pixels, `labels` (n,) int64 below C; n may be 0.
+            outputs: What `forward` returned.
+            targets: One dict an image: `boxes` (n, 4) xyxy in pixels, `labels` (n,) int64 below C; n may be 0.
             image_sizes: (height, width) of each image before padding.
 
         Returns:
@@ -231,10 +249,8 @@ class ATSSHead(PredictionHead):
         """
         rule, grid = self.convention, self.grid(outputs)
         goal = self.targets(grid, targets, image_sizes)
-        if rule.empty_images_count:
-            normaliser = (goal.matched >= 0).sum(1).clamp(min=1).sum()
-        else:
-            normaliser = max(len(goal.positive), 1)
+        per_image = (goal.matched >= 0).sum(1).clamp(min=1)
+        normaliser = per_image.sum() if rule.empty_images_count else max(len(goal.positive), 1)
         predicted = self.coder.decode(outputs.deltas.flatten(0, 1)[goal.positive], goal.anchors)
         return {
             "loss_cls": sigmoid_focal_loss(
@@ -255,44 +271,20 @@ class ATSSHead(PredictionHead):
         }
 
     @torch.no_grad()
-    def predict(self, outputs: ATSSOutputs, image_sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
-        """Detections, one dict an image, by falling score.
-
-        Args:
-            outputs: of `forward`.
-            image_sizes: (height, width) of each image before padding.
-
-        Returns:
-            `boxes` (K, 4) xyxy in pixels, clipped to the image; `scores` (K,); `labels` (K,) int64.
-        """
+    def predict(self, outputs: ATSSOutputs, image_sizes: list[tuple[int, int]]) -> list[ImageDetections]:
+        """Detections of each image, by falling score; see `PredictionHead.predict`."""
         rule, grid = self.convention, self.grid(outputs)
-        scores, centerness = outputs.logits.sigmoid(), outputs.centerness.sigmoid()
-        results = []
-        for image, size in enumerate(image_sizes):
-            product = scores[image] * centerness[image, :, None]
-            anchor, label = best_per_level(
-                scores[image],
-                self.score_threshold,
-                self.candidates_per_level,
-                grid.counts,
-                product if rule.rank_by_product else None,
-            )
+        probabilities, centerness = outputs.logits.sigmoid(), outputs.centerness.sigmoid()
+
+        def read(image: int, anchor: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
             boxes = self.coder.decode(outputs.deltas[image, anchor], grid.anchors[anchor])
-            results.append(
-                detections(
-                    boxes,
-                    product[anchor, label],
-                    label,
-                    size,
-                    self.iou_threshold,
-                    self.max_detections,
-                    rule.clip_first,
-                )
-            )
-        return results
+            return boxes, probabilities[image, anchor, label] * centerness[image, anchor]
+
+        rank = probabilities * centerness[..., None] if rule.rank_by_product else None
+        return self.selection.detections(probabilities, grid.counts, image_sizes, read, rank)
 
 
-def atss(body: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
+def atss(backbone: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
     """ATSS; DyHead takes the place of both towers. Either is followed by the 1×1 predictors of the authors' code."""
     head = ATSSHead(in_channels=channels, num_classes=num_classes, strides=FPN.strides)
-    return Detector(body, FPN(body.channels, channels), dyhead or ConvTowers(channels), head)
+    return Detector(backbone, FPN(backbone.channels, channels), dyhead or ConvTowers(channels), head)

@@ -10,18 +10,19 @@ Ingredients, as published (the authors' code, `borderdet.res50.fpn.coco.800size.
 - a box whose IoU with an object is at least 0.6 is positive: focal loss on its class and L1 on what its sides miss, in
   halves of the box's sides, both divided by the number of positives;
 - detections: the root of probability × centerness above 0.05, score = root of (that root × border probability), the
-  1,000 best of a level by it, suppression at IoU 0.6 within a class, 100 boxes, clipped after the suppression.
+  1,000 best of a level by it, NMS at IoU 0.6 within a class, 100 boxes, clipped after NMS.
 
 DyHead takes the place of the FCOS towers; both branches read its maps.
 
 Deviations: an image without boxes raises an error in the authors' code and is all background here. Instance norm of a
 map of one cell gives 0; PyTorch's module refuses it. The convolutions of the branches start at the published variance
-for the published 256 channels and keep the variance of a sum for fewer. Suppression compares class labels instead of
-shifting boxes by class.
+for the published 256 channels and keep the variance of a sum for fewer. NMS compares class labels instead of shifting
+boxes by class.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +34,14 @@ from heads.boxes.anchors import Sizes, level_points
 from heads.boxes.assign import assign_max_iou
 from heads.boxes.boxes import decode_distances
 from heads.boxes.losses import sigmoid_focal_loss, smooth_l1_loss
-from heads.boxes.selection import best_per_level, detections, predict_rows
-from heads.dense.fcos import FCOSHead
+from heads.boxes.matched import labels_of, positives_of
+from heads.boxes.rows import bias_of, initialise_predictors, predict_rows
+from heads.boxes.selection import ImageDetections, Selection
+from heads.dense.fcos import RANGES, PointHead
 from heads.dense.towers import ConvTowers
 from heads.detector import Detector
 from heads.dyhead.dyhead import DyHead
+from heads.targets import Target
 from kernels import border_align
 
 
@@ -45,9 +49,9 @@ class BorderBranch(nn.Module):
     """Features of the borders of one box per cell.
 
     Args:
-        channels: of the map that comes and goes.
-        border_channels: that each border, and the cell itself, is read in.
-        pool_size: see `border_align`.
+        channels: Channels of the map, in and out.
+        border_channels: Channels in which each border, and the cell itself, is read.
+        pool_size: Steps along a border, see `border_align`.
     """
 
     def __init__(self, channels: int, border_channels: int, pool_size: int = 10):
@@ -59,10 +63,18 @@ class BorderBranch(nn.Module):
         self.join = nn.Conv2d(5 * border_channels, channels, 1)
         for conv in (self.split, self.join):
             nn.init.normal_(conv.weight, std=0.01 * math.sqrt(256 / channels))
-            nn.init.zeros_(conv.bias)
+            nn.init.zeros_(bias_of(conv))
 
     def forward(self, features: Tensor, boxes: Tensor) -> Tensor:
-        """Maps (N, C, H, W) and, in cells, a box (N, H * W, 4) for each cell -> (N, C, H, W)."""
+        """Read the borders of the boxes.
+
+        Args:
+            features: (N, C, H, W).
+            boxes: (N, H * W, 4), a box for each cell, in cells.
+
+        Returns:
+            (N, C, H, W).
+        """
         # The instance norm; `nn.InstanceNorm2d` refuses maps of one cell.
         maps = torch.group_norm(self.split(features), 5 * self.border_channels, eps=1e-5).relu()
         borders = border_align(maps[:, : 4 * self.border_channels], boxes, self.pool_size)
@@ -74,10 +86,10 @@ class BorderDetOutputs(NamedTuple):
     """What the head predicts for a batch, one row per point: A points, levels in order, row by row.
 
     Attributes:
-        logits, raw, centerness: of the first stage, see `FCOSOutputs`.
+        logits, raw, centerness: What the first stage predicts, see `FCOSOutputs`.
         border_logits: (N, A, C) class logits of the box.
-        border_deltas: (N, A, 4) by how much the sides miss, in `border_std` box sides.
-        boxes: (N, A, 4) of the first stage, in pixels, without gradient.
+        border_deltas: (N, A, 4), by how much the sides miss, in `border_std` box sides.
+        boxes: (N, A, 4), those of the first stage, in pixels, without gradient.
         sizes: (height, width) of each level's map.
     """
 
@@ -90,43 +102,65 @@ class BorderDetOutputs(NamedTuple):
     sizes: Sizes
 
 
-class BorderDetHead(FCOSHead):
+# The published selection of detections.
+SELECTION = Selection(iou_threshold=0.6, clip_first=False)
+
+
+class BorderDetHead(PointHead[BorderDetOutputs]):
     """FCOS and a second stage that reads the borders of its boxes; see the top of this file.
 
     Args:
-        in_channels: of the trunk's maps.
-        border_channels: of the branch for classes and of that for boxes.
-        pool_size: steps along each border.
-        border_iou: from which a box of the first stage is positive.
-        border_std: box sides that are the unit of the second stage's deltas.
-        **settings: of `FCOSHead`.
+        in_channels: Channels of the trunk's maps.
+        num_classes: Object classes C, without background.
+        strides: Pixels per cell, by level.
+        border_channels: Channels of the branch for classes and of that for boxes.
+        pool_size: Steps along each border.
+        border_iou: IoU from which a box of the first stage is positive.
+        border_std: Unit of the second stage's deltas, in box sides.
+        recipe, ranges, least_centerness, prior, focal_alpha, focal_gamma: See `PointHead`.
+        selection: Which predictions become detections.
     """
 
     def __init__(
         self,
         *,
         in_channels: int,
+        num_classes: int,
+        strides: Sequence[int] = (8, 16, 32, 64, 128),
         border_channels: tuple[int, int] = (256, 128),
         pool_size: int = 10,
         border_iou: float = 0.6,
         border_std: float = 0.5,
+        recipe: Literal["improved", "plain"] = "improved",
+        ranges: Sequence[tuple[float, float]] = RANGES,
+        least_centerness: float = 1.0,
         prior: float = 0.01,
-        **settings,
+        focal_alpha: float = 0.25,
+        focal_gamma: float = 2.0,
+        selection: Selection = SELECTION,
     ):
-        super().__init__(in_channels=in_channels, prior=prior, **{"least_centerness": 1.0} | settings)
+        super().__init__(
+            in_channels=in_channels,
+            num_classes=num_classes,
+            strides=strides,
+            recipe=recipe,
+            ranges=ranges,
+            least_centerness=least_centerness,
+            prior=prior,
+            focal_alpha=focal_alpha,
+            focal_gamma=focal_gamma,
+            selection=selection,
+        )
         self.border_iou, self.border_std = border_iou, border_std
         self.cls_branch = BorderBranch(in_channels, border_channels[0], pool_size)
         self.reg_branch = BorderBranch(in_channels, border_channels[1], pool_size)
         self.border_cls = nn.Conv2d(in_channels, self.num_classes, 1)
         self.border_reg = nn.Conv2d(in_channels, 4, 1)
-        for predictor in (self.border_cls, self.border_reg):
-            nn.init.normal_(predictor.weight, std=0.01)
-            nn.init.zeros_(predictor.bias)
-        nn.init.constant_(self.border_cls.bias, -math.log((1 - prior) / prior))
+        initialise_predictors(self.border_cls, self.border_reg, prior=prior)
 
     def forward(self, cls_features: list[Tensor], reg_features: list[Tensor]) -> BorderDetOutputs:
         """Predict from the trunk's maps (N, C, H_l, W_l); both lists may be the same one, as with DyHead."""
-        first = super().forward(cls_features, reg_features)
+        first = self.predict_points(cls_features, reg_features)
         # Points without the cache of grids, which must not be filled while tensors are stand-ins that hold no numbers.
         points = level_points(first.sizes, self.strides, 0.5, first.raw.device)
         raw = first.raw.detach().split([len(p) for p in points], 1)
@@ -143,28 +177,29 @@ class BorderDetHead(FCOSHead):
         (border_deltas,) = predict_rows(of_boxes, self.border_reg)
         return BorderDetOutputs(*first[:3], border_logits, border_deltas, torch.cat(boxes, 1), first.sizes)
 
-    def border_targets(self, outputs: BorderDetOutputs, targets: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
-        """What the first stage's boxes learn: labels (N, A), the indices of positive ones, their deltas."""
+    def border_targets(self, outputs: BorderDetOutputs, targets: list[Target]) -> tuple[Tensor, Tensor, Tensor]:
+        """What the first stage's boxes learn.
+
+        Returns:
+            (N, A) int64 labels, C for background; (P,) int64 indices of the positive boxes; their deltas (P, 4).
+        """
         boxes = [t["boxes"] for t in targets]
         matched = assign_max_iou(outputs.boxes, boxes, self.border_iou, self.border_iou, low_quality=None)
-        background = torch.tensor([self.num_classes], device=matched.device)
-        # An index of -1 reads the last entry: background.
-        labels = torch.cat([*(t["labels"] for t in targets), background])[matched]
-        flat = matched.flatten()
-        positive = (flat >= 0).nonzero()[:, 0]
+        labels = labels_of(matched, [t["labels"] for t in targets], background=self.num_classes)
+        positive, target = positives_of(matched, boxes)
         box = outputs.boxes.flatten(0, 1)[positive]
-        return labels, positive, (torch.cat(boxes)[flat[positive]] - box) / self._unit(box)
+        return labels, positive, (target - box) / self._unit(box)
 
     def _unit(self, boxes: Tensor) -> Tensor:
         sides = boxes[..., 2:] - boxes[..., :2]
         return torch.cat([sides, sides], -1) * self.border_std
 
     def loss(
-        self, outputs: BorderDetOutputs, targets: list[dict], image_sizes: list[tuple[int, int]]
+        self, outputs: BorderDetOutputs, targets: list[Target], image_sizes: list[tuple[int, int]]
     ) -> dict[str, Tensor]:
         """The five losses of a batch, to be summed: those of FCOS, and `loss_border_cls` and `loss_border_bbox`.
 
-        Arguments as in `FCOSHead.loss`.
+        Arguments as in `PointHead.loss`.
         """
         labels, positive, deltas = self.border_targets(outputs, targets)
         normaliser = max(len(positive), 1)
@@ -175,34 +210,21 @@ class BorderDetHead(FCOSHead):
         }
 
     @torch.no_grad()
-    def predict(self, outputs: BorderDetOutputs, image_sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
-        """Detections, one dict an image, by falling score.
-
-        Args:
-            outputs: of `forward`.
-            image_sizes: (height, width) of each image before padding.
-
-        Returns:
-            `boxes` (K, 4) xyxy in pixels, clipped to the image; `scores` (K,); `labels` (K,) int64.
-        """
+    def predict(self, outputs: BorderDetOutputs, image_sizes: list[tuple[int, int]]) -> list[ImageDetections]:
+        """Detections of each image, by falling score; see `PredictionHead.predict`."""
         counts = self.grid(outputs).counts
         first = (outputs.logits.sigmoid() * outputs.centerness.sigmoid()[..., None]).sqrt()
         both = first * outputs.border_logits.sigmoid()
-        results = []
-        for image, size in enumerate(image_sizes):
-            point, label = best_per_level(
-                first[image], self.score_threshold, self.candidates_per_level, counts, both[image]
-            )
+
+        def read(image: int, point: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
             box = outputs.boxes[image, point]
             box = box + outputs.border_deltas[image, point] * self._unit(box)
-            score = both[image, point, label].sqrt()
-            results.append(
-                detections(box, score, label, size, self.iou_threshold, self.max_detections, clip_first=False)
-            )
-        return results
+            return box, both[image, point, label].sqrt()
+
+        return self.selection.detections(first, counts, image_sizes, read, rank=both)
 
 
-def borderdet(body: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
+def borderdet(backbone: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
     """BorderDet; DyHead takes the place of the towers of its first stage."""
     head = BorderDetHead(
         in_channels=channels,
@@ -210,5 +232,5 @@ def borderdet(body: ResNet, num_classes: int, channels: int, dyhead: DyHead | No
         strides=FPN.strides,
         border_channels=(channels, channels // 2),
     )
-    fpn = FPN(body.channels, channels, relu_before_p7=True)
-    return Detector(body, fpn, dyhead or ConvTowers(channels, bias=True), head)
+    fpn = FPN(backbone.channels, channels, relu_before_p7=True)
+    return Detector(backbone, fpn, dyhead or ConvTowers(channels, bias=True), head)

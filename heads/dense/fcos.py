@@ -8,8 +8,8 @@ Ingredients, as published:
   convolved from P5, and a ReLU before P7;
 - focal loss (alpha 0.25, gamma 2, prior 0.01) and cross-entropy of centerness, divided by the number of positives; box
   loss weighted by centerness, divided by its sum;
-- detections: class probability above 0.05, the 1,000 best of a level, score = probability × centerness, suppression
-  within a class, 100 boxes.
+- detections: class probability above 0.05, the 1,000 best of a level, score = probability × centerness, NMS within a
+  class, 100 boxes.
 
 DyHead's paper starts from 38.8 AP, which is not the first paper's FCOS but the authors' later one. `recipe` selects:
 
@@ -19,22 +19,22 @@ DyHead's paper starts from 38.8 AP, which is not the first paper's FCOS but the 
 | distances                   | in strides, not below 0 by a ReLU        | in pixels, exponential                |
 | box loss                    | 1 - GIoU                                 | -log IoU                              |
 | centerness is predicted from| the regression tower                     | the classification tower              |
-| suppression at IoU          | 0.6                                      | 0.5                                   |
+| NMS at IoU                  | 0.6                                      | 0.5                                   |
 
 Both follow mmdetection 3.3 (`fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco` and the same without
 the suffixes), in which points in the padding are background.
 
 Deviations: the authors' own code ranks the candidates of a level by probability × centerness and takes the root of that
-product as the score; mmdetection does neither. Suppression compares class labels instead of shifting boxes by class.
-The 1.2e-7 that mmdetection adds to every normaliser is left out, and overlaps are computed in pixels, not in strides,
-which matters to the guard of their divisions alone. Towers of fewer than 256 channels start with the published variance
-of a sum, not of a weight (`heads/dense/towers.py`).
+product as the score; mmdetection does neither. NMS compares class labels instead of shifting boxes by class. The 1.2e-7
+that mmdetection adds to every normaliser is left out, and overlaps are computed in pixels, not in strides, which
+matters to the guard of their divisions alone. Towers of fewer than 256 channels start with the published variance of a
+sum, not of a weight (`heads/dense/towers.py`).
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,30 +44,53 @@ from heads.backbones.resnet import ResNet
 from heads.boxes.anchors import Grid, Sizes, point_grid
 from heads.boxes.assign_points import assign_centre
 from heads.boxes.boxes import centerness_of, decode_distances, encode_distances
-from heads.boxes.losses import centerness_loss, giou_loss, iou_loss, sigmoid_focal_loss
-from heads.boxes.selection import best_per_level, detections, predict_rows
-from heads.dense.towers import ConvTowers, Scale
+from heads.boxes.losses import Focal, centerness_loss, giou_loss, iou_loss, sigmoid_focal_loss
+from heads.boxes.matched import labels_of, positives_of
+from heads.boxes.rows import initialise_predictors, predict_rows
+from heads.boxes.selection import ImageDetections, Selection
+from heads.dense.towers import ConvTowers, LevelScales
 from heads.detector import Detector, PredictionHead
 from heads.dyhead.dyhead import DyHead
+from heads.targets import Target
 
 # Distances to the farthest side, in pixels, that a level is for.
 RANGES = ((-1.0, 64.0), (64.0, 128.0), (128.0, 256.0), (256.0, 512.0), (512.0, math.inf))
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """The details in which the two recipes differ, row by row as in the table above."""
+@dataclass(frozen=True, kw_only=True)
+class FCOSRecipe:
+    """The details in which the two recipes differ, row by row as in the table above.
+
+    Attributes:
+        centre_radius: How far from a box's centre its points may lie, in strides; None for no limit.
+        in_strides: Whether distances are predicted in strides, cut at 0; else in pixels, as logarithms.
+        box_loss: `"giou"` for 1 - GIoU, `"iou"` for -log IoU.
+        centerness_from: The tower that centerness is predicted from.
+        selection: The published numbers of the selection of detections.
+    """
 
     centre_radius: float | None
     in_strides: bool
     box_loss: Literal["giou", "iou"]
     centerness_from: Literal["regression", "classification"]
-    iou_threshold: float
+    selection: Selection
 
 
 RECIPES = {
-    "improved": Recipe(1.5, True, "giou", "regression", 0.6),
-    "plain": Recipe(None, False, "iou", "classification", 0.5),
+    "improved": FCOSRecipe(
+        centre_radius=1.5,
+        in_strides=True,
+        box_loss="giou",
+        centerness_from="regression",
+        selection=Selection(iou_threshold=0.6, clip_first=True),
+    ),
+    "plain": FCOSRecipe(
+        centre_radius=None,
+        in_strides=False,
+        box_loss="iou",
+        centerness_from="classification",
+        selection=Selection(iou_threshold=0.5, clip_first=True),
+    ),
 }
 
 
@@ -85,6 +108,22 @@ class FCOSOutputs(NamedTuple):
     raw: Tensor
     centerness: Tensor
     sizes: Sizes
+
+
+class PointOutputs(Protocol):
+    """What FCOS predicts and trains, and what heads that build on FCOS predict among other things."""
+
+    @property
+    def logits(self) -> Tensor: ...
+    @property
+    def raw(self) -> Tensor: ...
+    @property
+    def centerness(self) -> Tensor: ...
+    @property
+    def sizes(self) -> Sizes: ...
+
+
+Outputs = TypeVar("Outputs", bound=PointOutputs)
 
 
 class FCOSTargets(NamedTuple):
@@ -107,25 +146,22 @@ class FCOSTargets(NamedTuple):
     centerness: Tensor
 
 
-class FCOSHead(PredictionHead):
-    """Predicts class, distances and centerness for one point per cell; see the top of this file.
+class PointHead(PredictionHead[Outputs]):
+    """The layers, the targets and the losses of FCOS, for heads that predict what FCOS does, and maybe more.
 
     Args:
-        in_channels: of the trunk's maps.
-        num_classes: C, without background.
-        strides: pixels per cell, by level.
-        recipe: "improved" or "plain".
-        ranges: least and largest distance, in pixels, that each level learns.
-        least_centerness: the least that the box loss is divided by.
-        prior: class probability that an untrained head predicts.
-        focal_alpha, focal_gamma: of the focal loss.
-        score_threshold: class probability that a candidate must exceed.
-        candidates_per_level: the most that a level sends into suppression.
-        iou_threshold: of the suppression; None for the recipe's.
-        max_detections: per image.
+        in_channels: Channels of the trunk's maps.
+        num_classes: Object classes C, without background.
+        strides: Pixels per cell, by level.
+        recipe: `"improved"` or `"plain"`.
+        ranges: Least and largest distance, in pixels, that each level learns.
+        least_centerness: The least that the box loss is divided by.
+        prior: Class probability that an untrained head predicts.
+        focal_alpha, focal_gamma: Constants of the focal loss.
+        selection: Which predictions become detections; None for the recipe's published numbers.
 
     Raises:
-        ValueError: the recipe is unknown, or there is not one range for each stride.
+        ValueError: The recipe is unknown, or there is not one range for each stride.
     """
 
     def __init__(
@@ -140,10 +176,7 @@ class FCOSHead(PredictionHead):
         prior: float = 0.01,
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
-        score_threshold: float = 0.05,
-        candidates_per_level: int = 1000,
-        iou_threshold: float | None = None,
-        max_detections: int = 100,
+        selection: Selection | None = None,
     ):
         super().__init__()
         if recipe not in RECIPES:
@@ -155,23 +188,17 @@ class FCOSHead(PredictionHead):
         self.strides = tuple(strides)
         self.ranges = tuple(ranges)
         self.least_centerness = least_centerness
-        self.focal = {"alpha": focal_alpha, "gamma": focal_gamma}
-        self.score_threshold = score_threshold
-        self.candidates_per_level = candidates_per_level
-        self.iou_threshold = self.recipe.iou_threshold if iou_threshold is None else iou_threshold
-        self.max_detections = max_detections
+        self.focal: Focal = {"alpha": focal_alpha, "gamma": focal_gamma}
+        self.selection = selection or self.recipe.selection
 
         self.cls_logits = nn.Conv2d(in_channels, num_classes, 3, padding=1)
         self.bbox_pred = nn.Conv2d(in_channels, 4, 3, padding=1)
         self.centerness = nn.Conv2d(in_channels, 1, 3, padding=1)
-        self.scales = nn.ModuleList(Scale() for _ in strides)
-        for predictor in (self.cls_logits, self.bbox_pred, self.centerness):
-            nn.init.normal_(predictor.weight, std=0.01)
-            nn.init.zeros_(predictor.bias)
-        nn.init.constant_(self.cls_logits.bias, -math.log((1 - prior) / prior))
+        self.scales = LevelScales(len(strides))
+        initialise_predictors(self.cls_logits, self.bbox_pred, self.centerness, prior=prior)
 
-    def forward(self, cls_features: list[Tensor], reg_features: list[Tensor]) -> FCOSOutputs:
-        """Predict from the trunk's maps (N, C, H_l, W_l); both lists may be the same one, as with DyHead."""
+    def predict_points(self, cls_features: list[Tensor], reg_features: list[Tensor]) -> FCOSOutputs:
+        """Predict class, distances and centerness; arguments as in `FCOSHead.forward`."""
         sizes = tuple((f.shape[2], f.shape[3]) for f in reg_features)
         if cls_features is reg_features:
             logits, raw, centerness = predict_rows(reg_features, self.cls_logits, self.bbox_pred, self.centerness)
@@ -181,10 +208,9 @@ class FCOSHead(PredictionHead):
         else:
             logits, centerness = predict_rows(cls_features, self.cls_logits, self.centerness)
             (raw,) = predict_rows(reg_features, self.bbox_pred)
-        scale = torch.cat([s.scale.expand(h * w) for s, (h, w) in zip(self.scales, sizes, strict=True)])
-        return FCOSOutputs(logits, raw * scale[:, None], centerness[..., 0], sizes)
+        return FCOSOutputs(logits, raw * self.scales.rows(sizes), centerness[..., 0], sizes)
 
-    def grid(self, outputs: FCOSOutputs) -> Grid:
+    def grid(self, outputs: PointOutputs) -> Grid:
         """The points of `outputs`, in the order of its rows."""
         return point_grid(outputs.sizes, self.strides, 0.5, outputs.raw.device)
 
@@ -196,26 +222,23 @@ class FCOSHead(PredictionHead):
         """Left, top, right, bottom in pixels: (..., 4) of a raw prediction (..., 4) and strides (..., 1), or one."""
         return raw.relu() * strides if self.recipe.in_strides else raw.exp()
 
-    def targets(self, grid: Grid, targets: list[dict]) -> FCOSTargets:
+    def targets(self, grid: Grid, targets: list[Target]) -> FCOSTargets:
         """Assign boxes to points. Targets as in `loss`."""
         boxes = [t["boxes"] for t in targets]
         matched = assign_centre(grid, boxes, self.ranges, self.recipe.centre_radius)
-        background = torch.tensor([self.num_classes], device=matched.device)
-        # An index of -1 reads the last entry: background.
-        labels = torch.cat([*(t["labels"] for t in targets), background])[matched]
-        flat = matched.flatten()
-        positive = (flat >= 0).nonzero()[:, 0]
+        labels = labels_of(matched, [t["labels"] for t in targets], background=self.num_classes)
+        positive, target = positives_of(matched, boxes)
         cell = positive % matched.shape[1]
-        distances = encode_distances(torch.cat(boxes)[flat[positive]], grid.centres[cell])
+        distances = encode_distances(target, grid.centres[cell])
         strides = self.row_strides(grid)[cell]
         return FCOSTargets(matched, labels, positive, distances, strides, centerness_of(distances))
 
-    def loss(self, outputs: FCOSOutputs, targets: list[dict], image_sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
+    def loss(self, outputs: Outputs, targets: list[Target], image_sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
         """The three losses of a batch, to be summed.
 
         Args:
-            outputs: of `forward`.
-            targets: one dict an image: `boxes` (n, 4) xyxy in pixels, `labels` (n,) int64 below C; n may be 0.
+            outputs: What `forward` returned.
+            targets: One dict an image: `boxes` (n, 4) xyxy in pixels, `labels` (n,) int64 below C; n may be 0.
             image_sizes: (height, width) of each image before padding; the padding is background like the rest.
 
         Returns:
@@ -242,34 +265,45 @@ class FCOSHead(PredictionHead):
             ),
         }
 
+
+class FCOSHead(PointHead[FCOSOutputs]):
+    """Predicts class, distances and centerness for one point per cell; see the top of this file.
+
+    Arguments are those of `PointHead`.
+
+    Example:
+        >>> import torch
+        >>> from heads.dense.fcos import FCOSHead
+        >>> head = FCOSHead(in_channels=8, num_classes=3, strides=(8, 16), ranges=((0, 64), (64, 512)))
+        >>> maps = [torch.randn(2, 8, 4, 6), torch.randn(2, 8, 2, 3)]
+        >>> outputs = head(maps, maps)
+        >>> outputs.logits.shape
+        torch.Size([2, 30, 3])
+        >>> len(head.predict(outputs, [(32, 48), (30, 40)]))
+        2
+    """
+
+    def forward(self, cls_features: list[Tensor], reg_features: list[Tensor]) -> FCOSOutputs:
+        """Predict from the trunk's maps (N, C, H_l, W_l); both lists may be the same one, as with DyHead."""
+        return self.predict_points(cls_features, reg_features)
+
     @torch.no_grad()
-    def predict(self, outputs: FCOSOutputs, image_sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
-        """Detections, one dict an image, by falling score.
-
-        Args:
-            outputs: of `forward`.
-            image_sizes: (height, width) of each image before padding.
-
-        Returns:
-            `boxes` (K, 4) xyxy in pixels, clipped to the image; `scores` (K,); `labels` (K,) int64.
-        """
+    def predict(self, outputs: FCOSOutputs, image_sizes: list[tuple[int, int]]) -> list[ImageDetections]:
+        """Detections of each image, by falling score; see `PredictionHead.predict`."""
         grid = self.grid(outputs)
         strides = self.row_strides(grid)
-        scores, centerness = outputs.logits.sigmoid(), outputs.centerness.sigmoid()
-        results = []
-        for image, size in enumerate(image_sizes):
-            point, label = best_per_level(scores[image], self.score_threshold, self.candidates_per_level, grid.counts)
+        probabilities, centerness = outputs.logits.sigmoid(), outputs.centerness.sigmoid()
+
+        def read(image: int, point: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
             distances = self.distances(outputs.raw[image, point], strides[point])
             boxes = decode_distances(distances, grid.centres[point])
-            score = scores[image, point, label] * centerness[image, point]
-            results.append(
-                detections(boxes, score, label, size, self.iou_threshold, self.max_detections, clip_first=True)
-            )
-        return results
+            return boxes, probabilities[image, point, label] * centerness[image, point]
+
+        return self.selection.detections(probabilities, grid.counts, image_sizes, read)
 
 
-def fcos(body: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
+def fcos(backbone: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
     """FCOS by its improved recipe; DyHead takes the place of both towers."""
     head = FCOSHead(in_channels=channels, num_classes=num_classes, strides=FPN.strides)
-    fpn = FPN(body.channels, channels, relu_before_p7=True)
-    return Detector(body, fpn, dyhead or ConvTowers(channels), head)
+    fpn = FPN(backbone.channels, channels, relu_before_p7=True)
+    return Detector(backbone, fpn, dyhead or ConvTowers(channels), head)

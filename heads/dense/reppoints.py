@@ -10,7 +10,7 @@ Ingredients, as published:
 - a tenth of the second stage's gradient reaches the offsets of the first, and the learned factors learn a hundredth as
   fast as the rest;
 - P6 convolved from C5; towers of three 3×3 convolutions with GroupNorm and ReLU for each task;
-- detections: class probability above 0.05, the 1,000 best of a level, suppression at IoU 0.5 within a class, 100 boxes.
+- detections: class probability above 0.05, the 1,000 best of a level, NMS at IoU 0.5 within a class, 100 boxes.
 
 The details are mmdetection 3.3's (`reppoints-moment_r50_fpn-gn_head-gn_1x_coco`), where the authors' code lives on.
 DyHead takes the place of the towers; both stages read its maps.
@@ -19,8 +19,8 @@ Deviations: the pyramid has no GroupNorm, as in all other detectors here. A box 
 gets none in the second; mmdetection gives it every one that overlaps it not at all. The 3×3 convolutions of the head
 start by He's rule (He et al., ICCV 2015), not with the published standard deviation of 0.01, by which a third of the
 signal passes each; in a short schedule the second stage waits for the first. Towers of fewer than 256 channels start
-with the published variance of a sum, not of a weight (`heads/dense/towers.py`). Suppression compares class labels
-instead of shifting boxes by class, and the 1.2e-7 that mmdetection adds to every normaliser is left out.
+with the published variance of a sum, not of a weight (`heads/dense/towers.py`). NMS compares class labels instead of
+shifting boxes by class, and the 1.2e-7 that mmdetection adds to every normaliser is left out.
 """
 
 import math
@@ -36,22 +36,33 @@ from heads.backbones.resnet import ResNet
 from heads.boxes.anchors import Grid, Sizes, outside_padding, point_grid
 from heads.boxes.assign import IGNORED, assign_max_iou
 from heads.boxes.assign_points import assign_nearest
-from heads.boxes.losses import sigmoid_focal_loss, smooth_l1_loss
-from heads.boxes.selection import best_per_level, detections, flatten_levels
+from heads.boxes.losses import Focal, sigmoid_focal_loss, smooth_l1_loss
+from heads.boxes.matched import labels_of, positives_of
+from heads.boxes.rows import bias_of, flatten_levels
+from heads.boxes.selection import ImageDetections, Selection
 from heads.dense.towers import ConvTowers
 from heads.detector import Detector, PredictionHead
 from heads.dyhead.dyhead import DyHead
+from heads.targets import Target
 from kernels import deform_conv2d_levels
 
 # The taps of a 3×3 convolution, y and x of each, row by row: where its nine points would be without offsets.
 _TAPS = [float(c) for y in (-1, 0, 1) for x in (-1, 0, 1) for c in (y, x)]
 
 
+# The published selection of detections.
+SELECTION = Selection(iou_threshold=0.5, clip_first=True)
+
+
 def points_to_boxes(points: Tensor, transfer: Tensor) -> Tensor:
     """Boxes (..., 4) x1, y1, x2, y2 of sets of points (..., 2 * P), y and x of each: the mean ± spread of each set.
 
     Args:
+        points: (..., 2 * P), y and x of each point, P of them at least 2.
         transfer: (2,) logarithms of the half width and half height of a box in (unbiased) standard deviations.
+
+    Returns:
+        (..., 4).
     """
     xy = points.unflatten(-1, (-1, 2)).flip(-1)
     mean = xy.mean(-2)
@@ -93,27 +104,27 @@ class StageTargets(NamedTuple):
     normaliser: Tensor
 
 
-class RepPointsHead(PredictionHead):
+class RepPointsHead(PredictionHead[RepPointsOutputs]):
     """Predicts class and two sets of nine points for every cell; see the top of this file.
 
     Args:
-        in_channels: of the trunk's maps, and between the two layers of each stage.
-        num_classes: C, without background.
-        strides: pixels per cell, by level; powers of two that double from level to level.
-        base_scale: strides that are the unit of the box losses, and the side of the smallest boxes of a level.
-        gradient_share: of the second stage's gradient that reaches the first stage's offsets.
-        transfer_share: of the gradient that reaches the learned factors of the moments.
-        positive_iou, negative_iou: of the second stage's assignment.
-        beta: of the smooth L1 losses.
-        first_weight: of the first stage's box loss.
-        pad_divisor: of the rule for cells in the padding, see `outside_padding`.
-        prior: class probability that an untrained head predicts.
-        focal_alpha, focal_gamma: of the focal loss.
-        score_threshold: class probability that a candidate must exceed.
-        candidates_per_level: the most that a level sends into suppression.
-        iou_threshold: of the suppression.
-        max_detections: per image.
+        in_channels: Channels of the trunk's maps, and between the two layers of each stage.
+        num_classes: Object classes C, without background.
+        strides: Pixels per cell, by level; powers of two that double from level to level.
+        base_scale: Unit of the box losses, and side of the smallest boxes of a level, in strides.
+        gradient_share: Factor of the second stage's gradient where it reaches the first stage's offsets.
+        transfer_share: Factor of the gradient of the learned factors of the moments.
+        positive_iou, negative_iou: IoU from which a cell is positive in the second stage, and below which it is
+            background.
+        beta: Where the smooth L1 losses become linear.
+        first_weight: Weight of the first stage's box loss.
+        pad_divisor: Divisor of the rule for cells in the padding, see `outside_padding`.
+        prior: Class probability that an untrained head predicts.
+        focal_alpha, focal_gamma: Constants of the focal loss.
+        selection: Which predictions become detections.
     """
+
+    taps: Tensor
 
     def __init__(
         self,
@@ -132,10 +143,7 @@ class RepPointsHead(PredictionHead):
         prior: float = 0.01,
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
-        score_threshold: float = 0.05,
-        candidates_per_level: int = 1000,
-        iou_threshold: float = 0.5,
-        max_detections: int = 100,
+        selection: Selection = SELECTION,
     ):
         super().__init__()
         self.num_classes = num_classes
@@ -145,11 +153,8 @@ class RepPointsHead(PredictionHead):
         self.positive_iou, self.negative_iou = positive_iou, negative_iou
         self.beta, self.first_weight = beta, first_weight
         self.pad_divisor = pad_divisor
-        self.focal = {"alpha": focal_alpha, "gamma": focal_gamma}
-        self.score_threshold = score_threshold
-        self.candidates_per_level = candidates_per_level
-        self.iou_threshold = iou_threshold
-        self.max_detections = max_detections
+        self.focal: Focal = {"alpha": focal_alpha, "gamma": focal_gamma}
+        self.selection = selection
 
         self.first_conv = nn.Conv2d(in_channels, in_channels, 3, padding=1)
         self.first_out = nn.Conv2d(in_channels, 18, 1)
@@ -164,9 +169,9 @@ class RepPointsHead(PredictionHead):
             nn.init.kaiming_normal_(weight, nonlinearity="relu")
         for out in (self.first_out, self.cls_out, self.second_out):
             nn.init.normal_(out.weight, std=0.01)
-            nn.init.zeros_(out.bias)
-        nn.init.zeros_(self.first_conv.bias)
-        nn.init.constant_(self.cls_out.bias, -math.log((1 - prior) / prior))
+            nn.init.zeros_(bias_of(out))
+        nn.init.zeros_(bias_of(self.first_conv))
+        nn.init.constant_(bias_of(self.cls_out), -math.log((1 - prior) / prior))
 
     def forward(self, cls_features: list[Tensor], reg_features: list[Tensor]) -> RepPointsOutputs:
         """Predict from the trunk's maps (N, C, H_l, W_l); both lists may be the same one, as with DyHead."""
@@ -177,7 +182,7 @@ class RepPointsHead(PredictionHead):
             # Both convolutions sample the same places of the same maps.
             weight = torch.cat([self.cls_weight, self.second_weight])
             hidden = [h.chunk(2, 1) for h in deform_conv2d_levels(reg_features, offsets, weight, padding=1)]
-            of_classes, of_points = zip(*hidden, strict=True)
+            of_classes, of_points = ([pair[i] for pair in hidden] for i in (0, 1))
         else:
             of_classes = deform_conv2d_levels(cls_features, offsets, self.cls_weight, padding=1)
             of_points = deform_conv2d_levels(reg_features, offsets, self.second_weight, padding=1)
@@ -204,13 +209,11 @@ class RepPointsHead(PredictionHead):
         return points_to_boxes(points, transfer.to(points.dtype)) * strides + torch.cat([corners, corners], -1)
 
     def _stage(self, matched: Tensor, boxes: list[Tensor]) -> StageTargets:
-        flat = matched.flatten()
-        positive = (flat >= 0).nonzero()[:, 0]
         normaliser = (matched >= 0).sum(1).clamp(min=1).sum()
-        return StageTargets(matched, positive, torch.cat(boxes)[flat[positive]], normaliser)
+        return StageTargets(matched, *positives_of(matched, boxes), normaliser)
 
     def targets(
-        self, grid: Grid, outputs: RepPointsOutputs, targets: list[dict], image_sizes: list[tuple[int, int]]
+        self, grid: Grid, outputs: RepPointsOutputs, targets: list[Target], image_sizes: list[tuple[int, int]]
     ) -> tuple[StageTargets, StageTargets, Tensor, Tensor]:
         """Assign boxes to the cells of both stages. Arguments as in `loss`.
 
@@ -224,22 +227,20 @@ class RepPointsHead(PredictionHead):
         with torch.no_grad():
             proposals = self.boxes(outputs.first, grid.centres, self.row_strides(grid))
         matched = assign_max_iou(proposals, boxes, self.positive_iou, self.negative_iou, valid=valid)
-        background = torch.tensor([self.num_classes], device=matched.device)
-        # Cells without a box read the last entry: background.
-        labels = torch.cat([*(t["labels"] for t in targets), background])[matched.clamp(min=-1)]
+        labels = labels_of(matched, [t["labels"] for t in targets], background=self.num_classes)
         counted = matched != IGNORED
         if valid is not None:
             counted &= valid
         return first, self._stage(matched, boxes), labels, counted
 
     def loss(
-        self, outputs: RepPointsOutputs, targets: list[dict], image_sizes: list[tuple[int, int]]
+        self, outputs: RepPointsOutputs, targets: list[Target], image_sizes: list[tuple[int, int]]
     ) -> dict[str, Tensor]:
         """The three losses of a batch, to be summed.
 
         Args:
-            outputs: of `forward`.
-            targets: one dict an image: `boxes` (n, 4) xyxy in pixels, `labels` (n,) int64 below C; n may be 0.
+            outputs: What `forward` returned.
+            targets: One dict an image: `boxes` (n, 4) xyxy in pixels, `labels` (n,) int64 below C; n may be 0.
             image_sizes: (height, width) of each image before padding.
 
         Returns:
@@ -264,30 +265,20 @@ class RepPointsHead(PredictionHead):
         }
 
     @torch.no_grad()
-    def predict(self, outputs: RepPointsOutputs, image_sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
-        """Detections, one dict an image, by falling score.
-
-        Args:
-            outputs: of `forward`.
-            image_sizes: (height, width) of each image before padding.
-
-        Returns:
-            `boxes` (K, 4) xyxy in pixels, clipped to the image; `scores` (K,); `labels` (K,) int64.
-        """
-        grid, results = self.grid(outputs), []
+    def predict(self, outputs: RepPointsOutputs, image_sizes: list[tuple[int, int]]) -> list[ImageDetections]:
+        """Detections of each image, by falling score; see `PredictionHead.predict`."""
+        grid, probabilities = self.grid(outputs), outputs.logits.sigmoid()
         strides = self.row_strides(grid)
-        for scores, points, size in zip(outputs.logits.sigmoid(), outputs.second, image_sizes, strict=True):
-            cell, label = best_per_level(scores, self.score_threshold, self.candidates_per_level, grid.counts)
-            boxes = self.boxes(points[cell], grid.centres[cell], strides[cell])
-            results.append(
-                detections(
-                    boxes, scores[cell, label], label, size, self.iou_threshold, self.max_detections, clip_first=True
-                )
-            )
-        return results
+
+        def read(image: int, cell: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+            boxes = self.boxes(outputs.second[image, cell], grid.centres[cell], strides[cell])
+            return boxes, probabilities[image, cell, label]
+
+        return self.selection.detections(probabilities, grid.counts, image_sizes, read)
 
 
-def reppoints(body: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
+def reppoints(backbone: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
     """RepPoints with moments; DyHead takes the place of both towers, before the two stages."""
     head = RepPointsHead(in_channels=channels, num_classes=num_classes, strides=FPN.strides)
-    return Detector(body, FPN(body.channels, channels, p6_from="c5"), dyhead or ConvTowers(channels, depth=3), head)
+    fpn = FPN(backbone.channels, channels, p6_from="c5")
+    return Detector(backbone, fpn, dyhead or ConvTowers(channels, depth=3), head)

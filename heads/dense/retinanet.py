@@ -5,7 +5,7 @@ Ingredients, as published:
 - an anchor is positive from IoU 0.5, background below 0.4, ignored in between; every box has at least its best anchor;
 - P6 convolved from C5; towers of four 3×3 convolutions with ReLU and no norm for each task; 3×3 predictors;
 - focal loss (alpha 0.25, gamma 2, prior 0.01) and L1 on the box deltas, both divided by the number of positives;
-- detections: class probability above 0.05, the 1,000 best of a level, suppression at IoU 0.5 within a class, 100 boxes.
+- detections: class probability above 0.05, the 1,000 best of a level, NMS at IoU 0.5 within a class, 100 boxes.
 
 The paper has smooth L1; both releases with which DyHead was compared train with plain L1, and so does this file. They
 differ in details, which `convention` selects:
@@ -17,7 +17,7 @@ differ in details, which `convention` selects:
 | a box's best anchor         | moves to that box                        | keeps the box of its own best IoU     |
 | losses divided by           | sum over images of max(positives, 1)     | running mean of the batch's positives |
 | width and height deltas     | clamped on both sides                    | clamped from above                    |
-| boxes clipped to the image  | before suppression                       | after suppression                     |
+| boxes clipped to the image  | before NMS                               | after NMS                             |
 
 The running mean starts at 100 and keeps nine tenths of itself a step. Both centre anchors on the corner of their cells
 (offset 0). The official pyramid has a ReLU between P6 and P7, and the official RetinaNet with DyHead keeps the four
@@ -26,11 +26,10 @@ convolutions of each tower behind it; here DyHead takes their place, as the pape
 Deviations: the towers start by He's rule (He et al., ICCV 2015), not with the published standard deviation of 0.01. By
 that, no more than a seventieth of the signal passes an untrained tower, which has no norm to restore it, and the losses
 stand still for about a hundred steps: nothing of 90,000, but a fifth of a short schedule. A box that overlaps no anchor
-gets none; both releases give it every anchor that overlaps it not at all. Suppression compares class labels instead of
-shifting boxes by class, and the 1.2e-7 that mmdetection adds to every normaliser is left out.
+gets none; both releases give it every anchor that overlaps it not at all. NMS compares class labels instead of shifting
+boxes by class, and the 1.2e-7 that mmdetection adds to every normaliser is left out.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -43,28 +42,55 @@ from heads.backbones.resnet import ResNet
 from heads.boxes.anchors import Grid, Sizes, anchor_grid, cell_anchors, outside_padding
 from heads.boxes.assign import IGNORED, assign_max_iou
 from heads.boxes.boxes import DeltaCoder
-from heads.boxes.losses import sigmoid_focal_loss, smooth_l1_loss
-from heads.boxes.selection import best_per_level, detections, predict_rows
+from heads.boxes.losses import Focal, sigmoid_focal_loss, smooth_l1_loss
+from heads.boxes.matched import labels_of, positives_of
+from heads.boxes.rows import initialise_predictors, predict_rows
+from heads.boxes.selection import ImageDetections, Selection
 from heads.dense.towers import ConvTowers
 from heads.detector import Detector, PredictionHead
 from heads.dyhead.dyhead import DyHead
+from heads.targets import Target
 
 
-@dataclass(frozen=True)
-class Convention:
-    """The details in which the two releases differ, row by row as in the table above."""
+@dataclass(frozen=True, kw_only=True)
+class RetinaNetConvention:
+    """The details in which the two releases differ, row by row as in the table above.
+
+    Attributes:
+        anchor_order: What varies slowest among a cell's anchors, see `cell_anchors`.
+        padding_is_background: Whether anchors in the padding are background; else they take no part.
+        low_quality: What becomes of a box's best anchor, see `assign_max_iou`.
+        running_normaliser: Whether losses are divided by a running mean of the batch's positives; else by the sum over
+            images of max(positives, 1).
+        delta_clamp: See `DeltaCoder`.
+        selection: The published numbers of the selection of detections.
+    """
 
     anchor_order: Literal["ratio", "size"]
     padding_is_background: bool
     low_quality: Literal["moves", "keeps"]
     running_normaliser: bool
     delta_clamp: Literal["both", "above"]
-    clip_first: bool
+    selection: Selection
 
 
 CONVENTIONS = {
-    "mmdet": Convention("ratio", False, "moves", False, "both", True),
-    "official": Convention("size", True, "keeps", True, "above", False),
+    "mmdet": RetinaNetConvention(
+        anchor_order="ratio",
+        padding_is_background=False,
+        low_quality="moves",
+        running_normaliser=False,
+        delta_clamp="both",
+        selection=Selection(iou_threshold=0.5, clip_first=True),
+    ),
+    "official": RetinaNetConvention(
+        anchor_order="size",
+        padding_is_background=True,
+        low_quality="keeps",
+        running_normaliser=True,
+        delta_clamp="above",
+        selection=Selection(iou_threshold=0.5, clip_first=False),
+    ),
 }
 
 
@@ -100,30 +126,29 @@ class RetinaNetTargets(NamedTuple):
     counted: Tensor
 
 
-class RetinaNetHead(PredictionHead):
+class RetinaNetHead(PredictionHead[RetinaNetOutputs]):
     """Predicts class and box for nine anchors per cell; see the top of this file.
 
     Args:
-        in_channels: of the trunk's maps.
-        num_classes: C, without background.
-        strides: pixels per cell, by level.
-        convention: "mmdet" or "official".
-        anchor_offset: where in its cell an anchor is centred, in cells.
-        anchor_scale: side of the smallest square anchor in strides.
-        scales_per_octave: sizes of anchors between one such side and the next.
-        ratios: of an anchor's height to its width.
-        positive_iou, negative_iou: of the assignment.
-        pad_divisor: of "mmdet"'s rule for anchors in the padding, see `outside_padding`.
-        prior: class probability that an untrained head predicts.
-        focal_alpha, focal_gamma: of the focal loss.
-        score_threshold: class probability that a candidate must exceed.
-        candidates_per_level: the most that a level sends into suppression.
-        iou_threshold: of the suppression.
-        max_detections: per image.
+        in_channels: Channels of the trunk's maps.
+        num_classes: Object classes C, without background.
+        strides: Pixels per cell, by level.
+        convention: `"mmdet"` or `"official"`.
+        anchor_offset: Where in its cell an anchor is centred, in cells.
+        anchor_scale: Side of the smallest square anchor in strides.
+        scales_per_octave: Sizes of anchors between one such side and its double.
+        ratios: Ratios of an anchor's height to its width.
+        positive_iou, negative_iou: IoU from which an anchor is positive, and below which it is background.
+        pad_divisor: Divisor of the rule of `"mmdet"` for anchors in the padding, see `outside_padding`.
+        prior: Class probability that an untrained head predicts.
+        focal_alpha, focal_gamma: Constants of the focal loss.
+        selection: Which predictions become detections; None for the convention's published numbers.
 
     Raises:
-        ValueError: the convention is unknown.
+        ValueError: The convention is unknown.
     """
+
+    running_positives: Tensor
 
     def __init__(
         self,
@@ -142,10 +167,7 @@ class RetinaNetHead(PredictionHead):
         prior: float = 0.01,
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
-        score_threshold: float = 0.05,
-        candidates_per_level: int = 1000,
-        iou_threshold: float = 0.5,
-        max_detections: int = 100,
+        selection: Selection | None = None,
     ):
         super().__init__()
         if convention not in CONVENTIONS:
@@ -160,21 +182,15 @@ class RetinaNetHead(PredictionHead):
         self.anchor_offset = anchor_offset
         self.positive_iou, self.negative_iou = positive_iou, negative_iou
         self.pad_divisor = pad_divisor
-        self.focal = {"alpha": focal_alpha, "gamma": focal_gamma}
-        self.score_threshold = score_threshold
-        self.candidates_per_level = candidates_per_level
-        self.iou_threshold = iou_threshold
-        self.max_detections = max_detections
+        self.focal: Focal = {"alpha": focal_alpha, "gamma": focal_gamma}
+        self.selection = selection or self.convention.selection
         self.coder = DeltaCoder(clamp=self.convention.delta_clamp)
         if self.convention.running_normaliser:
             self.register_buffer("running_positives", torch.tensor(100.0))
 
         self.cls_score = nn.Conv2d(in_channels, self.anchors_per_cell * num_classes, 3, padding=1)
         self.bbox_pred = nn.Conv2d(in_channels, self.anchors_per_cell * 4, 3, padding=1)
-        for predictor in (self.cls_score, self.bbox_pred):
-            nn.init.normal_(predictor.weight, std=0.01)
-            nn.init.zeros_(predictor.bias)
-        nn.init.constant_(self.cls_score.bias, -math.log((1 - prior) / prior))
+        initialise_predictors(self.cls_score, self.bbox_pred, prior=prior)
 
     def forward(self, cls_features: list[Tensor], reg_features: list[Tensor]) -> RetinaNetOutputs:
         """Predict from the trunk's maps (N, C, H_l, W_l); both lists may be the same one, as with DyHead."""
@@ -190,9 +206,9 @@ class RetinaNetHead(PredictionHead):
         """The anchors of `outputs`, in the order of its rows."""
         return anchor_grid(outputs.sizes, self.strides, self.cells, self.anchor_offset, outputs.deltas.device)
 
-    def targets(self, grid: Grid, targets: list[dict], image_sizes: list[tuple[int, int]]) -> RetinaNetTargets:
+    def targets(self, grid: Grid, targets: list[Target], image_sizes: list[tuple[int, int]]) -> RetinaNetTargets:
         """Assign boxes to anchors. Arguments as in `loss`."""
-        boxes, device = [t["boxes"] for t in targets], grid.anchors.device
+        boxes = [t["boxes"] for t in targets]
         valid = None
         if not self.convention.padding_is_background:
             _, valid = outside_padding(grid, image_sizes, self.pad_divisor)
@@ -207,13 +223,9 @@ class RetinaNetHead(PredictionHead):
         counted = matched != IGNORED
         if valid is not None:
             counted &= valid
-        background = torch.tensor([self.num_classes], device=device)
-        # Neither kind of anchor without a box may read a box's label: both read the last entry, background.
-        labels = torch.cat([*(t["labels"] for t in targets), background])[matched.clamp(min=-1)]
-        flat = matched.flatten()
-        positive = (flat >= 0).nonzero()[:, 0]
-        anchors = grid.anchors[positive % matched.shape[1]]
-        deltas = self.coder.encode(torch.cat(boxes)[flat[positive]], anchors)
+        labels = labels_of(matched, [t["labels"] for t in targets], background=self.num_classes)
+        positive, target = positives_of(matched, boxes)
+        deltas = self.coder.encode(target, grid.anchors[positive % matched.shape[1]])
         return RetinaNetTargets(matched, labels, positive, deltas, counted)
 
     def normaliser(self, goal: RetinaNetTargets) -> Tensor:
@@ -224,13 +236,13 @@ class RetinaNetHead(PredictionHead):
         return self.running_positives.clone()
 
     def loss(
-        self, outputs: RetinaNetOutputs, targets: list[dict], image_sizes: list[tuple[int, int]]
+        self, outputs: RetinaNetOutputs, targets: list[Target], image_sizes: list[tuple[int, int]]
     ) -> dict[str, Tensor]:
         """The two losses of a batch, to be summed.
 
         Args:
-            outputs: of `forward`.
-            targets: one dict an image: `boxes` (n, 4) xyxy in pixels, `labels` (n,) int64 below C; n may be 0.
+            outputs: What `forward` returned.
+            targets: One dict an image: `boxes` (n, 4) xyxy in pixels, `labels` (n,) int64 below C; n may be 0.
             image_sizes: (height, width) of each image before padding.
 
         Returns:
@@ -247,35 +259,19 @@ class RetinaNetHead(PredictionHead):
         }
 
     @torch.no_grad()
-    def predict(self, outputs: RetinaNetOutputs, image_sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
-        """Detections, one dict an image, by falling score.
+    def predict(self, outputs: RetinaNetOutputs, image_sizes: list[tuple[int, int]]) -> list[ImageDetections]:
+        """Detections of each image, by falling score; see `PredictionHead.predict`."""
+        grid, probabilities = self.grid(outputs), outputs.logits.sigmoid()
 
-        Args:
-            outputs: of `forward`.
-            image_sizes: (height, width) of each image before padding.
+        def read(image: int, anchor: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+            boxes = self.coder.decode(outputs.deltas[image, anchor], grid.anchors[anchor])
+            return boxes, probabilities[image, anchor, label]
 
-        Returns:
-            `boxes` (K, 4) xyxy in pixels, clipped to the image; `scores` (K,); `labels` (K,) int64.
-        """
-        grid, results = self.grid(outputs), []
-        for scores, deltas, size in zip(outputs.logits.sigmoid(), outputs.deltas, image_sizes, strict=True):
-            anchor, label = best_per_level(scores, self.score_threshold, self.candidates_per_level, grid.counts)
-            boxes = self.coder.decode(deltas[anchor], grid.anchors[anchor])
-            results.append(
-                detections(
-                    boxes,
-                    scores[anchor, label],
-                    label,
-                    size,
-                    self.iou_threshold,
-                    self.max_detections,
-                    self.convention.clip_first,
-                )
-            )
-        return results
+        return self.selection.detections(probabilities, grid.counts, image_sizes, read)
 
 
-def retinanet(body: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
+def retinanet(backbone: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
     """RetinaNet as mmdetection trains it; DyHead takes the place of both towers."""
     head = RetinaNetHead(in_channels=channels, num_classes=num_classes, strides=FPN.strides)
-    return Detector(body, FPN(body.channels, channels, p6_from="c5"), dyhead or ConvTowers(channels, norm=False), head)
+    fpn = FPN(backbone.channels, channels, p6_from="c5")
+    return Detector(backbone, fpn, dyhead or ConvTowers(channels, norm=False), head)

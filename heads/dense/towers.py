@@ -1,17 +1,32 @@
 """The convolution towers that are the trunk of a one-stage detector without DyHead, and the scale its heads learn."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+from heads.boxes.anchors import Sizes
 
 
 class Scale(nn.Module):
     """One learned factor."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
+
+
+class LevelScales(nn.ModuleList):
+    """A learned factor for each level of a pyramid."""
+
+    def __init__(self, levels: int):
+        super().__init__(Scale() for _ in range(levels))
+
+    def rows(self, sizes: Sizes) -> Tensor:
+        """The factor of every cell: (sum of H_l * W_l, 1) for levels of these (height, width)."""
+        scales = [cast(Scale, scale).scale for scale in self]
+        return torch.cat([s.expand(h * w) for s, (h, w) in zip(scales, sizes, strict=True)])[:, None]
 
 
 class ConvTowers(nn.Module):
@@ -21,11 +36,11 @@ class ConvTowers(nn.Module):
     in the official codes), RepPoints three with GroupNorm, RetinaNet four without.
 
     Args:
-        channels: of the pyramid.
-        depth: convolutions per tower.
-        norm: GroupNorm after every convolution.
-        groups: of the GroupNorms; None keeps the 8 channels per group that 32 groups are at 256 channels.
-        bias: whether convolutions before a GroupNorm have one; those without a GroupNorm always do.
+        channels: Channels of the pyramid.
+        depth: Convolutions of a tower.
+        norm: Whether a GroupNorm follows every convolution.
+        groups: Groups of the GroupNorms; None keeps the 8 channels per group that 32 groups are at 256 channels.
+        bias: Whether convolutions before a GroupNorm have a bias; those without a GroupNorm always do.
     """
 
     def __init__(self, channels: int, depth: int = 4, norm: bool = True, groups: int | None = None, bias: bool = False):
@@ -33,7 +48,7 @@ class ConvTowers(nn.Module):
         groups = math.gcd(channels, min(32, max(1, channels // 8))) if groups is None else groups
 
         def tower() -> nn.Sequential:
-            layers = []
+            layers: list[nn.Module] = []
             for _ in range(depth):
                 conv = nn.Conv2d(channels, channels, 3, padding=1, bias=bias or not norm)
                 if norm:
@@ -52,5 +67,9 @@ class ConvTowers(nn.Module):
         self.regression = tower()
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Maps (N, C, H_l, W_l) to maps of the same shapes for classification, and for boxes and the rest."""
+        """Apply both towers to maps (N, C, H_l, W_l).
+
+        Returns:
+            Maps of the same shapes for classification, and others for boxes and the rest.
+        """
         return [self.classification(f) for f in features], [self.regression(f) for f in features]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from heads.boxes.assign import IGNORED, assign_max_iou
 from heads.boxes.boxes import DeltaCoder
 from heads.boxes.losses import smooth_l1_loss
+from heads.boxes.matched import labels_of
 from heads.boxes.sample import sample
 from heads.boxes.selection import detections
 from heads.dyhead.attention import TaskAttention
@@ -89,11 +90,9 @@ def sample_regions(
     images, places = torch.cat([image, other_image])[order], torch.cat([place, other_place])[order]
     matched = found[image, place]
     given = torch.tensor([len(b) for b in every], device=stacked.device)
-    # An index of -1 reads the last entry: background.
-    labels = torch.cat([*(t["labels"] for t in targets), found.new_tensor([background])])
     return Regions(
         boxes=list(stacked[images, places].split(torch.bincount(images, minlength=len(every)).tolist())),
-        labels=labels[found[images, places]],
+        labels=labels_of(found[images, places], [t["labels"] for t in targets], background),
         positive=(order < len(image)).nonzero()[:, 0],
         targets=torch.cat(every)[matched],
         matched=matched,

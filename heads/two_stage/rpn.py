@@ -23,8 +23,8 @@ from heads.boxes.anchors import Grid, Sizes, anchor_grid, cell_anchors, outside_
 from heads.boxes.assign import IGNORED, assign_max_iou
 from heads.boxes.boxes import DeltaCoder
 from heads.boxes.losses import smooth_l1_loss
+from heads.boxes.rows import predict_rows
 from heads.boxes.sample import sample
-from heads.boxes.selection import predict_rows
 from kernels import batched_nms
 
 

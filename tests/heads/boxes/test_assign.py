@@ -6,7 +6,7 @@ import torch
 from heads.boxes import assign
 from heads.boxes.anchors import anchor_grid, cell_anchors
 from heads.boxes.assign import assign_atss, assign_max_iou
-from heads.boxes.boxes import pairwise_iou
+from heads.boxes.boxes import iou
 
 STRIDES = (8, 16, 32, 64, 128)
 
@@ -15,7 +15,7 @@ def plain_atss(anchors, counts, boxes, valid, topk=9):
     """The published algorithm for one image, box by box over all anchors, in float64."""
     anchors, boxes = anchors.double(), boxes.double()
     centres = (anchors[:, :2] + anchors[:, 2:]) / 2
-    ious = pairwise_iou(anchors, boxes)
+    ious = iou(anchors[:, None], boxes)
     best, matched = torch.full((len(anchors),), -1.0, dtype=torch.float64), torch.full((len(anchors),), -1)
     for k, box in enumerate(boxes):
         distance = ((centres - (box[:2] + box[2:]) / 2) ** 2).sum(1)
@@ -89,7 +89,7 @@ def test_equally_near_anchors_are_taken_in_order():
 
 def plain_max_iou(anchors, boxes, positive, negative, least, low_quality, valid):
     """The thresholds for one image, anchor by anchor, then box by box."""
-    ious = pairwise_iou(anchors, boxes)
+    ious = iou(anchors[:, None], boxes)
     ious[~valid] = -1
     matched = []
     for row in ious.tolist():

@@ -2,7 +2,8 @@
 
 import torch
 
-from heads.boxes.selection import best_per_level, flatten_levels
+from heads.boxes.rows import flatten_levels
+from heads.boxes.selection import best_per_level
 
 
 def test_best_per_level_limits_each_level_by_itself():

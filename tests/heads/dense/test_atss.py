@@ -2,13 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from heads.boxes.boxes import clip_boxes
-from heads.boxes.selection import flatten_levels
+from heads.boxes.rows import flatten_levels
 from heads.dense.atss import ATSSHead, ATSSOutputs
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -134,7 +135,9 @@ def test_losses_and_gradients_are_the_released_ones(golden, name, case, dtype):
 @pytest.mark.parametrize("name", RELEASED)
 def test_detections_are_the_released_ones(golden, name, test_set):
     vectors = golden(name)
-    changes = {"candidates_per_level": 60, "max_detections": 25} if test_set == "topk60" else {}
+    changes = (
+        {"selection": replace(released_head(name).selection, per_level=60, most=25)} if test_set == "topk60" else {}
+    )
     results = released_head(name, **changes).predict(outputs_of(vectors, torch.float32), IMAGES)
     tolerance = float32_loss(vectors, f"det_{test_set}")[f"det_{test_set}"]
     for image, got in enumerate(results):

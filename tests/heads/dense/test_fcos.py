@@ -1,6 +1,7 @@
 """FCOS against the vectors of mmdetection and of BorderDet (whose first stage is the improved FCOS), and by hand."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -134,7 +135,9 @@ def test_improved_losses_and_gradients_are_borderdets(golden, case, dtype):
 @pytest.mark.parametrize("test_set", ["default", "rescaled", "topk60"])
 def test_detections_are_the_released_ones(golden, test_set):
     vectors = golden("fcos_mmdet_plain")
-    changes = {"candidates_per_level": 60, "max_detections": 25} if test_set == "topk60" else {}
+    changes = (
+        {"selection": replace(head(recipe="plain").selection, per_level=60, most=25)} if test_set == "topk60" else {}
+    )
     model = head(recipe="plain", **changes)
     check_detections(vectors, test_set, model.predict(outputs_of(vectors, torch.float32), IMAGES))
 

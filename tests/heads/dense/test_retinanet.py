@@ -1,6 +1,7 @@
 """RetinaNet against the vectors of mmdetection, by hand, and at its edges."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_losses_and_gradients_are_the_released_ones(golden, case, dtype):
 @pytest.mark.parametrize("test_set", ["default", "rescaled", "topk60"])
 def test_detections_are_the_released_ones(golden, test_set):
     vectors = golden("retinanet_mmdet")
-    changes = {"candidates_per_level": 60, "max_detections": 25} if test_set == "topk60" else {}
+    changes = {"selection": replace(head().selection, per_level=60, most=25)} if test_set == "topk60" else {}
     check_detections(vectors, test_set, head(**changes).predict(outputs_of(vectors, torch.float32), IMAGES))
 
 

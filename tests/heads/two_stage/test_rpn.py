@@ -6,8 +6,8 @@ import torch
 from golden_scene import CASES, IMAGES, assigned, float32_loss, targets_of
 
 from heads.boxes.assign import BACKGROUND, IGNORED
+from heads.boxes.rows import flatten_levels
 from heads.boxes.sample import sample
-from heads.boxes.selection import flatten_levels
 from heads.two_stage.rpn import RPNHead, RPNOutputs
 
 SIZES = ((32, 40), (16, 20), (8, 10), (4, 5), (2, 3))

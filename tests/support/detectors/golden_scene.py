@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from heads.boxes.boxes import clip_boxes
-from heads.boxes.selection import flatten_levels
+from heads.boxes.rows import flatten_levels
 
 STRIDES = (8, 16, 32, 64, 128)
 SIZES = ((16, 20), (8, 10), (4, 5), (2, 3), (1, 2))
