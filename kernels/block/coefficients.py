@@ -52,7 +52,15 @@ class Saved(NamedTuple):
 
 
 def forward(statistics: Tensor, share: Tensor, parameters: Sequence[Tensor | None], groups: int, eps: float) -> Saved:
-    """The coefficients that the tail takes; arguments as in `Saved`, and the GroupNorms' groups and eps."""
+    """The coefficients that the tail takes, with what backward needs.
+
+    Args:
+        statistics: (3, L, 3, N, C), float32 or float64.
+        share: As in `Saved`, like `parameters`.
+        parameters: The block's parameters, of any floating type.
+        groups: Groups of the GroupNorms, a power of two.
+        eps: What the GroupNorms add to the variances.
+    """
     _, levels, _, batch, channels = statistics.shape
     coefficients = statistics.new_empty((levels, batch, 4 if parameters[-1] is None else 8, channels))
     pooled = statistics.new_empty((levels, batch, channels))
@@ -71,7 +79,7 @@ def backward(grad: Tensor, saved: Saved, groups: int, eps: float) -> tuple[Tenso
         grad: Gradient of the coefficients, contiguous.
         saved: What `forward` returned.
         groups: Groups of the GroupNorms, a power of two.
-        eps: Of the GroupNorms.
+        eps: What the GroupNorms add to the variances.
     """
     statistics, parameters = saved.statistics, saved.parameters
     _, levels, _, batch, channels = statistics.shape

@@ -142,9 +142,9 @@ def dyhead_blocks(features: Sequence[Tensor], blocks: Sequence[BlockParameters])
 def dyhead_block(features: Sequence[Tensor], parameters: BlockParameters) -> list[Tensor]:
     """Deformable convolutions, scale attention and dynamic ReLU of one DyHead block, for all levels of a pyramid.
 
-    All tensors have one dtype (float16, bfloat16, float32, float64) and one device; under autocast parameters may be of
-    another type, and maps are rounded to autocast's. Levels and parameters all have a gradient; with one level, the
-    parameters of its neighbours have none.
+    All tensors have one device and one dtype (float16, bfloat16, float32, float64); under autocast they may have
+    several dtypes, and maps are rounded to autocast's. Levels and parameters all have a gradient; with one level, the
+    parameters of its neighbours have none. There is no second derivative on a GPU.
 
     Args:
         features: One (N, C, H_l, W_l) a level, finest first; every level has half the height and width of the one

@@ -3,13 +3,21 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.runtime.checks import check_device, check_flag, check_integer, check_number, check_tensor, kind_of
+from kernels.runtime.checks import (
+    FLOATING,
+    check_device,
+    check_flag,
+    check_integer,
+    check_number,
+    check_tensor,
+    kind_of,
+)
 
 TAPS = 9
 COARSE_OFFSETS = ("crop", "prefix", "resize")
@@ -94,11 +102,11 @@ def check_features(features: Any) -> None:
         name = f"features[{level}]"
         check_tensor(name, x, "(N, C, H, W)", 4)
         check_device(name, x, "features[0]", features[0])
-        if x.shape[:2] != features[0].shape[:2] or x.dtype != features[0].dtype:
-            raise ValueError(
-                f"{name} must have the batch, channels and type of features[0], {tuple(features[0].shape)} of "
-                f"{features[0].dtype}; it is {tuple(x.shape)} of {x.dtype}"
-            )
+        if x.shape[:2] != features[0].shape[:2]:
+            first = tuple(features[0].shape)
+            raise ValueError(f"{name} must have batch and channels of features[0], {first}, got shape {tuple(x.shape)}")
+        if x.dtype != features[0].dtype and not _is_cast(x):
+            raise ValueError(f"{name} must be of the type of features[0], {features[0].dtype}, got {x.dtype}")
         if 0 in x.shape[1:]:
             raise ValueError(f"{name} must have a channel and a pixel or more, got shape {tuple(x.shape)}")
     mismatch = pyramid_mismatch([x.shape[2:] for x in features])
@@ -118,8 +126,7 @@ def check_parameters(name: str, parameters: Any, like: Tensor) -> None:
     if parameters.coarse_offsets not in COARSE_OFFSETS:
         names = ", ".join(COARSE_OFFSETS)
         raise ValueError(f"{name}.coarse_offsets must be one of {names}, got {parameters.coarse_offsets!r}")
-    # Autocast rounds what has another type.
-    cast = not like.is_meta and torch.is_autocast_enabled(like.device.type)
+    cast = _is_cast(like)
     for field, shapes in _shapes(parameters, channels):
         tensors = getattr(parameters, field)
         if not isinstance(tensors, list | tuple) or len(tensors) != len(shapes):
@@ -127,8 +134,8 @@ def check_parameters(name: str, parameters: Any, like: Tensor) -> None:
             got = f"{len(tensors)} of them" if isinstance(tensors, list | tuple) else kind_of(tensors)
             raise (ValueError if isinstance(tensors, list | tuple) else TypeError)(f"{wanted}, got {got}")
         for i, (x, shape) in enumerate(zip(tensors, shapes, strict=True)):
-            if x is not None or field != "biases":
-                _check_parameter(f"{name}.{field}[{i}]", x, shape, like, cast)
+            if not _fits(x, shape, like, cast) and not (x is None and field == "biases"):
+                _refuse(f"{name}.{field}[{i}]", x, shape, like)
 
 
 def _shapes(parameters: BlockParameters, channels: int) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
@@ -141,15 +148,27 @@ def _shapes(parameters: BlockParameters, channels: int) -> Iterator[tuple[str, l
     if parameters.gate is not None:
         yield "gate", [(1, channels), (1,)]
     if parameters.dynamic_relu is not None:
-        first = parameters.dynamic_relu[0] if parameters.dynamic_relu else None
+        layers = parameters.dynamic_relu
+        first = layers[0] if isinstance(layers, list | tuple) and layers else None
         hidden = first.shape[0] if isinstance(first, Tensor) and first.dim() and first.shape[0] else 1
         yield "dynamic_relu", [(hidden, channels), (hidden,), (4 * channels, hidden), (4 * channels,)]
 
 
-def _check_parameter(name: str, x: Any, shape: tuple[int, ...], like: Tensor, cast: bool) -> None:
+def _is_cast(x: Tensor) -> bool:
+    """Whether autocast rounds tensors beside this one, so that they may have several types."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def _fits(x: Any, shape: tuple[int, ...], like: Tensor, cast: bool) -> bool:
+    """Whether `_refuse` has nothing to say, asked in the fewest steps: a head has a hundred parameters."""
+    if not isinstance(x, Tensor) or x.is_nested or x.layout is not torch.strided or x.shape != shape:
+        return False
+    return x.device == like.device and (x.dtype in FLOATING if cast else x.dtype == like.dtype)
+
+
+def _refuse(name: str, x: Any, shape: tuple[int, ...], like: Tensor) -> NoReturn:
     check_tensor(name, x, str(shape), len(shape))
     if x.shape != shape:
         raise ValueError(f"{name} must be {shape}, got shape {tuple(x.shape)}")
     check_device(name, x, "features", like)
-    if x.dtype != like.dtype and not cast:
-        raise ValueError(f"{name} must be of features' type, {like.dtype}, got {x.dtype}")
+    raise ValueError(f"{name} must be of features' type, {like.dtype}, got {x.dtype}")

@@ -40,7 +40,7 @@ class Settings(NamedTuple):
     Attributes:
         rectified: Without dynamic ReLU, whether an ordinary one is applied, whose gradient at 0 is 0.
         groups: Groups of the GroupNorms, a power of two.
-        eps: Of the GroupNorms.
+        eps: What the GroupNorms add to the variances.
     """
 
     rectified: bool

@@ -86,6 +86,7 @@ def test_16_bits_round_the_convolutions_and_the_output_alone(autocast):
     exact = dyhead_block(make_features(), parameters(make_head().blocks[0]))
     dtype = torch.float32 if autocast else torch.bfloat16
     features, block = make_features(dtype=dtype), parameters(make_head(dtype=dtype).blocks[0])
+    features[1] = features[1].bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         outputs = dyhead_block(features, block)
     for y, right in zip(outputs, exact, strict=True):
@@ -121,8 +122,8 @@ FEATURES = {
     "no tensor": (lambda f: [f[0], None], TypeError, r"features\[1\] must be a tensor"),
     "dimensions": (lambda f: [f[0], f[1][0]], ValueError, r"features\[1\] must be \(N, C, H, W\)"),
     "integers": (lambda f: [f[0].long()], ValueError, r"features\[0\] must be floating point"),
-    "batch": (lambda f: [f[0], f[1][:1]], ValueError, r"features\[1\] must have the batch"),
-    "type": (lambda f: [f[0], f[1].double()], ValueError, r"features\[1\] must have the batch, channels and type"),
+    "batch": (lambda f: [f[0], f[1][:1]], ValueError, r"features\[1\] must have batch and channels"),
+    "type": (lambda f: [f[0], f[1].double()], ValueError, r"features\[1\] must be of the type of features\[0\]"),
     "device": (lambda f: [f[0], f[1].to("meta")], ValueError, r"features\[1\] must be on the device"),
     "sizes": (lambda f: [f[0], f[2]], ValueError, r"features must halve .* level 1 is 2x3, half of level 0 is 4x5"),
     "order": (lambda f: f[::-1], ValueError, r"features must halve"),
@@ -165,6 +166,11 @@ PARAMETERS = {
         lambda b: {"dynamic_relu": with_other(b.dynamic_relu, 2, lambda x: x[:, :4])},
         ValueError,
         r"parameters.dynamic_relu\[2\] must be \(128, 8\)",
+    ),
+    "a tensor for layers": (
+        lambda b: {"dynamic_relu": b.gate[0]},
+        TypeError,
+        r"parameters.dynamic_relu must be 4 tensors, got Parameter",
     ),
     "no layer": (lambda b: {"dynamic_relu": ()}, ValueError, r"parameters.dynamic_relu must be 4 tensors, got 0"),
     "type": (
