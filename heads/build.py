@@ -1,6 +1,6 @@
 """`build_detector` puts a detector together by name, with its own towers or with DyHead in their place."""
 
-from torch import nn
+from collections.abc import Callable
 
 from heads.backbones.resnet import BACKBONES
 from heads.dense.atss import atss
@@ -8,6 +8,7 @@ from heads.dense.borderdet import borderdet
 from heads.dense.fcos import fcos
 from heads.dense.reppoints import reppoints
 from heads.dense.retinanet import retinanet
+from heads.detector import Detector
 from heads.dyhead.dyhead import DyHead
 from heads.query.detr import detr
 from heads.two_stage.cascade_rcnn import cascade_rcnn
@@ -15,7 +16,8 @@ from heads.two_stage.faster_rcnn import PLACEMENTS, faster_rcnn
 from heads.two_stage.mask_rcnn import mask_rcnn
 
 # Name -> (backbone, number of classes, channels of the pyramid, DyHead or None for the detector's own towers) -> model.
-DETECTORS = {
+# Those of `TWO_STAGE` also take the placement.
+DETECTORS: dict[str, Callable[..., Detector]] = {
     "atss": atss,
     "borderdet": borderdet,
     "fcos": fcos,
@@ -42,15 +44,15 @@ def build_detector(
     coarse_offsets: str = "crop",
     channels: int = 256,
     placement: str = "trunk",
-) -> nn.Module:
-    """Build a detector.
+) -> Detector:
+    """Build a detector with random weights.
 
     Args:
         name: One of `DETECTORS`.
         num_classes: Number of object classes, without a background class.
         backbone: One of `BACKBONES`.
         attentions: Subset of the letters L, S, C for DyHead, or None for the detector's own towers, its baseline.
-        depth: DyHead blocks.
+        depth: Number of DyHead blocks.
         formulation, coarse_offsets: See `DyHead`.
         channels: Channels of the pyramid, a multiple of 16.
         placement: Where the DyHead sits: `"trunk"`, or, in a two-stage detector, `"around_roi"`; see
@@ -58,10 +60,19 @@ def build_detector(
 
     Returns:
         A module called as torchvision's detectors are: `model(images, targets)` -> losses in training, `model(images)`
-        -> detections in evaluation.
+        -> detections in evaluation; see `Detector`.
 
     Raises:
         ValueError: A name is unknown, and the known ones are listed; or the placement does not fit.
+
+    Example:
+        >>> import torch
+        >>> from heads import build_detector
+        >>> model = build_detector("fcos", num_classes=3, backbone="tiny", attentions="SC", depth=1, channels=16)
+        >>> with torch.inference_mode():
+        ...     (found,) = model.eval()([torch.rand(3, 64, 96)])
+        >>> found["boxes"].shape[1]
+        4
     """
     if name not in DETECTORS:
         raise ValueError(f"unknown detector {name!r}; the detectors are {', '.join(DETECTORS)}")

@@ -8,7 +8,7 @@ images a batch; `tiny` trains its own. ResNeXt-101 64×4d (Xie et al. 2017) is a
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -176,7 +176,9 @@ class ResNet(nn.Module):
             module.requires_grad_(False)
 
 
-BACKBONES = {
+Backbone = ResNet | Swin
+
+BACKBONES: dict[str, Callable[[], Backbone]] = {
     "tiny": lambda: ResNet(BasicBlock, (1, 1, 1, 1), 16, nn.BatchNorm2d),
     "resnet18": lambda: ResNet(BasicBlock, (2, 2, 2, 2), 64, FrozenBatchNorm2d),
     "resnet50": lambda: ResNet(Bottleneck, (3, 4, 6, 3), 64, FrozenBatchNorm2d),
@@ -198,7 +200,7 @@ IMAGENET = {
 }
 
 
-def load_imagenet(backbone: ResNet | Swin, source: str | Path) -> None:
+def load_imagenet(backbone: Backbone, source: str | Path) -> None:
     """Load ImageNet weights, with torchvision's key names or Swin's authors', into `backbone`.
 
     Args:

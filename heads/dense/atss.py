@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from heads.backbones.fpn import FPN
-from heads.backbones.resnet import ResNet
+from heads.backbones.resnet import Backbone
 from heads.boxes.anchors import Grid, Sizes, anchor_grid, cell_anchors, outside_padding
 from heads.boxes.assign import assign_atss
 from heads.boxes.boxes import DeltaCoder, centerness_of, encode_distances
@@ -284,7 +284,7 @@ class ATSSHead(PredictionHead[ATSSOutputs]):
         return self.selection.detections(probabilities, grid.counts, image_sizes, read, rank)
 
 
-def atss(backbone: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
+def atss(backbone: Backbone, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
     """ATSS; DyHead takes the place of both towers. Either is followed by the 1×1 predictors of the authors' code."""
     head = ATSSHead(in_channels=channels, num_classes=num_classes, strides=FPN.strides)
     return Detector(backbone, FPN(backbone.channels, channels), dyhead or ConvTowers(channels), head)

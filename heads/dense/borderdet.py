@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heads.backbones.fpn import FPN
-from heads.backbones.resnet import ResNet
+from heads.backbones.resnet import Backbone
 from heads.boxes.anchors import Sizes, level_points
 from heads.boxes.assign import assign_max_iou
 from heads.boxes.boxes import decode_distances
@@ -224,7 +224,7 @@ class BorderDetHead(PointHead[BorderDetOutputs]):
         return self.selection.detections(first, counts, image_sizes, read, rank=both)
 
 
-def borderdet(backbone: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
+def borderdet(backbone: Backbone, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
     """BorderDet; DyHead takes the place of the towers of its first stage."""
     head = BorderDetHead(
         in_channels=channels,

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from heads.backbones.fpn import FPN
-from heads.backbones.resnet import ResNet
+from heads.backbones.resnet import Backbone
 from heads.boxes.anchors import Grid, Sizes, point_grid
 from heads.boxes.assign_points import assign_centre
 from heads.boxes.boxes import centerness_of, decode_distances, encode_distances
@@ -302,7 +302,7 @@ class FCOSHead(PointHead[FCOSOutputs]):
         return self.selection.detections(probabilities, grid.counts, image_sizes, read)
 
 
-def fcos(backbone: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
+def fcos(backbone: Backbone, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
     """FCOS by its improved recipe; DyHead takes the place of both towers."""
     head = FCOSHead(in_channels=channels, num_classes=num_classes, strides=FPN.strides)
     fpn = FPN(backbone.channels, channels, relu_before_p7=True)

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heads.backbones.fpn import FPN
-from heads.backbones.resnet import ResNet
+from heads.backbones.resnet import Backbone
 from heads.boxes.anchors import Grid, Sizes, outside_padding, point_grid
 from heads.boxes.assign import IGNORED, assign_max_iou
 from heads.boxes.assign_points import assign_nearest
@@ -277,7 +277,7 @@ class RepPointsHead(PredictionHead[RepPointsOutputs]):
         return self.selection.detections(probabilities, grid.counts, image_sizes, read)
 
 
-def reppoints(backbone: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
+def reppoints(backbone: Backbone, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
     """RepPoints with moments; DyHead takes the place of both towers, before the two stages."""
     head = RepPointsHead(in_channels=channels, num_classes=num_classes, strides=FPN.strides)
     fpn = FPN(backbone.channels, channels, p6_from="c5")

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from heads.backbones.fpn import FPN
-from heads.backbones.resnet import ResNet
+from heads.backbones.resnet import Backbone
 from heads.boxes.anchors import Grid, Sizes, anchor_grid, cell_anchors, outside_padding
 from heads.boxes.assign import IGNORED, assign_max_iou
 from heads.boxes.boxes import DeltaCoder
@@ -270,7 +270,7 @@ class RetinaNetHead(PredictionHead[RetinaNetOutputs]):
         return self.selection.detections(probabilities, grid.counts, image_sizes, read)
 
 
-def retinanet(backbone: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
+def retinanet(backbone: Backbone, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
     """RetinaNet as mmdetection trains it; DyHead takes the place of both towers."""
     head = RetinaNetHead(in_channels=channels, num_classes=num_classes, strides=FPN.strides)
     fpn = FPN(backbone.channels, channels, p6_from="c5")

@@ -30,10 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heads.backbones.fpn import FPN
-from heads.backbones.resnet import ResNet
+from heads.backbones.resnet import Backbone
 from heads.boxes.boxes import clip_boxes, giou, pairwise_giou
 from heads.detector import Detector, PredictionHead
 from heads.dyhead.dyhead import DyHead
+from heads.precision import at_least_float32
 from heads.query.hungarian import least_cost_assignment
 from heads.query.transformer import DecoderLayer, EncoderLayer, padding_mask, sine_positions, xavier
 
@@ -153,9 +154,7 @@ class DETRHead(PredictionHead):
         for layer in self.box_layers[:-1]:
             boxes = F.relu(layer(boxes))
         logits, boxes = self.class_logits(states), self.box_layers[-1](boxes)
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits, boxes = logits.float(), boxes.float()
-        return DETROutputs(logits, boxes.sigmoid())
+        return DETROutputs(at_least_float32(logits), at_least_float32(boxes).sigmoid())
 
     @torch.no_grad()
     def pairs(
@@ -288,9 +287,9 @@ class DETR(Detector):
         return self.head(tokens, positions, mask)
 
 
-def detr(body: ResNet, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
+def detr(backbone: Backbone, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
     """DETR; see the top of this file."""
     head = DETRHead(in_channels=channels, num_classes=num_classes)
     if dyhead is None:
-        return DETR(body, SingleMap(body.channels[-1], channels), Encoder(channels), head, channels)
-    return DETR(body, FPN(body.channels, channels), dyhead, head, channels)
+        return DETR(backbone, SingleMap(backbone.channels[-1], channels), Encoder(channels), head, channels)
+    return DETR(backbone, FPN(backbone.channels, channels), dyhead, head, channels)

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from heads.backbones.resnet import ResNet
+from heads.backbones.resnet import Backbone
 from heads.boxes.boxes import DeltaCoder, clip_boxes
 from heads.detector import Detector
 from heads.dyhead.attention import TaskAttention
@@ -159,7 +159,7 @@ class CascadeRCNNHead(TwoStageHead):
 
 
 def cascade_rcnn(
-    body: ResNet, num_classes: int, channels: int, dyhead: DyHead | None, placement: str = "trunk"
+    backbone: Backbone, num_classes: int, channels: int, dyhead: DyHead | None, placement: str = "trunk"
 ) -> Detector:
     """Cascade R-CNN; see the top of this file."""
-    return two_stage(body, channels, dyhead, placement, partial(CascadeRCNNHead, num_classes=num_classes))
+    return two_stage(backbone, channels, dyhead, placement, partial(CascadeRCNNHead, num_classes=num_classes))

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from heads.backbones.fpn_p2 import FPNFromC2
-from heads.backbones.resnet import ResNet
+from heads.backbones.resnet import Backbone
 from heads.boxes.boxes import DeltaCoder
 from heads.detector import Detector, PredictionHead
 from heads.dyhead.attention import TaskAttention
@@ -171,12 +171,12 @@ class FasterRCNNHead(TwoStageHead):
 
 
 def two_stage(
-    body: ResNet, channels: int, dyhead: DyHead | None, placement: str, make_head: Callable[..., TwoStageHead]
+    backbone: Backbone, channels: int, dyhead: DyHead | None, placement: str, make_head: Callable[..., TwoStageHead]
 ) -> Detector:
     """Put a two-stage detector together.
 
     Args:
-        body: the backbone.
+        backbone: the backbone.
         channels: of the pyramid.
         dyhead: the trunk, or None for the baseline, which has none.
         placement: one of `PLACEMENTS`; see the top of this file.
@@ -194,13 +194,13 @@ def two_stage(
                 "placement 'around_roi' splits the last block of a DyHead: it needs attentions and depth >= 1"
             )
         task, dyhead.blocks[-1].task = dyhead.blocks[-1].task, nn.Identity()
-    body.finest = 2
+    backbone.finest = 2
     head = make_head(in_channels=channels, task=task)
-    return Detector(body, FPNFromC2(body.channels, channels), dyhead or nn.Identity(), head)
+    return Detector(backbone, FPNFromC2(backbone.channels, channels), dyhead or nn.Identity(), head)
 
 
 def faster_rcnn(
-    body: ResNet, num_classes: int, channels: int, dyhead: DyHead | None, placement: str = "trunk"
+    backbone: Backbone, num_classes: int, channels: int, dyhead: DyHead | None, placement: str = "trunk"
 ) -> Detector:
     """Faster R-CNN; see the top of this file."""
-    return two_stage(body, channels, dyhead, placement, partial(FasterRCNNHead, num_classes=num_classes))
+    return two_stage(backbone, channels, dyhead, placement, partial(FasterRCNNHead, num_classes=num_classes))

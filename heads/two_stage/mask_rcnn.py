@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heads.backbones.resnet import ResNet
+from heads.backbones.resnet import Backbone
 from heads.detector import Detector
 from heads.dyhead.dyhead import DyHead
 from heads.two_stage.faster_rcnn import FasterRCNNHead, TwoStageOutputs, two_stage
@@ -77,7 +77,7 @@ class MaskRCNNHead(FasterRCNNHead):
 
 
 def mask_rcnn(
-    body: ResNet, num_classes: int, channels: int, dyhead: DyHead | None, placement: str = "trunk"
+    backbone: Backbone, num_classes: int, channels: int, dyhead: DyHead | None, placement: str = "trunk"
 ) -> Detector:
     """Mask R-CNN; see the top of this file."""
-    return two_stage(body, channels, dyhead, placement, partial(MaskRCNNHead, num_classes=num_classes))
+    return two_stage(backbone, channels, dyhead, placement, partial(MaskRCNNHead, num_classes=num_classes))

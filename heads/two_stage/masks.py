@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from pycocotools import mask as rle
 from torch import Tensor, nn
 
+from heads.precision import at_least_float32
 from kernels import roi_align
 
 # Bins of a region that the mask head sees, and the side of the masks that it predicts.
@@ -41,8 +42,7 @@ class MaskHead(nn.Module):
         x = regions
         for conv in self.convs:
             x = F.relu(conv(x), inplace=True)
-        logits = self.mask_logits(F.relu(self.upsample(x), inplace=True))
-        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        return at_least_float32(self.mask_logits(F.relu(self.upsample(x), inplace=True)))
 
 
 def targets_from_bitmaps(masks: Tensor, boxes: Tensor, matched: Tensor) -> Tensor:

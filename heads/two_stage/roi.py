@@ -15,6 +15,7 @@ from heads.boxes.sample import sample
 from heads.boxes.selection import detections
 from heads.dyhead.attention import TaskAttention
 from heads.dyhead.paper import PaperTaskAttention
+from heads.precision import at_least_float32
 from kernels import roi_align
 
 BINS = 7
@@ -181,9 +182,7 @@ class BoxHead(nn.Module):
         x = regions.flatten(1)
         if self.task is None:
             x = F.relu(self.fc2(F.relu(self.fc1(x))))
-        logits, deltas = self.cls_score(x), self.bbox_pred(x)
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits, deltas = logits.float(), deltas.float()
+        logits, deltas = at_least_float32(self.cls_score(x)), at_least_float32(self.bbox_pred(x))
         return logits, deltas.unflatten(1, (-1, 4))
 
     def loss(
