@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from ablations.report import write_report
-from ablations.rows.store import atomic_write_text, read_rows
+from ablations.rows.store import atomic_write_text, read_all, read_rows
 from ablations.rows.tables import write_tables
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -27,8 +27,9 @@ def publish(source: Path, target: Path) -> None:
     (target / "cells").mkdir(parents=True, exist_ok=True)
     for path in (source / "cells").glob("*.json"):
         shutil.copy(path, target / "cells" / path.name)
-    write_tables(target)
-    write_report(target)
+    rows, problems = read_all(target)
+    write_tables(rows, target)
+    write_report(rows, target, problems)
 
 
 def insert(table: str, readme: Path) -> None:

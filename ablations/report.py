@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pandas as pd
 from ablations.rows.effects import EFFECTS, effects_table
 from ablations.rows.gains import GAINS_NOTE, GAINS_TITLE, gains_table
 from ablations.rows.plots import ap_against_depth, ap_against_latency, gain_by_detector, to_svg
-from ablations.rows.store import atomic_write_text, read_rows
+from ablations.rows.store import atomic_write_text, read_all
 from ablations.rows.tables import Section, as_text, make_sections, write_tables
 
 CAPTIONS = {
@@ -54,18 +55,23 @@ document.querySelectorAll("th").forEach(function (heading) {
 """
 
 
-def write_report(directory: str | Path) -> Path:
-    """Write `report.html` from the rows of `directory`; it needs no other file and no network.
+def write_report(rows: Iterable[dict], directory: str | Path, problems: Iterable[str] = ()) -> Path:
+    """Write `report.html` into `directory`; it needs no other file and no network.
 
-    Files that are not rows are named at its top.
+    Args:
+        rows: What it is made of (`read_rows`).
+        directory: Where it goes.
+        problems: Files that are not rows, one sentence each; they stand at its top.
+
+    Returns:
+        The file.
 
     Raises:
-        ValueError: there are no rows.
-        OSError: the file cannot be written.
+        ValueError: There are no rows.
+        OSError: The file cannot be written.
     """
     directory = Path(directory)
-    problems: list[str] = []
-    sections = make_sections(read_rows(directory, problems.append))
+    sections = make_sections(rows)
     if not sections:
         raise ValueError(f"{directory} holds no rows to report on")
     body = "".join(f"<p class='problem'>{escape(problem)}</p>\n" for problem in problems)
@@ -175,7 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: there is no directory {directory}", file=sys.stderr)
         return 2
     try:
-        paths = [*write_tables(directory), write_report(directory)]
+        rows, problems = read_all(directory)
+        paths = [*write_tables(rows, directory), write_report(rows, directory, problems)]
     except (ValueError, OSError) as error:
         print(f"error: {error}; rows are read from {directory / 'cells'}", file=sys.stderr)
         return 2

@@ -21,7 +21,7 @@ from ablations.grid import Cell, build_grid, only
 from ablations.options import RUNS, Options, parse
 from ablations.plan import Plan, announce, dry_run, make_plan, replaced, set_aside
 from ablations.report import write_report
-from ablations.rows.store import read_rows
+from ablations.rows.store import read_all
 from ablations.rows.tables import write_tables
 from heads.backbones.resnet import BACKBONES, load_imagenet
 
@@ -154,12 +154,13 @@ def banner(options: Options, plan: Plan) -> str:
 
 def conclude(cells: list[Cell], options: Options, interrupted: bool) -> int:
     """Write tables and report from all rows of the directory; returns the exit code."""
-    out, rows = options.out, read_rows(options.out)
+    out = options.out
+    rows, problems = read_all(out)
     if not rows:
         print(f"interrupted before the first cell ended; go on with: {options.command}")
         return INTERRUPTED
-    write_tables(out)
-    write_report(out)
+    write_tables(rows, out)
+    write_report(rows, out, problems)
     print(f"tables in {out}/table.md, .csv, .tex; report in {out}/report.html")
     if interrupted:
         print(f"interrupted; finished cells are kept, go on with: {options.command}")

@@ -169,11 +169,12 @@ def write_row(directory: str | Path, row: dict) -> Path:
     return path
 
 
-def _to_stderr(problem: str) -> None:
+def warn(problem: str) -> None:
+    """Tell of a problem on the standard error stream."""
     print(f"warning: {problem}", file=sys.stderr)
 
 
-def read_row(directory: str | Path, key: str, report: Callable[[str], None] = _to_stderr) -> dict | None:
+def read_row(directory: str | Path, key: str, report: Callable[[str], None] = warn) -> dict | None:
     """The row of one cell, or None when there is none or it cannot be read; the latter is reported by name."""
     path = _cell_path(directory, key, ".json")
     try:
@@ -185,7 +186,7 @@ def read_row(directory: str | Path, key: str, report: Callable[[str], None] = _t
         return None
 
 
-def read_rows(directory: str | Path, report: Callable[[str], None] = _to_stderr) -> list[dict]:
+def read_rows(directory: str | Path, report: Callable[[str], None] = warn) -> list[dict]:
     """Every row of a directory, sorted by key.
 
     A file that is not a row is handed to `report` as one sentence that names it, and its cell counts as not done.
@@ -199,6 +200,15 @@ def read_rows(directory: str | Path, report: Callable[[str], None] = _to_stderr)
         except ValueError as problem:
             report(str(problem))
     return rows
+
+
+def read_all(directory: str | Path) -> tuple[list[dict], list[str]]:
+    """Every row of a directory, and one sentence for each file that is not a row, which is warned of, too."""
+    problems: list[str] = []
+    rows = read_rows(directory, problems.append)
+    for problem in problems:
+        warn(problem)
+    return rows, problems
 
 
 def _cell_path(directory: str | Path, key: str, suffix: str) -> Path:

@@ -19,7 +19,7 @@ from ablations.experiment.measure import MEASURES
 from ablations.rows.gains import GAINS_NOTE, GAINS_TITLE, gains_table
 from ablations.rows.machine import machine_line
 from ablations.rows.printed import SOURCE, paper_ap
-from ablations.rows.store import STATUSES, atomic_write_text, read_rows
+from ablations.rows.store import STATUSES, atomic_write_text
 from heads.dyhead.attention import COARSE_OFFSETS
 from heads.dyhead.dyhead import FORMULATIONS
 from heads.two_stage.faster_rcnn import PLACEMENTS
@@ -98,15 +98,22 @@ def as_text(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({name: [_show(line, name) for _, line in frame.iterrows()] for name in shown}, dtype=str)
 
 
-def write_tables(directory: str | Path) -> list[Path]:
-    """Write `table.csv` (and `table-2.csv`, ...), `table.md` and `table.tex` from the rows of `directory`.
+def write_tables(rows: Iterable[dict], directory: str | Path) -> list[Path]:
+    """Write `table.csv` (and `table-2.csv`, ...), `table.md` and `table.tex` into `directory`.
+
+    Args:
+        rows: What the tables are made of (`read_rows`).
+        directory: Where they go. Tables of an earlier time that these rows do not make are removed.
+
+    Returns:
+        The files.
 
     Raises:
-        ValueError: there are no rows.
-        OSError: a file cannot be written.
+        ValueError: There are no rows.
+        OSError: A file cannot be written.
     """
     directory = Path(directory)
-    sections = make_sections(read_rows(directory))
+    sections = make_sections(rows)
     if not sections:
         raise ValueError(f"{directory} holds no rows to make a table of")
     texts = {f"table{f'-{n}' if n > 1 else ''}.csv": to_csv(section) for n, section in enumerate(sections, 1)}

@@ -21,6 +21,7 @@ from ablations.experiment.progress import TRAINING_SHARE, clock
 from ablations.generate import generate
 from ablations.grid import PRESETS, build_grid, only
 from ablations.options import parse
+from ablations.rows import store
 from ablations.rows.store import read_rows, write_row
 
 # The tiny preset with hardly any steps; in the child processes of the kill test it is applied before anything runs.
@@ -184,7 +185,7 @@ def test_a_dry_run_judges_the_cost_by_rows_of_the_same_detector(brief, data, tmp
     assert f"about {clock(cost)} with 2 workers" in capsys.readouterr().out
 
 
-def test_a_grid_runs_to_tables_and_a_second_call_runs_nothing(brief, data, tmp_path, capsys):
+def test_a_grid_runs_to_tables_and_a_second_call_runs_nothing(brief, data, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     arguments = ["--grid", "combinations", "--data", str(data), "--out", str(out), "--only", "LSC"]
     assert run.main(arguments) == 0
@@ -199,7 +200,11 @@ def test_a_grid_runs_to_tables_and_a_second_call_runs_nothing(brief, data, tmp_p
         assert (out / name).stat().st_size > 0
     changed = (out / "cells" / f"{row['key']}.json").stat().st_mtime_ns
 
-    assert run.main(arguments) == 0
+    parse, read = store._parse, []
+    with monkeypatch.context() as counted:
+        counted.setattr(store, "_parse", lambda path: read.append(path.stem) or parse(path))
+        assert run.main(arguments) == 0
+    assert read == [row["key"]] * 2, "rows are read to see what there is to do, and for the tables and the report"
     assert "1 cells, 1 done, 0 to run" in capsys.readouterr().out
     assert (out / "cells" / f"{row['key']}.json").stat().st_mtime_ns == changed
 

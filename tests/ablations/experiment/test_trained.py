@@ -49,7 +49,7 @@ def grid(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment, "train", counted)
     monkeypatch.setattr(run, "run_cells", in_this_process)
     # What takes most of the time and is not the point here.
-    monkeypatch.setattr(run, "write_report", lambda out: None)
+    monkeypatch.setattr(run, "write_report", lambda *_: None)
     monkeypatch.setattr(experiment, "measure_latency", lambda *_: {"latency_ms_p50": 1.0})
 
     def call(*more, detector="atss", only="baseline"):

@@ -5,7 +5,7 @@ from synthetic_rows import make_row
 
 from ablations.report import write_report
 from ablations.rows.gains import COLUMNS, gains_table
-from ablations.rows.store import write_row
+from ablations.rows.store import read_rows, write_row
 from ablations.rows.tables import make_frame, write_tables
 
 
@@ -71,12 +71,12 @@ def test_what_failed_is_empty_and_what_cannot_be_compared_is_left_out():
 def test_the_gains_stand_in_tables_and_report_of_several_detectors(tmp_path):
     for row in rows("fcos", {"baseline": 20.0, "LSC": 22.0}):
         write_row(tmp_path, row)
-    files = [tmp_path / "table.md", tmp_path / "table.tex", write_report(tmp_path)]
-    write_tables(tmp_path)
+    files = [tmp_path / "table.md", tmp_path / "table.tex", write_report(read_rows(tmp_path), tmp_path)]
+    write_tables(read_rows(tmp_path), tmp_path)
     assert not any("Gain of DyHead" in path.read_text() for path in files)
     for row in rows("faster_rcnn", {"baseline": 30.0, "LSC": 29.0}):
         write_row(tmp_path, row)
-    write_tables(tmp_path)
+    write_tables(read_rows(tmp_path), tmp_path)
     text = (tmp_path / "table.md").read_text()
     (line,) = [line for line in text.splitlines() if line.startswith("| faster_rcnn") and "+2.5" in line]
     assert [cell.strip() for cell in line.split("|")[1:-1]] == [
@@ -87,5 +87,5 @@ def test_the_gains_stand_in_tables_and_report_of_several_detectors(tmp_path):
     latex = (tmp_path / "table.tex").read_text()
     assert latex.count(r"\begin{table*}") == latex.count(r"\end{table*}") == 2
     assert r"\label{tab:dyhead-gains-1}" in latex
-    page = write_report(tmp_path).read_text()
+    page = write_report(read_rows(tmp_path), tmp_path).read_text()
     assert page.count("<h3>Gain of DyHead") == 1 and "<td>+2.5</td>" in page

@@ -8,7 +8,7 @@ import pytest
 from synthetic_rows import GPU, make_row, make_rows, synthetic_ap
 
 from ablations.rows import tables
-from ablations.rows.store import write_row
+from ablations.rows.store import read_rows, write_row
 from ablations.rows.tables import as_text, make_frame, make_sections, to_csv, to_latex, to_markdown, write_tables
 
 DESIGN_COLUMNS = (
@@ -113,7 +113,7 @@ def test_a_failed_cell_is_a_line_with_its_status_and_reason():
 def test_an_empty_size_class_stays_empty_everywhere(tmp_path):
     for row in make_rows(seeds=(0, 1)):
         write_row(tmp_path, row)
-    write_tables(tmp_path)
+    write_tables(read_rows(tmp_path), tmp_path)
     csv = pd.read_csv(tmp_path / "table.csv", comment="#")
     assert csv["APs"].isna().all() and csv["peak_memory_MB"].isna().all() and csv["APm"].notna().all()
     text = as_text(one(make_rows(seeds=(0, 1))).frame)
@@ -141,7 +141,7 @@ def test_cpu_and_gpu_rows_never_share_a_table(tmp_path):
     for row in rows:
         write_row(tmp_path, row)
     (tmp_path / "table-9.csv").write_text("left from a longer run")
-    write_tables(tmp_path)
+    write_tables(read_rows(tmp_path), tmp_path)
     assert sorted(path.name for path in tmp_path.glob("table*")) == [
         "table-2.csv",
         "table-3.csv",
@@ -309,14 +309,14 @@ def test_the_same_rows_give_the_same_bytes(tmp_path):
     for name, order in (("a", rows), ("b", rows[::-1])):
         for row in order:
             write_row(tmp_path / name, row)
-        write_tables(tmp_path / name)
+        write_tables(read_rows(tmp_path / name), tmp_path / name)
     for path in (tmp_path / "a").glob("table*"):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
 def test_without_rows_there_is_no_table(tmp_path):
     with pytest.raises(ValueError, match="no rows"):
-        write_tables(tmp_path)
+        write_tables(read_rows(tmp_path), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
