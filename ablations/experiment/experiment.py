@@ -5,7 +5,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 
@@ -21,7 +21,7 @@ from ablations.experiment.train import train
 from ablations.grid import Cell
 from ablations.rows.machine import machine_info
 from heads import build_detector
-from heads.backbones.resnet import load_imagenet
+from heads.backbones.resnet import Backbone, load_imagenet
 from heads.detector import Detector
 
 STEPS_PER_NOTICE = 10
@@ -156,8 +156,10 @@ def build(cell: Cell, num_classes: int, weights: str | None) -> Detector:
         placement=cell.placement,
     )
     if weights is not None:
-        load_imagenet(model.backbone, weights)
-        model.backbone.freeze(1)
+        # A detector takes any module for its backbone; this one is of `BACKBONES`.
+        backbone = cast(Backbone, model.backbone)
+        load_imagenet(backbone, weights)
+        backbone.freeze(1)
     return model
 
 
