@@ -22,9 +22,9 @@ from ablations.data.images import MAX_PIXELS
 from ablations.experiment.detect import View, detect, loader_threads, move
 from ablations.experiment.evaluate import Detections, evaluate
 from ablations.experiment.experiment import Reading
+from ablations.files import atomic_write_text
 from ablations.grid import Backend
 from ablations.rows.machine import device_name, machine_info
-from ablations.rows.store import atomic_write_text
 from heads.detector import Detector
 from heads.released.layouts import LAYOUTS, open_released
 from heads.released.weights import read_weights

@@ -18,9 +18,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ablations.files import FileLock
 from ablations.generated.outlines import SHAPES
 from ablations.generated.scenes import Difficulty, draw_scene
-from ablations.rows.store import FileLock
 
 # Any change of what is drawn or written raises it: the directory and the JSON carry it, and so does a data fingerprint.
 VERSION = 2

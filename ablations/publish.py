@@ -9,8 +9,9 @@ import shutil
 import sys
 from pathlib import Path
 
+from ablations.files import atomic_write_text
 from ablations.report import write_report
-from ablations.rows.store import atomic_write_text, read_all, read_rows
+from ablations.rows.store import read_all, read_rows
 from ablations.rows.tables import write_tables
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from ablations.files import atomic_write_text
 from ablations.rows.effects import EFFECTS, effects_table
 from ablations.rows.gains import GAINS_NOTE, GAINS_TITLE, gains_table
 from ablations.rows.plots import ap_against_depth, ap_against_latency, gain_by_detector, to_svg
-from ablations.rows.store import atomic_write_text, read_all
+from ablations.rows.store import read_all
 from ablations.rows.tables import Section, as_text, make_sections, write_tables
 
 CAPTIONS = {

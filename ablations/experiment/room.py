@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ablations.rows.store import FileLock
+from ablations.files import FileLock
 
 
 class Room:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ablations.experiment.precision import autocast
 from ablations.experiment.trained import CHECKPOINT, Record
+from ablations.files import atomic_file
 from ablations.grid import Cell
-from ablations.rows.store import atomic_file
 from heads.parameters import parameter_kinds
 
 MOMENTUM = 0.9

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ablations.files import atomic_write_text
 from ablations.grid import DATA, Cell
-from ablations.rows.store import atomic_write_text
 
 CHECKPOINT = "checkpoint.pt"
 

@@ -16,10 +16,11 @@ from pathlib import Path
 import pandas as pd
 
 from ablations.experiment.measure import MEASURES
+from ablations.files import atomic_write_text
 from ablations.rows.gains import GAINS_NOTE, GAINS_TITLE, gains_table
 from ablations.rows.machine import machine_line
 from ablations.rows.printed import SOURCE, paper_ap
-from ablations.rows.store import STATUSES, atomic_write_text
+from ablations.rows.store import STATUSES
 from heads.dyhead.attention import COARSE_OFFSETS
 from heads.dyhead.dyhead import FORMULATIONS
 from heads.two_stage.faster_rcnn import PLACEMENTS

@@ -16,15 +16,7 @@ from places import ROOT
 from ablations.experiment.measure import MEASURES
 from ablations.experiment.room import Room
 from ablations.rows import store
-from ablations.rows.store import (
-    atomic_file,
-    atomic_write_bytes,
-    atomic_write_text,
-    claim,
-    read_row,
-    read_rows,
-    write_row,
-)
+from ablations.rows.store import claim, read_row, read_rows, write_row
 
 
 def make_row(key="a1", **changes):
@@ -156,29 +148,13 @@ class FullDisk:
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_full_disk_keeps_the_old_row_and_names_the_file(tmp_path, monkeypatch, call):
     write_row(tmp_path, make_row())
-    monkeypatch.setattr(store.os, call, FullDisk(errno.ENOSPC))
+    monkeypatch.setattr(os, call, FullDisk(errno.ENOSPC))
     with pytest.raises(OSError, match=r"cannot write .*a1\.json: No space left on device") as caught:
         write_row(tmp_path, make_row(status="crashed"))
     assert caught.value.errno == errno.ENOSPC
     monkeypatch.undo()
     assert read_rows(tmp_path) == [make_row()]
     assert [path.name for path in (tmp_path / "cells").iterdir()] == ["a1.json"]
-
-
-def test_a_writer_that_fails_half_way_leaves_the_old_file(tmp_path):
-    target = tmp_path / "checkpoint.pt"
-    atomic_write_bytes(target, b"old")
-    with pytest.raises(RuntimeError, match="half"), atomic_file(target) as file:
-        file.write(b"new, but only")
-        raise RuntimeError("half")
-    assert target.read_bytes() == b"old" and os.listdir(tmp_path) == ["checkpoint.pt"]
-
-
-def test_what_a_killed_writer_left_does_not_reach_the_next_file(tmp_path):
-    (tmp_path / ".note.txt.tmp").write_text("a much longer text that a killed process left behind")
-    atomic_write_text(tmp_path / "note.txt", "µ")
-    assert (tmp_path / "note.txt").read_text(encoding="utf-8") == "µ"
-    assert os.listdir(tmp_path) == ["note.txt"]
 
 
 WRITER = """
