@@ -1,4 +1,4 @@
-"""`build_detector` puts a detector together by name, with its own towers or with DyHead in their place."""
+"""`build_detector` puts a detector together by name, with its own towers or with DyHead instead of them."""
 
 from collections.abc import Callable
 

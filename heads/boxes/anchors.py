@@ -1,6 +1,6 @@
 """Where dense detectors predict: one cell per position of every pyramid level, with a point or anchors in it.
 
-The order is everybody's: levels from fine to coarse, inside a level row by row, inside a cell anchor by anchor.
+All dense heads use this order: levels from fine to coarse, inside a level row by row, inside a cell anchor by anchor.
 """
 
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ class Grid:
 
     Attributes:
         sizes: (height, width) of each level's feature map, in cells.
-        strides: pixels per cell, by level.
-        counts: anchors of each level; they sum to A.
+        strides: Pixels per cell, by level.
+        counts: Anchors of each level; they sum to A.
         anchors: (A, 4) x1, y1, x2, y2 in pixels.
         centres: (A, 2) x, y in pixels.
-        levels: (A,) int64, index of the level.
+        levels: (A,) int64, index of each anchor's level.
     """
 
     sizes: Sizes
@@ -41,11 +41,21 @@ class Grid:
 def cell_anchors(
     sizes: Sequence[float], ratios: Sequence[float] = (1.0,), order: Literal["ratio", "size"] = "ratio"
 ) -> tuple[tuple[float, float, float, float], ...]:
-    """The anchors of one cell, centred on the origin: each area `size`² at each `ratio` of height to width.
+    """The anchors of one cell, centred on the origin: each area at each ratio.
 
     Args:
-        order: what varies slowest. `"ratio"` is mmdetection's order, `"size"` detectron2's; it decides which channel of
+        sizes: Roots of the areas, in pixels.
+        ratios: Ratios of height to width.
+        order: What varies slowest. `"ratio"` is mmdetection's order, `"size"` detectron2's; it decides which channel of
             a released checkpoint belongs to which anchor.
+
+    Returns:
+        One (x1, y1, x2, y2) in pixels for each pair of a size and a ratio.
+
+    Example:
+        >>> from heads.boxes.anchors import cell_anchors
+        >>> cell_anchors([8.0], ratios=[1.0, 4.0])
+        ((-4.0, -4.0, 4.0, 4.0), (-2.0, -8.0, 2.0, 8.0))
     """
     pairs = [(s, r) for r in ratios for s in sizes] if order == "ratio" else [(s, r) for s in sizes for r in ratios]
     halves = [(0.5 * size / ratio**0.5, 0.5 * size * ratio**0.5) for size, ratio in pairs]
@@ -63,10 +73,14 @@ def anchor_grid(
 
     Args:
         sizes: (height, width) of each level's feature map.
-        strides: pixels per cell, by level.
-        cells: what `cell_anchors` gave, by level.
-        offset: where in its cell an anchor is centred, in cells: 0.5 is the middle (official DyHead), 0 the upper left
+        strides: Pixels per cell, by level.
+        cells: The anchors of a cell, by level, as `cell_anchors` gives them.
+        offset: Where in its cell an anchor is centred, in cells: 0.5 is the middle (official DyHead), 0 the upper left
             corner (mmdetection's default).
+        device: Device of the tensors.
+
+    Returns:
+        The grid, which callers share and must not write to.
     """
     key = (
         tuple((int(h), int(w)) for h, w in sizes),
@@ -96,7 +110,20 @@ def _anchor_grid(sizes: Sizes, strides: tuple[int, ...], cells: Cells, offset: f
 def point_grid(
     sizes: Sequence[Sequence[int]], strides: Sequence[int], offset: float, device: torch.device | str = "cpu"
 ) -> Grid:
-    """One point per cell at `(index + offset) * stride`, as anchors without size: 0.5 for FCOS, 0 for RepPoints."""
+    """One point per cell, as anchors without size; kept like the grids of `anchor_grid`.
+
+    Args:
+        sizes: (height, width) of each level's feature map.
+        strides: Pixels per cell, by level.
+        offset: Where in its cell a point lies, in cells: 0.5 for FCOS, 0 for RepPoints.
+        device: Device of the tensors.
+
+    Example:
+        >>> from heads.boxes.anchors import point_grid
+        >>> point_grid([(1, 2)], strides=[8], offset=0.5).centres
+        tensor([[ 4.,  4.],
+                [12.,  4.]])
+    """
     empty_cell = ((0.0, 0.0, 0.0, 0.0),)
     return anchor_grid(sizes, strides, [empty_cell] * len(strides), offset, device)
 
@@ -110,9 +137,9 @@ def outside_padding(
     the batch is. A cell takes part if it begins within that.
 
     Args:
-        grid: one whose offset is below one cell.
+        grid: A grid whose offset is below one cell.
         image_sizes: (height, width) of each of the N images before padding.
-        divisor: in pixels.
+        divisor: What sides are rounded up to a multiple of, in pixels.
 
     Returns:
         (N, L, 2) int64, rows and columns of each level that take part, and (N, A) bool, the anchors that do; or twice
@@ -138,7 +165,11 @@ def outside_padding(
 def level_points(
     sizes: Sequence[Sequence[int]], strides: Sequence[int], offset: float, device: torch.device | str = "cpu"
 ) -> list[Tensor]:
-    """The points (H_l * W_l, 2) x, y in pixels of each level, in the order of the grids. Made anew by every call."""
+    """The points of each level, in the order of the grids, made anew by every call; arguments as in `point_grid`.
+
+    Returns:
+        (H_l * W_l, 2) x, y in pixels, by level.
+    """
     points = []
     for (height, width), stride in zip(sizes, strides, strict=True):
         y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")

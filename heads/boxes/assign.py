@@ -1,4 +1,4 @@
-"""Which ground-truth box an anchor answers for. Assigners take a whole batch at once and return indices."""
+"""Assignment of ground-truth boxes to anchors. Assigners take a whole batch at once and return indices."""
 
 from functools import lru_cache
 from itertools import product
@@ -22,14 +22,28 @@ _PAIRS = 2**24
 
 
 def stack_boxes(boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The boxes of N images as (N, n, 4) float32, filled up with zeros, and (N, 1) int64, where each image's begin."""
+    """Stack the boxes of a batch.
+
+    Args:
+        boxes: For each of the N images (n_i, 4).
+
+    Returns:
+        (N, max n_i, 4) float32, filled up with zeros, and (N, 1) int64, the index of each image's first box in
+        `torch.cat(boxes)`.
+    """
     stacked = torch.nn.utils.rnn.pad_sequence(boxes, batch_first=True).float()
     counts = torch.tensor([[0], *([len(b)] for b in boxes[:-1])], device=stacked.device)
     return stacked, counts.cumsum(0)
 
 
 def box_chunks(images: int, boxes: int, anchors: int) -> list[slice]:
-    """Slices of the boxes of an image that, paired with all anchors in all images, fit in memory."""
+    """Cut the boxes of an image into slices that, paired with all anchors in all images, fit in memory.
+
+    Args:
+        images: Images of the batch.
+        boxes: Boxes of an image.
+        anchors: Anchors of an image.
+    """
     step = max(1, _PAIRS // max(1, images * anchors))
     return [slice(start, min(start + step, boxes)) for start in range(0, boxes, step)]
 
@@ -46,7 +60,7 @@ def assign_max_iou(
     """The assignment of R-CNN (Girshick et al., 2014) and its successors, by thresholds on the IoU.
 
     An anchor is positive if its highest IoU with a box is at least `positive`, background if that is below `negative`,
-    and ignored in between. It answers for the box of that highest IoU, the first of several. Everything is computed in
+    and ignored in between. It is assigned the box of that highest IoU, the first of several. Everything is computed in
     float32.
 
     With `low_quality` every box also gets the anchors of its own highest IoU, all that tie for it, if that IoU is
@@ -54,15 +68,23 @@ def assign_max_iou(
 
     Args:
         anchors: (A, 4) x1, y1, x2, y2 in pixels, or (N, A, 4), other ones for each image.
-        boxes: for each of the N images (n_i, 4) x1, y1, x2, y2 in pixels; n_i may be 0.
-        positive, negative: thresholds; positive >= negative > 0.
+        boxes: For each of the N images (n_i, 4) x1, y1, x2, y2 in pixels; n_i may be 0.
+        positive, negative: Thresholds of the IoU; positive >= negative > 0.
         least: IoU from which `low_quality` applies.
-        low_quality: `"moves"`: such an anchor answers for the box that it is best for, the last of several
-            (mmdetection). `"keeps"`: it answers for the box that is best for it (detectron2).
+        low_quality: `"moves"`: such an anchor is assigned the box that it is best for, the last of several
+            (mmdetection). `"keeps"`: it is assigned the box that is best for it (detectron2). None: there are no such
+            anchors.
         valid: (N, A) bool, the anchors that take part; the others are background. None lets all take part.
 
     Returns:
         (N, A) int64: the index of the assigned box in `torch.cat(boxes)`, `BACKGROUND` or `IGNORED`.
+
+    Example:
+        >>> import torch
+        >>> from heads.boxes.assign import assign_max_iou
+        >>> anchors = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 4], [20, 20, 28, 28]])
+        >>> assign_max_iou(anchors, [torch.tensor([[0.0, 0, 8, 8]])], positive=0.6, negative=0.4)
+        tensor([[ 0, -2, -1]])
     """
     stacked, first = stack_boxes(boxes)
     images, count = stacked.shape[:2]
@@ -97,15 +119,15 @@ def assign_atss(grid: Grid, boxes: list[Tensor], topk: int = 9, valid_sizes: Ten
 
     On every level the `topk` anchors whose centres are nearest to a box's centre are its candidates. A candidate is
     positive if its IoU reaches mean plus (unbiased) standard deviation over all candidates of that box and its centre
-    lies inside the box. An anchor that several boxes want goes to the one of highest IoU.
+    lies inside the box. An anchor that is positive for several boxes is assigned the one of highest IoU.
 
     Ties are settled by order, so that every device gives the same result: among equally distant anchors the first ones
     are candidates, among boxes of equal IoU the first one wins. Everything is computed in float32.
 
     Args:
-        grid: the anchors, A in all.
-        boxes: for each of the N images (n_i, 4) x1, y1, x2, y2 in pixels; n_i may be 0.
-        topk: candidates per level and box; fewer where a level has fewer anchors.
+        grid: The anchors, A in all.
+        boxes: For each of the N images (n_i, 4) x1, y1, x2, y2 in pixels; n_i may be 0.
+        topk: Candidates of a box on a level; fewer where a level has fewer anchors.
         valid_sizes: (N, L, 2) int64, rows and columns of each level that take part, counted from the upper left; None
             lets all anchors take part.
 
@@ -141,7 +163,15 @@ def assign_atss(grid: Grid, boxes: list[Tensor], topk: int = 9, valid_sizes: Ten
 
 
 def sortable(value: Tensor, tie_breaker: Tensor) -> Tensor:
-    """Integers that order like float32 `value` (not negative), then like `tie_breaker` (int64, below 2³²)."""
+    """Integers that order like a number, and among equal ones like another.
+
+    Args:
+        value: float32, not negative.
+        tie_breaker: int64 in 0 … 2³² - 1, of a shape that broadcasts.
+
+    Returns:
+        int64.
+    """
     return (value.contiguous().view(torch.int32).long() << 32) | tie_breaker
 
 

@@ -1,4 +1,4 @@
-"""Which ground-truth box a point answers for, where detectors have points instead of anchors."""
+"""Assignment of ground-truth boxes to points, for detectors that have points instead of anchors."""
 
 from collections.abc import Sequence
 
@@ -13,17 +13,17 @@ from heads.boxes.boxes import box_area, encode_distances
 def assign_centre(
     points: Grid, boxes: list[Tensor], ranges: Sequence[tuple[float, float]], radius: float | None = 1.5
 ) -> Tensor:
-    """The assignment of FCOS (Tian et al., 2019): a point answers for the smallest box that it is allowed to see.
+    """The assignment of FCOS (Tian et al., 2019): a point is assigned the smallest box that it is allowed.
 
     A point is allowed a box if it lies inside (strictly) and the largest of its distances to the four sides is within
     the range of its level, ends included. With centre sampling it must also lie within `radius` strides of the box's
     centre, along both axes. Of equally small boxes the first wins. Everything is computed in float32.
 
     Args:
-        points: one point per cell, A in all.
-        boxes: for each of the N images (n_i, 4) x1, y1, x2, y2 in pixels; n_i may be 0.
-        ranges: least and largest distance of each level, in pixels.
-        radius: in strides; None lets all of a box count.
+        points: One point per cell, A in all.
+        boxes: For each of the N images (n_i, 4) x1, y1, x2, y2 in pixels; n_i may be 0.
+        ranges: Least and largest distance of each level, in pixels.
+        radius: Reach of centre sampling in strides; None lets all of a box count.
 
     Returns:
         (N, A) int64: the index of the assigned box in `torch.cat(boxes)`, or `BACKGROUND`.
@@ -57,13 +57,13 @@ def assign_nearest(points: Grid, boxes: list[Tensor], scale: float = 4.0, valid_
     """The assignment of RepPoints' first stage (Yang et al., 2019): a box gets one point, the nearest of its level.
 
     A box of sides w, h belongs to the level of stride 2^k with k the mean of log2(w / scale) and log2(h / scale), cut
-    to an integer, or to the first or last level. Distances are measured in sides of the box; a point that several boxes
-    want goes to the one it is nearest to, the first of several, and the others get none.
+    to an integer, or to the first or last level. Distances are measured in sides of the box; a point that is nearest
+    for several boxes is assigned the one at the least distance, the first of several, and the others get none.
 
     Args:
-        points: one point per cell at offset 0, strides powers of two that double from level to level; A in all.
-        boxes: for each of the N images (n_i, 4) x1, y1, x2, y2 in pixels; n_i may be 0.
-        scale: side, in strides, of the boxes that are at the lower end of a level.
+        points: One point per cell at offset 0, A in all; strides are powers of two that double from level to level.
+        boxes: For each of the N images (n_i, 4) x1, y1, x2, y2 in pixels; n_i may be 0.
+        scale: Side, in strides, of the smallest boxes of a level.
         valid_sizes: (N, L, 2) int64, rows and columns of each level that take part, counted from the upper left; None
             lets all points take part.
 

@@ -28,20 +28,38 @@ def _intersection(a: Tensor, b: Tensor) -> Tensor:
 
 
 def iou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
-    """Intersection over union of `(..., 4)` boxes that broadcast; a union below `eps` square pixels counts as `eps`."""
+    """Intersection over union, in [0, 1].
+
+    Args:
+        a, b: (..., 4) boxes that broadcast.
+        eps: The least that a union counts as, in square pixels.
+
+    Returns:
+        (...).
+
+    Example:
+        >>> import torch
+        >>> from heads.boxes.boxes import iou
+        >>> iou(torch.tensor([[0.0, 0, 4, 4], [9, 9, 10, 10]]), torch.tensor([0.0, 0, 4, 8]))
+        tensor([0.5000, 0.0000])
+    """
     shared = _intersection(a, b)
     return shared / (box_area(a) + box_area(b) - shared).clamp(min=eps)
 
 
 def giou(a: Tensor, b: Tensor, eps: float = 1e-6, eps_rule: Literal["max", "add"] = "max") -> Tensor:
-    """Generalised IoU (Rezatofighi et al., 2019) of `(..., 4)` boxes that broadcast, in [-1, 1].
+    """Generalised IoU (Rezatofighi et al., 2019), in [-1, 1].
 
-    IoU minus the share of the smallest enclosing box that the union leaves empty.
+    IoU minus the fraction of the smallest enclosing box that the union leaves empty.
 
     Args:
-        eps: guards the two divisions, in square pixels.
+        a, b: (..., 4) boxes that broadcast.
+        eps: Guard of the two divisions, in square pixels.
         eps_rule: `"max"` raises union and enclosing area to at least `eps` (mmdetection); `"add"` adds it to both
             (the official DyHead repository).
+
+    Returns:
+        (...).
     """
     shared = _intersection(a, b)
     union = box_area(a) + box_area(b) - shared
@@ -62,7 +80,12 @@ def pairwise_giou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def clip_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Clip `(..., 4)` boxes to an image of `size` (height, width): x into [0, width], y into [0, height], inclusive."""
+    """Clip boxes to an image: x into [0, width], y into [0, height], inclusive.
+
+    Args:
+        boxes: (..., 4) in pixels.
+        size: (height, width) of the image.
+    """
     height, width = size
     x1, y1, x2, y2 = boxes.unbind(-1)
     x1, x2 = x1.clamp(0, width), x2.clamp(0, width)
@@ -77,10 +100,23 @@ class DeltaCoder:
     A stored delta is `(delta - means) / stds`; detectron2's `weights` are `1 / stds`.
 
     Attributes:
-        means: of dx, dy, dw, dh.
-        stds: of dx, dy, dw, dh.
-        clamp: what keeps `exp` in range when decoding. `"both"` holds dw and dh within ±log(1000 / 16) (mmdetection),
+        means: Means of dx, dy, dw, dh.
+        stds: Standard deviations of dx, dy, dw, dh.
+        clamp: What keeps `exp` in range when decoding. `"both"` holds dw and dh within ±log(1000 / 16) (mmdetection),
             `"above"` bounds them from above only (detectron2).
+
+    Raises:
+        ValueError: `clamp` is unknown.
+
+    Example:
+        >>> import torch
+        >>> from heads.boxes.boxes import DeltaCoder
+        >>> coder, anchor = DeltaCoder(), torch.tensor([0.0, 0, 10, 10])
+        >>> deltas = coder.encode(torch.tensor([5.0, 0, 15, 10]), anchor)
+        >>> deltas.tolist()
+        [0.5, 0.0, 0.0, 0.0]
+        >>> coder.decode(deltas, anchor).tolist()
+        [5.0, 0.0, 15.0, 10.0]
     """
 
     means: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)

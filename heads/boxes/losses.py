@@ -68,13 +68,19 @@ def sigmoid_focal_loss(
     Args:
         logits: (..., C) floating point; half precision is computed in float32.
         labels: (...) int64, the target class; a value outside 0…C-1 is background.
-        normaliser: what the sum is divided by.
-        alpha: weight of the target class's term; the others weigh `1 - alpha`.
-        gamma: focusing exponent, at least 0.
+        normaliser: What the sum is divided by.
+        alpha: Weight of the target class's term; the others weigh `1 - alpha`.
+        gamma: Focusing exponent, at least 0.
         weight: (...) weights of the rows, or None for ones; not differentiated.
 
     Returns:
         A scalar. It can be differentiated once.
+
+    Example:
+        >>> import torch
+        >>> from heads.boxes.losses import sigmoid_focal_loss
+        >>> sigmoid_focal_loss(torch.zeros(2, 3), torch.tensor([0, 3]), normaliser=1)
+        tensor(0.6931)
     """
     logits = at_least_float32(logits)
     is_target = labels[..., None] == torch.arange(logits.shape[-1], device=logits.device)
@@ -91,7 +97,17 @@ def giou_loss(
     eps: float = 1e-6,
     eps_rule: Literal["max", "add"] = "max",
 ) -> Tensor:
-    """`1 - GIoU` of `(n, 4)` boxes in pixels, weighted by (n,), summed, normalised. See `giou` for `eps`."""
+    """`1 - GIoU` of pairs of boxes, weighted, summed, normalised.
+
+    Args:
+        predicted, target: (n, 4) in pixels.
+        normaliser: What the sum is divided by.
+        weight: (n,), or None for ones.
+        eps, eps_rule: See `giou`.
+
+    Returns:
+        A scalar.
+    """
     return _total(1 - giou(predicted, target, eps, eps_rule), weight) / normaliser
 
 
@@ -103,12 +119,31 @@ def iou_loss(
     weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """`-log(IoU)` of `(n, 4)` boxes in pixels (UnitBox, Yu et al., 2016), weighted, summed, normalised; IoU >= eps."""
+    """`-log(IoU)` of pairs of boxes (UnitBox, Yu et al., 2016), weighted, summed, normalised.
+
+    Args:
+        predicted, target: (n, 4) in pixels.
+        normaliser: What the sum is divided by.
+        weight: (n,), or None for ones.
+        eps: The least that a union counts as, in square pixels, and the least that an IoU counts as.
+
+    Returns:
+        A scalar.
+    """
     return _total(-iou(predicted, target, eps).clamp(min=eps).log(), weight) / normaliser
 
 
 def centerness_loss(logits: Tensor, target: Tensor, *, normaliser: Tensor | float) -> Tensor:
-    """Binary cross-entropy of `(n,)` logits with targets in [0, 1], summed, normalised."""
+    """Binary cross-entropy, summed, normalised.
+
+    Args:
+        logits: (n,).
+        target: (n,) in [0, 1].
+        normaliser: What the sum is divided by.
+
+    Returns:
+        A scalar.
+    """
     return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / normaliser
 
 
@@ -123,9 +158,13 @@ def smooth_l1_loss(
     """Huber's loss over `beta`: `0.5 d² / beta` below `beta`, `|d| - 0.5 beta` above; 0 gives L1. Summed, normalised.
 
     Args:
-        predicted: (..., k).
-        target: (..., k).
+        predicted, target: (..., k).
+        normaliser: What the sum is divided by.
+        beta: Where the loss becomes linear.
         weight: (...) weights of the rows, or None for ones.
+
+    Returns:
+        A scalar.
     """
     if weight is None:
         return F.smooth_l1_loss(predicted, target, reduction="sum", beta=beta) / normaliser

@@ -1,4 +1,4 @@
-"""The random part of two-stage detectors: of all the candidates that an assignment speaks of, the losses see a few.
+"""The random part of two-stage detectors: the losses see a sample of the candidates.
 
 Everything random comes from torch's global generator, so a training step that seeds it is a pure function of its seed.
 """
@@ -10,16 +10,18 @@ from heads.boxes.assign import BACKGROUND
 
 
 def sample(matched: Tensor, count: int, positive_share: float) -> Tensor:
-    """Draw up to `count` candidates an image, at most `positive_share` of them positive, the rest background.
+    """Draw a sample of each image's candidates: positive ones up to a limit, and background for the rest.
 
-    Where there are no more than asked for, all are taken.
+    Where there are no more than asked for, all are drawn.
 
     Args:
         matched: (N, A) int64, an assignment: `BACKGROUND`, another negative number for what takes no part, or the index
             of a box.
+        count: Candidates to draw in each image.
+        positive_share: Limit of the positive ones, as a fraction of `count`.
 
     Returns:
-        (N, A) bool.
+        (N, A) bool, whether a candidate was drawn.
     """
     keys = torch.rand(matched.shape, device=matched.device)
     chosen = torch.zeros_like(matched, dtype=torch.bool)

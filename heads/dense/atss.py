@@ -285,6 +285,6 @@ class ATSSHead(PredictionHead[ATSSOutputs]):
 
 
 def atss(backbone: Backbone, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
-    """ATSS; DyHead takes the place of both towers. Either is followed by the 1×1 predictors of the authors' code."""
+    """ATSS; DyHead replaces both towers. Either is followed by the 1×1 predictors of the authors' code."""
     head = ATSSHead(in_channels=channels, num_classes=num_classes, strides=FPN.strides)
     return Detector(backbone, FPN(backbone.channels, channels), dyhead or ConvTowers(channels), head)

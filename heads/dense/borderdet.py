@@ -12,7 +12,7 @@ Ingredients, as published (the authors' code, `borderdet.res50.fpn.coco.800size.
 - detections: the root of probability × centerness above 0.05, score = root of (that root × border probability), the
   1,000 best of a level by it, NMS at IoU 0.6 within a class, 100 boxes, clipped after NMS.
 
-DyHead takes the place of the FCOS towers; both branches read its maps.
+DyHead replaces the FCOS towers; both branches read its maps.
 
 Deviations: an image without boxes raises an error in the authors' code and is all background here. Instance norm of a
 map of one cell gives 0; PyTorch's module refuses it. The convolutions of the branches start at the published variance
@@ -225,7 +225,7 @@ class BorderDetHead(PointHead[BorderDetOutputs]):
 
 
 def borderdet(backbone: Backbone, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
-    """BorderDet; DyHead takes the place of the towers of its first stage."""
+    """BorderDet; DyHead replaces the towers of its first stage."""
     head = BorderDetHead(
         in_channels=channels,
         num_classes=num_classes,

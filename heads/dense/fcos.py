@@ -303,7 +303,7 @@ class FCOSHead(PointHead[FCOSOutputs]):
 
 
 def fcos(backbone: Backbone, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
-    """FCOS by its improved recipe; DyHead takes the place of both towers."""
+    """FCOS by its improved recipe; DyHead replaces both towers."""
     head = FCOSHead(in_channels=channels, num_classes=num_classes, strides=FPN.strides)
     fpn = FPN(backbone.channels, channels, relu_before_p7=True)
     return Detector(backbone, fpn, dyhead or ConvTowers(channels), head)

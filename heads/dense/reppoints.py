@@ -13,7 +13,7 @@ Ingredients, as published:
 - detections: class probability above 0.05, the 1,000 best of a level, NMS at IoU 0.5 within a class, 100 boxes.
 
 The details are mmdetection 3.3's (`reppoints-moment_r50_fpn-gn_head-gn_1x_coco`), where the authors' code lives on.
-DyHead takes the place of the towers; both stages read its maps.
+DyHead replaces the towers; both stages read its maps.
 
 Deviations: the pyramid has no GroupNorm, as in all other detectors here. A box that overlaps no box of the first stage
 gets none in the second; mmdetection gives it every one that overlaps it not at all. The 3×3 convolutions of the head
@@ -95,7 +95,7 @@ class StageTargets(NamedTuple):
         matched: (N, A) int64, index into the batch's boxes, `BACKGROUND` or `IGNORED`.
         positive: (P,) int64, indices into the N * A cells.
         boxes: (P, 4) in pixels.
-        normaliser: scalar, what the losses of the stage are divided by.
+        normaliser: Scalar that the losses of the stage are divided by.
     """
 
     matched: Tensor
@@ -278,7 +278,7 @@ class RepPointsHead(PredictionHead[RepPointsOutputs]):
 
 
 def reppoints(backbone: Backbone, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
-    """RepPoints with moments; DyHead takes the place of both towers, before the two stages."""
+    """RepPoints with moments; DyHead replaces both towers, before the two stages."""
     head = RepPointsHead(in_channels=channels, num_classes=num_classes, strides=FPN.strides)
     fpn = FPN(backbone.channels, channels, p6_from="c5")
     return Detector(backbone, fpn, dyhead or ConvTowers(channels, depth=3), head)

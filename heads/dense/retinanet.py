@@ -21,7 +21,7 @@ differ in details, which `convention` selects:
 
 The running mean starts at 100 and keeps nine tenths of itself a step. Both centre anchors on the corner of their cells
 (offset 0). The official pyramid has a ReLU between P6 and P7, and the official RetinaNet with DyHead keeps the four
-convolutions of each tower behind it; here DyHead takes their place, as the paper says.
+convolutions of each tower behind it; here DyHead replaces them, as the paper says.
 
 Deviations: the towers start by He's rule (He et al., ICCV 2015), not with the published standard deviation of 0.01. By
 that, no more than a seventieth of the signal passes an untrained tower, which has no norm to restore it, and the losses
@@ -271,7 +271,7 @@ class RetinaNetHead(PredictionHead[RetinaNetOutputs]):
 
 
 def retinanet(backbone: Backbone, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
-    """RetinaNet as mmdetection trains it; DyHead takes the place of both towers."""
+    """RetinaNet as mmdetection trains it; DyHead replaces both towers."""
     head = RetinaNetHead(in_channels=channels, num_classes=num_classes, strides=FPN.strides)
     fpn = FPN(backbone.channels, channels, p6_from="c5")
     return Detector(backbone, fpn, dyhead or ConvTowers(channels, norm=False), head)

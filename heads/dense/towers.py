@@ -30,7 +30,7 @@ class LevelScales(nn.ModuleList):
 
 
 class ConvTowers(nn.Module):
-    """3×3 convolutions with ReLU for each of two tasks, shared by all levels; `DyHead` takes their place.
+    """3×3 convolutions with ReLU for each of two tasks, shared by all levels; `DyHead` replaces them.
 
     ATSS and FCOS have four with GroupNorm (4,722,688 parameters at 256 channels in mmdetection, 4,724,736 with `bias`
     in the official codes), RepPoints three with GroupNorm, RetinaNet four without.
