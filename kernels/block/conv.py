@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from kernels.block import conv_backward_kernels
 from kernels.block.conv_kernels import forward_kernel
 from kernels.block.layout import BRANCHES, Layout, layout
+from kernels.block.parameters import TAPS
 from kernels.block.sums import add_runs
 from kernels.deform_conv.inverse import index, map_bins
 from kernels.deform_conv.launch import FORWARD
@@ -41,11 +42,10 @@ _WEIGHT = Table(
     {"16": Tiles(4, 8, 128, 256, 8, 2), "32": Tiles(4, 8, 128, 256, 8, 1), "exact": Tiles(4, 8, 16, 32, 4, 1)},
 )
 
-_TAPS = 9
 # Programs over which the sums of the weights' gradients are spread, at most: some waves of the largest GPUs.
 _WEIGHT_PROGRAMS = 1024
 _PREDICTED_PIXELS = 64
-# How many samples `collect` multiplies at a time.
+# Samples that `collect` multiplies at a time.
 _ENTRIES = 32
 # The pixels of one program that finds the bins of samples.
 _BINNED = (16, 16)
@@ -58,7 +58,7 @@ def tile(dtype: torch.dtype, device: torch.device, channels: int) -> Tiles:
 
 @dataclass(frozen=True)
 class Maps:
-    """What is sampled, and where; see `convolve`."""
+    """What the convolutions read: maps, offsets and masks as `convolve` takes them."""
 
     pyramid: Tensor
     predicted: Tensor
@@ -74,10 +74,15 @@ class Maps:
         return fit(table, self.pyramid.dtype, self.pyramid.device, self.channels, self.channels)
 
     def launch(self, kernel: Any, grid: tuple[int, ...], size: tuple[int, int], tiles: Tiles, **others: Any) -> Launch:
-        """Of a kernel whose programs sample tiles of `size`.
+        """The launch of a kernel whose programs sample tiles of `size`.
 
-        `others` are tensors and numbers by the kernel's names for them, and in capitals what is known at compilation,
-        besides what many of these kernels take.
+        Args:
+            kernel: One of the block's convolution kernels.
+            grid: Numbers of programs.
+            size: Height and width of a tile in pixels.
+            tiles: Blocks of channels, warps and stages.
+            others: Arguments besides those that many of these kernels take, by the kernel's names for them; in capitals
+                what is known at compilation.
         """
         layout, dtype = self.layout, self.pyramid.dtype
         common = {
@@ -85,7 +90,7 @@ class Maps:
             "predicted": self.predicted,
             "problems": layout.table,
             "work": layout.tiles(size),
-            # From a row of the sampled maps to the row of predictions that a coarser neighbour has for itself.
+            # From a row of a coarser neighbour's map to the row of its predictions.
             "coarser_rows": layout.rows - layout.coarser_row,
             "sampled_rows": layout.sampled_rows,
             "C": self.channels,
@@ -96,7 +101,7 @@ class Maps:
             "BLOCK_C": tiles.c,
             "BLOCK_O": tiles.o,
             "REAL": triton_real(dtype),
-            # Sums of several places within an image must fit as well.
+            # Sums of several indices within an image must fit as well.
             "INDEX": tl.int32 if max(h * w for h, w in layout.sizes) * self.channels < 2**30 else tl.int64,
             "PRECISION": precision(dtype, self.pyramid.device),
         }
@@ -198,7 +203,7 @@ def _points_launch(maps: Maps, grad: Tensor, packed: Tensor, grad_pyramid: Tenso
     size = tiles.height, tiles.width
     return maps.launch(
         conv_backward_kernels.backward_points_kernel,
-        (len(maps.layout.tiles(size)) * _TAPS,),
+        (len(maps.layout.tiles(size)) * TAPS,),
         size,
         tiles,
         grad=grad,
@@ -250,7 +255,7 @@ class _Inverse(NamedTuple):
 
 def _bins_launch(maps: Maps, keys: Tensor, places: Tensor, level_bins: Tensor, bins: int) -> Launch:
     tiles, tensors = maps.fit(_PYRAMID), {"keys": keys, "places": places, "level_bins": level_bins}
-    grid = (len(maps.layout.tiles(_BINNED)), _TAPS)
+    grid = (len(maps.layout.tiles(_BINNED)), TAPS)
     sizes = {"BIN_H": tiles.height, "BIN_W": tiles.width}
     return maps.launch(conv_backward_kernels.bins_kernel, grid, _BINNED, tiles, **tensors, bins=bins, **sizes)
 
@@ -265,15 +270,15 @@ def _level_bins(maps: Maps) -> tuple[Tensor, int]:
 def _invert(maps: Maps) -> _Inverse:
     layout, device = maps.layout, maps.predicted.device
     level_bins, bins = _level_bins(maps)
-    samples = _TAPS * layout.sampled_rows
+    samples = TAPS * layout.sampled_rows
     keys = torch.empty(samples, dtype=torch.int32, device=device)
     places = torch.empty((samples, 3), dtype=layout.real, device=device)
     _bins_launch(maps, keys, places, level_bins, bins).run()
-    return _Inverse(*index(keys, BRANCHES * _TAPS * bins), places, level_bins, bins)
+    return _Inverse(*index(keys, BRANCHES * TAPS * bins), places, level_bins, bins)
 
 
 def _pyramid_launches(maps: Maps, grad: Tensor, packed: Tensor, inverse: _Inverse, target: Tensor) -> list[Launch]:
-    """Of the finest level, which no finer one samples and which is most of the pyramid, and of the others."""
+    """Those of the finest level, which no finer one samples and which is most of the pyramid, and of the others."""
     tiles, count = maps.fit(_PYRAMID), len(maps.layout.sizes)
     size = tiles.height, tiles.width
     tensors = {"grad": grad, "weight": packed, "grad_pyramid": target, "levels": maps.layout.levels}
@@ -281,7 +286,7 @@ def _pyramid_launches(maps: Maps, grad: Tensor, packed: Tensor, inverse: _Invers
     for levels, branches in ((range(1), min(count, BRANCHES - 1)), (range(1, count), BRANCHES))[: min(count, 2)]:
         work = maps.layout.level_tiles(size, levels)
         grid = (len(work), triton.cdiv(maps.channels, tiles.c))
-        constants = {"TAPS": branches * _TAPS, "ENTRIES": _ENTRIES}
+        constants = {"TAPS": branches * TAPS, "ENTRIES": _ENTRIES}
         others = tensors | constants | inverse._asdict()
         launches.append(
             maps.launch(conv_backward_kernels.backward_pyramid_kernel, grid, size, tiles, work=work, **others)
@@ -301,7 +306,7 @@ def _weight_launch(maps: Maps, grad: Tensor) -> tuple[Launch, Tensor]:
     """The launch lacks `partial`, whose length is the last number of its grid; with it the `bounds` of its sums."""
     tiles = maps.fit(_WEIGHT)
     size = tiles.height, tiles.width
-    steps, blocks = _TAPS * triton.cdiv(maps.channels, tiles.c), triton.cdiv(maps.channels, tiles.o)
+    steps, blocks = TAPS * triton.cdiv(maps.channels, tiles.c), triton.cdiv(maps.channels, tiles.o)
     splits = max(1, _WEIGHT_PROGRAMS // (steps * blocks))
     # A power of two, so that few sizes of maps need another compilation.
     count = triton.next_power_of_2(triton.cdiv(len(maps.layout.tiles(size)), splits))
@@ -316,7 +321,7 @@ def _weight_launch(maps: Maps, grad: Tensor) -> tuple[Launch, Tensor]:
 def _weights(maps: Maps, grad: Tensor, weights: Sequence[Tensor]) -> list[Tensor | None]:
     launch, bounds = _weight_launch(maps, grad)
     channels = maps.channels
-    partial = grad.new_empty((launch.grid[-1], channels, _TAPS, channels), dtype=maps.layout.real)
+    partial = grad.new_empty((launch.grid[-1], channels, TAPS, channels), dtype=maps.layout.real)
     launch.arguments["partial"] = partial
     launch.run()
     total = add_runs(partial, bounds, most=launch.grid[-1], dtype=weights[0].dtype)

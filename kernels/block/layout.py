@@ -1,7 +1,8 @@
-"""The maps of one DyHead block as rows of two matrices, and the tables that tell its kernels whose rows are whose.
+"""The maps of one DyHead block as rows of two matrices, and the tables by which its kernels find their rows.
 
-A block with L levels makes 3L - 2 sampled maps; making one is a problem. With one launch for all of them, a program
-looks up its problem in a table. Two matrices hold all maps, one row of C channels a pixel, image by image:
+A block with L levels makes 3L - 2 sampled maps; making one is a problem, as in a grouped matrix product. With one
+launch for all of them, a program looks up its problem in a table. Two matrices hold all maps, one row of C channels a
+pixel, image by image:
 
     pyramid (P, C)   the levels, finest first: the block's input, its output, and the gradients of both
     sampled (Q, C)   the problems: every level from itself, then from its finer, then from its coarser neighbour;
@@ -21,6 +22,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from kernels.block.parameters import STRIDES
+
 SAME, FINER, COARSER = range(3)
 BRANCHES = 3
 
@@ -34,14 +37,14 @@ OUT_HEIGHT = tl.constexpr(5)
 OUT_WIDTH = tl.constexpr(6)
 INPUT_ROW = tl.constexpr(7)
 OUTPUT_ROW = tl.constexpr(8)
-# Of the level that the problem is for: its size, and its first row in the pyramid, where its offsets are as well.
+# Size of the level that the problem is for, and its first row in the pyramid, which is that of its offsets as well.
 TARGET_HEIGHT = tl.constexpr(9)
 TARGET_WIDTH = tl.constexpr(10)
 TARGET_ROW = tl.constexpr(11)
 AXES = tl.constexpr(12)
 FIRST_TILE = tl.constexpr(13)
 TILES = tl.constexpr(14)
-# The level that it samples.
+# The level that is sampled.
 SOURCE = tl.constexpr(15)
 PROBLEM_COLUMNS = tl.constexpr(16)
 
@@ -57,7 +60,15 @@ LEVEL_COLUMNS = tl.constexpr(8)
 
 @dataclass(frozen=True)
 class Problem:
-    """One sampled map: `level` is what it is for, `source` what it samples; `size` and `target` are (height, width)."""
+    """One sampled map.
+
+    Attributes:
+        branch: SAME, FINER or COARSER.
+        level: The level that the map is for.
+        source: The level that it samples.
+        size: Height and width of the map.
+        target: Height and width of `level`, to which the map is upsampled.
+    """
 
     branch: int
     level: int
@@ -67,7 +78,7 @@ class Problem:
 
     @property
     def stride(self) -> int:
-        return 2 if self.branch == FINER else 1
+        return STRIDES[self.branch]
 
 
 _Arguments = ParamSpec("_Arguments")
@@ -95,21 +106,23 @@ class Layout:
     `tile` is the height and width of the pixels of one partial sum of the statistics.
 
     Attributes:
-        problems: In the order of their rows.
-        rows, sampled_rows: P and Q.
+        problems: The sampled maps in the order of their rows.
+        rows: P, rows of the pyramid.
+        sampled_rows: Q, rows of the sampled maps.
         coarser_row: The first row of the coarser neighbours' maps.
         table: (problems, 16) int32, columns as named above.
-        levels: (L, 8) int32.
-        axes: real; for a problem, from its column AXES: the factors between its pixels' numbers and those of the
-            target's (y, x), then for each of its rows, then columns, the sum of what the target takes of it. A pixel's
-            share of the target is the product of its row's and its column's; all are 1 where sizes are equal.
-        firsts: int32, in the places of `axes`: the first row or column of the target that takes of it.
-        span: How many rows or columns of a target take of one pixel, at most.
+        levels: (L, 8) int32, columns as named above.
+        axes: Numbers of type `real`; for a problem, from its column AXES: the factors from a target's coordinate to the
+            map's (y, x), then for each of the map's rows, then columns, the sum of its weights in the upsampling. A
+            pixel's weight in the mean after upsampling is the product of its row's and its column's; all are 1 where
+            sizes are equal.
+        firsts: int32, at the same indices as in `axes`: the first row or column of the target that has a weight for it.
+        span: The largest number of rows or columns of a target with a weight for one pixel.
         slots: (L * 3 * N, 2) int32: problem and image, or -1, of every level, branch and image.
-        share: (L, 3, 1, 1) real: one divided by the level's number of maps, 0 for a map it has not.
+        share: (L, 3, 1, 1) of type `real`: one divided by the level's number of maps, 0 for a map that does not exist.
         kept: The tables that methods have made, by method and arguments.
-        complete: The kinds of pyramid for which all tables of forward and backward are among `kept`; see
-            `kernels.block.launch`.
+        complete: The types and channels of the pyramids for which all tables of forward and backward are among `kept`;
+            see `kernels.block.launch`.
     """
 
     def __init__(
@@ -284,8 +297,8 @@ def _axis(size: int, target: int, real: torch.dtype) -> tuple[float, Tensor, Ten
     """How `target` points are interpolated between `size` points, ends on ends, as `F.interpolate` does it.
 
     Returns:
-        The factor from a target's number to its place, and for each of the `size` points the sum of its weights and the
-        first target that gives it one; then how many targets a point has at most.
+        The factor from a target's number to its coordinate, and for each of the `size` points the sum of its weights
+        and the first target that gives it one; then the largest number of targets of a point.
     """
     scale = torch.zeros((), dtype=real)
     if target > 1:

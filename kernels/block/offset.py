@@ -43,6 +43,7 @@ def predict(pyramid: Tensor, weight: Tensor, bias: Tensor, layout: Layout) -> Te
         pyramid: (P, C), see `kernels.block.layout`.
         weight: (O, C, 3, 3) of any floating type; it is rounded to that of `pyramid`.
         bias: (O,).
+        layout: Rows and tables of the pyramid.
 
     Returns:
         (P, O) in the type of `pyramid`. Sums are float32, or float64 for float64.
@@ -86,7 +87,7 @@ def _common(x: Tensor, channels: int, outputs: int, layout: Layout) -> dict[str,
         "C": channels,
         "OUT": outputs,
         "REAL": triton_real(x.dtype),
-        # Sums of several places within an image must fit as well.
+        # Sums of several indices within an image must fit as well.
         "INDEX": tl.int32 if max(h * w for h, w in layout.sizes) * max(channels, outputs) < 2**30 else tl.int64,
         "PRECISION": precision(x.dtype, x.device),
     }
