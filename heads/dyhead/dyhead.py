@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from heads.dyhead import fused
 from heads.dyhead.attention import ScaleAttention, SpatialAttention, TaskAttention
 from heads.dyhead.paper import PaperScaleAttention, PaperSpatialAttention, PaperTaskAttention, from_median, to_median
+from kernels import dyhead_blocks
 
 ATTENTIONS = ("", "L", "S", "C", "LS", "LC", "SC", "LSC")
 FORMULATIONS = ("released", "paper")
@@ -98,7 +99,7 @@ class DyHead(nn.Module):
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """Apply the blocks to a list of (N, C, H_l, W_l), finest level first; returns a list of the same shapes."""
         if self.unfused_reason(features) is None:
-            return fused.forward(self.blocks, features)
+            return dyhead_blocks(features, [fused.parameters(block) for block in self.blocks])
         sizes = [x.shape[-2:] for x in features]
         x = features if self.formulation == "released" else to_median(features)
         for block in self.blocks:

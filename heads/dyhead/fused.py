@@ -1,16 +1,14 @@
-"""Which stacks of released DyHead blocks are run by `kernels.dyhead_blocks`, and what it reads of their modules."""
-
-from collections.abc import Sequence
+"""Which stacks of DyHead blocks `kernels.dyhead_blocks` runs, and what it takes of their modules."""
 
 import torch
 from torch import Tensor, nn
 
 from heads.dyhead.attention import GROUPS, ScaleAttention, SpatialAttention, TaskAttention
-from kernels import BlockParameters, dyhead_blocks
+from kernels import BlockParameters
 from kernels.block.dyhead_block import unfused_reason
 
 
-def reason_against(blocks: Sequence[nn.Module], features: list[Tensor]) -> str | None:
+def reason_against(blocks: nn.ModuleList, features: list[Tensor]) -> str | None:
     """Why these blocks, of the released formulation, cannot run fused on these levels; None if they can."""
     device = features[0].device
     reason = unfused_reason(features)
@@ -41,16 +39,8 @@ def reason_against(blocks: Sequence[nn.Module], features: list[Tensor]) -> str |
     return None
 
 
-def forward(blocks: Sequence[nn.Module], features: list[Tensor]) -> list[Tensor]:
-    """What the blocks compute one after another: a list of (N, C, H_l, W_l) -> the same shapes, channels last.
-
-    Under autocast maps are in its type, while statistics, gates and coefficients stay float32.
-    """
-    return dyhead_blocks(features, [parameters(block) for block in blocks])
-
-
 def parameters(block: nn.Module) -> BlockParameters:
-    """The parameters of a `DyHeadBlock` in the released formulation."""
+    """What `kernels.dyhead_blocks` takes of a `DyHeadBlock` in the released formulation."""
     spatial, scale, task = block.spatial, block.scale, block.task
     assert isinstance(spatial, SpatialAttention) and isinstance(scale, ScaleAttention)
     branches = spatial.branches
