@@ -1,4 +1,4 @@
-"""Which DyHead runs fused, the tables of the fused block, and what it costs a CPU: nothing."""
+"""The tables of a block: what its kernels look up, and how long they are kept."""
 
 import gc
 import weakref
@@ -7,52 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from heads import DyHead
-from kernels import use_backend
-
 layouts = pytest.importorskip("kernels.block.layout", reason="Triton is not installed")
 SIZES = ((7, 10), (4, 5), (2, 3), (1, 2))
-
-
-def features(sizes=SIZES, device="cpu", channels=16, **kind):
-    return [torch.empty(2, channels, *size, device=device, **kind) for size in sizes]
-
-
-def test_a_cpu_takes_the_separate_operators():
-    for backend in ("auto", "torch"):
-        with use_backend(backend):
-            assert "'cpu'" in DyHead(16, 1).unfused_reason(features())
-    assert "'meta'" in DyHead(16, 1).unfused_reason(features(device="meta"))
-    assert "paper" in DyHead(16, 1, formulation="paper").unfused_reason(features())
-
-
-@pytest.fixture
-def as_if_interpreted(monkeypatch):
-    monkeypatch.setattr("kernels.block.dyhead_block.INTERPRET", True)
-    monkeypatch.setattr("kernels.block.dyhead_block.resolve_backend", lambda device: "triton")
-
-
-def test_reasons_against_fusing(as_if_interpreted):
-    head = DyHead(16, 1)
-    assert head.unfused_reason(features()) is None
-    assert "level 1 is 3x5, half of level 0 is 4x5" in head.unfused_reason(features(((7, 10), (3, 5))))
-    assert "several types" in head.unfused_reason(features(dtype=torch.float64))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert head.unfused_reason(features(dtype=torch.float16)) is None
-    assert "batch" in head.unfused_reason([x[:0] for x in features()])
-    assert "another device" in DyHead(16, 1).to("meta").unfused_reason(features())
-    gate, head.blocks[0].scale.gate = head.blocks[0].scale.gate, torch.nn.Sequential()
-    assert "a Sequential and not a Linear" in head.unfused_reason(features())
-    head.blocks[0].scale.gate = gate
-    head.blocks[0].spatial.from_finer.norm.eps = 0
-    assert "eps" in head.unfused_reason(features())
-    head.blocks[0].scale = torch.nn.Identity()
-    assert "SpatialAttention, Identity, TaskAttention" in head.unfused_reason(features())
-
-
-def test_compilation_traces_the_separate_operators(as_if_interpreted, monkeypatch):
-    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
-    assert "torch.compile" in DyHead(16, 1).unfused_reason(features())
 
 
 def made(sizes=SIZES, batch=2, real=torch.float64):
@@ -130,12 +86,3 @@ def test_a_layout_that_nobody_uses_is_let_go():
     tables = weakref.ref(tables)
     gc.collect()
     assert tables() is None
-
-
-def test_a_wide_weight_fits_a_grid():
-    from kernels.block.sums import add_launch
-
-    partial, total = (torch.empty(n, 1024, 9, 1024, device="meta") for n in (8, 3))
-    grid = add_launch(partial, total, torch.empty(3, 2, dtype=torch.int32, device="meta"), 4).grid
-    # CUDA's limits: 2**31 - 1, then twice 65,535.
-    assert 65_535 < max(grid) == grid[0]
