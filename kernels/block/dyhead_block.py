@@ -121,6 +121,9 @@ def unfused_reason(features: Sequence[Tensor]) -> str | None:
 def dyhead_blocks(features: Sequence[Tensor], blocks: Sequence[BlockParameters]) -> list[Tensor]:
     """A stack of DyHead blocks; see `dyhead_block`. On a GPU the levels stay one matrix from block to block.
 
+    The first call on some shapes and types copies tables to the GPU, those of backward included. A CUDA graph cannot
+    capture that, so call once before a capture; kernels that were never launched are compiled when they first are.
+
     Args:
         features: One (N, C, H_l, W_l) a level, finest first.
         blocks: The parameters of every block, in the order in which they are applied.
