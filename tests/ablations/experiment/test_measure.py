@@ -16,7 +16,6 @@ from ablations.rows import machine
 from ablations.rows.machine import machine_info, machine_line, own_command, public_command
 from heads import DyHead, build_detector
 from heads.detector import PredictionHead
-from heads.dyhead import fused
 from kernels import backend, use_backend
 
 
@@ -275,7 +274,7 @@ def test_a_dyhead_counts_the_same_where_its_device_has_fused_kernels(monkeypatch
     expected = count_gmacs(model, images)
     assert expected * 1e9 > 2 * 9 * 16 * 16 * (64 + 16 + 16 + 16)
     # As under the interpreter, where a CPU's blocks are fused: in launches that no counter sees.
-    monkeypatch.setattr(fused, "INTERPRET", True)
+    monkeypatch.setattr("kernels.block.dyhead_block.INTERPRET", True)
     monkeypatch.setattr(backend, "INTERPRET", True)
     with use_backend("triton"):
         assert model.trunk.unfused_reason(model.batch([torch.zeros(16, 8, 8)]).split(1)) is None
