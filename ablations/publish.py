@@ -10,15 +10,14 @@ import sys
 from pathlib import Path
 
 from ablations.files import atomic_write_text
-from ablations.report import write_report
+from ablations.report import write_results
 from ablations.rows.store import read_all, read_rows
-from ablations.rows.tables import write_tables
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
 def publish(source: Path, target: Path) -> None:
-    """Copy the rows of `source` to `target`, on top of what is there, and write tables and report from all of them.
+    """Copy the rows of `source` to `target`, on top of what is there, and make the tables and pictures anew.
 
     Raises:
         ValueError: `source` has no rows.
@@ -29,8 +28,7 @@ def publish(source: Path, target: Path) -> None:
     for path in (source / "cells").glob("*.json"):
         shutil.copy(path, target / "cells" / path.name)
     rows, problems = read_all(target)
-    write_tables(rows, target)
-    write_report(rows, target, problems)
+    write_results(rows, target, problems)
 
 
 def insert(table: str, readme: Path) -> None:

@@ -11,6 +11,7 @@ import pandas as pd
 from ablations.files import atomic_write_text
 from ablations.rows.effects import EFFECTS, effects_table
 from ablations.rows.gains import GAINS_NOTE, GAINS_TITLE, gains_table
+from ablations.rows.picture import write_pictures
 from ablations.rows.plots import ap_against_depth, ap_against_latency, gain_by_detector, to_svg
 from ablations.rows.store import read_all
 from ablations.rows.tables import Section, as_text, make_sections, write_tables
@@ -54,6 +55,16 @@ document.querySelectorAll("th").forEach(function (heading) {
   });
 });
 """
+
+
+def write_results(rows: Iterable[dict], directory: str | Path, problems: Iterable[str] = ()) -> list[Path]:
+    """Write all that is made from rows: the tables, the pictures, the report; arguments and errors as below."""
+    rows = list(rows)
+    return [
+        *write_tables(rows, directory),
+        *write_pictures(rows, directory),
+        write_report(rows, directory, problems),
+    ]
 
 
 def write_report(rows: Iterable[dict], directory: str | Path, problems: Iterable[str] = ()) -> Path:
@@ -183,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         rows, problems = read_all(directory)
-        paths = [*write_tables(rows, directory), write_report(rows, directory, problems)]
+        paths = write_results(rows, directory, problems)
     except (ValueError, OSError) as error:
         print(f"error: {error}; rows are read from {directory / 'cells'}", file=sys.stderr)
         return 2

@@ -20,9 +20,8 @@ from ablations.generate import generate
 from ablations.grid import Cell, build_grid, only
 from ablations.options import RUNS, Options, parse
 from ablations.plan import Plan, announce, dry_run, make_plan, replaced, set_aside
-from ablations.report import write_report
+from ablations.report import write_results
 from ablations.rows.store import read_all
-from ablations.rows.tables import write_tables
 from heads.backbones.resnet import BACKBONES, load_imagenet
 
 OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -159,8 +158,7 @@ def conclude(cells: list[Cell], options: Options, interrupted: bool) -> int:
     if not rows:
         print(f"interrupted before the first cell ended; go on with: {options.command}")
         return INTERRUPTED
-    write_tables(rows, out)
-    write_report(rows, out, problems)
+    write_results(rows, out, problems)
     print(f"tables in {out}/table.md, .csv, .tex; report in {out}/report.html")
     if interrupted:
         print(f"interrupted; finished cells are kept, go on with: {options.command}")

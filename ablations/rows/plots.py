@@ -50,8 +50,7 @@ def ap_against_latency(frame: pd.DataFrame) -> Figure | None:
 
     None where no detector has more than a baseline and one line with DyHead; `gain_by_detector` shows those.
     """
-    frame = frame.dropna(subset=["AP", "latency_ms_p50"])
-    frame = frame[frame.groupby("detector")["AP"].transform("size") > 2]
+    frame = compared(frame)
     if frame.empty:
         return None
     depths = sorted(frame["depth"].dropna().unique())
@@ -60,8 +59,8 @@ def ap_against_latency(frame: pd.DataFrame) -> Figure | None:
         figure, panels = _panels(frame)
         for axes, part in panels:
             for _, line in part.iterrows():
-                _draw_point(axes, line, markers.get(line["depth"], "*"))
-            _draw_baseline(axes, part, vertical=True)
+                draw_point(axes, line, markers.get(line["depth"], "*"))
+            draw_baseline(axes, part, vertical=True)
             axes.set_xlabel("latency at batch size 1, median (ms)")
             axes.set_ylabel("AP (%)")
             axes.margins(0.12)
@@ -88,7 +87,7 @@ def ap_against_depth(frame: pd.DataFrame) -> Figure | None:
                     line["depth"].astype(int),
                     line["AP"],
                     yerr=line["AP_std"].fillna(0) if "AP_std" in line else None,
-                    color=_colour(attentions),
+                    color=colour_of(attentions),
                     marker="o",
                     markersize=5,
                     linewidth=2.2 if attentions == "LSC" else 1.4,
@@ -96,7 +95,7 @@ def ap_against_depth(frame: pd.DataFrame) -> Figure | None:
                     capsize=2,
                 )
                 ends.append((int(line["depth"].iloc[-1]), line["AP"].iloc[-1], attentions))
-            _draw_baseline(axes, part, vertical=False)
+            draw_baseline(axes, part, vertical=False)
             axes.set_xticks(depths)
             axes.set_xlabel("depth (blocks)")
             axes.set_ylabel("AP (%)")
@@ -154,15 +153,27 @@ def to_svg(figure: Figure, name: str) -> str:
     return re.sub(r"(url\(#|href=\"#)", rf"\g<1>{name}-", text)
 
 
-def _panels(frame: pd.DataFrame) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
-    """A figure with one panel a detector and formulation; a detector's baseline stands in each of its panels."""
+def compared(frame: pd.DataFrame) -> pd.DataFrame:
+    """The lines with AP and latency, of detectors that have more than a baseline and one line with DyHead."""
+    frame = frame.dropna(subset=["AP", "latency_ms_p50"])
+    return frame[frame.groupby("detector")["AP"].transform("size") > 2]
+
+
+def comparisons(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """What one panel shows, with its title: a detector and formulation, and in each the detector's baseline."""
     parts = []
     for detector, part in frame.groupby("detector", sort=False):
         own = part["attentions"] == "baseline"
         formulations = list(dict.fromkeys(part.loc[~own, "formulation"]))
         for formulation in formulations:
-            title = f"{detector}, {formulation}" if len(formulations) > 1 else detector
+            title = f"{detector}, {formulation}" if len(formulations) > 1 else str(detector)
             parts.append((title, part[own | (part["formulation"] == formulation)]))
+    return parts
+
+
+def _panels(frame: pd.DataFrame) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+    """A figure with one panel a detector and formulation."""
+    parts = comparisons(frame)
     columns = min(len(parts), MOST_COLUMNS)
     rows = -(-len(parts) // columns)
     figure = Figure(figsize=(PANEL[0] * columns + 1.1, PANEL[1] * rows), layout="constrained")
@@ -179,7 +190,7 @@ def _baseline(part: pd.DataFrame) -> pd.DataFrame:
     return part[part["attentions"] == "baseline"]
 
 
-def _colour(attentions: str) -> str:
+def colour_of(attentions: str) -> str:
     return "black" if attentions == "baseline" else COLOURS.get(attentions, "#444444")
 
 
@@ -188,7 +199,7 @@ def _deviation(line: pd.Series, name: str) -> float | None:
     return None if value is None or pd.isna(value) else value
 
 
-def _draw_point(axes: Axes, line: pd.Series, marker: str) -> None:
+def draw_point(axes: Axes, line: pd.Series, marker: str) -> None:
     own = line["attentions"] == "baseline"
     axes.errorbar(
         line["latency_ms_p50"],
@@ -197,7 +208,7 @@ def _draw_point(axes: Axes, line: pd.Series, marker: str) -> None:
         yerr=_deviation(line, "AP"),
         marker="*" if own else marker,
         markersize=14 if own else 7,
-        color=_colour(line["attentions"]),
+        color=colour_of(line["attentions"]),
         markeredgecolor="white",
         markeredgewidth=0.6,
         elinewidth=0.9,
@@ -205,7 +216,7 @@ def _draw_point(axes: Axes, line: pd.Series, marker: str) -> None:
     )
 
 
-def _draw_baseline(axes: Axes, part: pd.DataFrame, vertical: bool) -> None:
+def draw_baseline(axes: Axes, part: pd.DataFrame, vertical: bool) -> None:
     for _, line in _baseline(part).iterrows():
         style = {"color": "black", "linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 1}
         axes.axhline(line["AP"], **style)
@@ -279,10 +290,10 @@ def _name_ends(figure: Figure, axes: Axes, ends: list[tuple[float, float, str]])
             (x, y),
             (14, (placed - shift - height) * 72 / figure.dpi),
             textcoords="offset points",
-            color=_colour(name),
+            color=colour_of(name),
             va="center",
             fontsize=SMALL,
             fontweight="bold" if name == "LSC" else "normal",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": _colour(name), "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": colour_of(name), "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
         )

@@ -132,7 +132,7 @@ def test_the_command(tmp_path, capsys):
     result = run(tmp_path)
     assert result.returncode == 0 and result.stderr == ""
     written = {line.rsplit("/", 1)[-1] for line in result.stdout.split()}
-    assert written == {"table.csv", "table.md", "table.tex", "report.html"}
+    assert written == {"table.csv", "table.md", "table.tex", "ap_against_latency.svg", "report.html"}
     assert all((tmp_path / name).stat().st_size for name in written)
     assert main([str(tmp_path / "nowhere")]) == 2
     assert "no directory" in capsys.readouterr().err and not (tmp_path / "nowhere").exists()

@@ -21,6 +21,7 @@ from ablations.experiment.room import Room
 from ablations.generate import generate
 from ablations.grid import PRESETS, Cell
 from ablations.rows.store import read_rows, write_row
+from ablations.rows.tables import write_tables
 
 BRIEF = {"steps": 3, "batch_size": 2, "warmup": 2, "channels": 16}
 
@@ -49,7 +50,7 @@ def grid(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment, "train", counted)
     monkeypatch.setattr(run, "run_cells", in_this_process)
     # What takes most of the time and is not the point here.
-    monkeypatch.setattr(run, "write_report", lambda *_: None)
+    monkeypatch.setattr(run, "write_results", lambda rows, out, problems: write_tables(rows, out))
     monkeypatch.setattr(experiment, "measure_latency", lambda *_: {"latency_ms_p50": 1.0})
 
     def call(*more, detector="atss", only="baseline"):
