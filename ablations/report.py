@@ -10,11 +10,13 @@ import pandas as pd
 
 from ablations.files import atomic_write_text
 from ablations.rows.effects import EFFECTS, effects_table
+from ablations.rows.frame import as_text
 from ablations.rows.gains import GAINS_NOTE, GAINS_TITLE, gains_table
 from ablations.rows.picture import write_pictures
 from ablations.rows.plots import ap_against_depth, ap_against_latency, gain_by_detector, to_svg
+from ablations.rows.sections import Section, make_sections
 from ablations.rows.store import read_all
-from ablations.rows.tables import Section, as_text, make_sections, write_tables
+from ablations.rows.tables import write_tables
 
 CAPTIONS = {
     ap_against_latency: "AP against latency. The steps join the cells that none beats in both; dashed: the baseline.",

@@ -16,9 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from heads.detector import Detector
 from kernels import use_backend
 
-# What is measured, by the names of a row and of the tables' columns.
-MEASURES = ("params_M", "GMACs", "images_per_s", "latency_ms_p50", "latency_ms_p90", "peak_memory_MB")
-
 # A percentile of fewer runs means little; a budget of seconds is overdrawn rather than undercut.
 LEAST_RUNS = 5
 MOST_RUNS = 1000

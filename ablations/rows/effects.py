@@ -10,10 +10,9 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from ablations.rows.tables import ATTENTIONS, formulation_name
+from ablations.rows.frame import SUBSETS, formulation_name
 
 EFFECTS = ("L", "S", "C", "L×S", "L×C", "S×C", "L×S×C")
-SUBSETS = ATTENTIONS[1:]
 
 
 def effect(ap: dict[str, float], letters: str) -> float:
@@ -56,8 +55,7 @@ def effects_table(rows: Iterable[dict]) -> pd.DataFrame:
         for offsets in sorted({offsets for subset, offsets in found if "S" in subset}, key=str):
             seeds = {subset: found.get((subset, offsets if "S" in subset else None)) for subset in SUBSETS}
             if all(seeds.values()):
-                parts = {"formulation": formulation, "coarse_offsets": offsets, "placement": placement}
-                name = formulation_name(parts)
+                name = formulation_name(formulation, offsets, placement)
                 lines.append({"detector": detector, "depth": depth, "formulation": name, **_effects(seeds)})
     return pd.DataFrame(lines)
 

@@ -18,7 +18,7 @@ from matplotlib.transforms import Bbox
 
 from ablations.files import atomic_write_text
 from ablations.rows.plots import MARKERS, STYLE, colour_of, compared, comparisons, draw_baseline, draw_point, to_svg
-from ablations.rows.tables import Section, make_sections
+from ablations.rows.sections import Section, make_sections
 
 NAME = "ap_against_latency"
 # Inches; a browser shows 96 pixels of each.

@@ -15,9 +15,9 @@ from synthetic_rows import GPU, make_row, make_rows, synthetic_ap
 
 from ablations.report import main, write_report
 from ablations.rows.effects import EFFECTS, effect, effects_table
+from ablations.rows.frame import make_frame
 from ablations.rows.plots import ap_against_depth, ap_against_latency, gain_by_detector, to_svg
 from ablations.rows.store import read_rows, write_row
-from ablations.rows.tables import make_frame
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 DETECTORS = ("atss", "fcos", "retinanet")

@@ -4,9 +4,10 @@ import pytest
 from synthetic_rows import make_row
 
 from ablations.report import write_report
+from ablations.rows.frame import make_frame
 from ablations.rows.gains import COLUMNS, gains_table
 from ablations.rows.store import read_rows, write_row
-from ablations.rows.tables import make_frame, write_tables
+from ablations.rows.tables import write_tables
 
 
 def rows(detector: str, ap: dict[str, float], seeds: int = 1, **more) -> list[dict]:

@@ -7,7 +7,7 @@ from matplotlib.colors import to_rgb
 from synthetic_rows import GPU, make_row, make_rows
 
 from ablations.rows.picture import draw_picture, write_pictures
-from ablations.rows.tables import make_sections
+from ablations.rows.sections import make_sections
 
 
 def names_and_extents(figure):

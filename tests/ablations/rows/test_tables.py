@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 from synthetic_rows import GPU, make_row, make_rows, synthetic_ap
 
-from ablations.rows import tables
+from ablations.rows.frame import COLUMNS, as_text, make_frame
+from ablations.rows.latex import to_latex
+from ablations.rows.sections import make_sections
 from ablations.rows.store import read_rows, write_row
-from ablations.rows.tables import as_text, make_frame, make_sections, to_csv, to_latex, to_markdown, write_tables
+from ablations.rows.tables import to_csv, to_markdown, write_tables
 
 DESIGN_COLUMNS = (
     "detector, attentions, depth, formulation, seeds, AP, AP50, AP75, APs, APm, APl, delta_AP, params_M, GMACs, "
@@ -329,7 +331,7 @@ def test_costs_are_shown_with_four_digits(value, shown):
 
 
 def test_column_names_are_those_of_the_store():
-    assert list(tables.COLUMNS) == DESIGN_COLUMNS
+    assert list(COLUMNS) == DESIGN_COLUMNS
 
 
 def test_mask_ap_has_a_column_where_a_detector_has_masks():
