@@ -1,7 +1,40 @@
-"""DyHead, the detectors it plugs into, and the weights released for them."""
+"""DyHead, the detectors it plugs into, and the weights released for them.
 
-from heads.build import build_detector
-from heads.dyhead.dyhead import DyHead
-from heads.released.names import load_released
+A name is imported when it is asked for, so that `from heads import DyHead` loads no detector.
+"""
 
-__all__ = ["DyHead", "build_detector", "load_released"]
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from heads.backbones.resnet import BACKBONES
+    from heads.build import DETECTORS, build_detector
+    from heads.detector import Detector
+    from heads.dyhead.dyhead import DyHead
+    from heads.released.layouts import open_released
+    from heads.released.names import load_released
+
+__all__ = ["BACKBONES", "DETECTORS", "Detector", "DyHead", "build_detector", "load_released", "open_released"]
+
+_MODULES = {
+    "BACKBONES": "heads.backbones.resnet",
+    "DETECTORS": "heads.build",
+    "Detector": "heads.detector",
+    "DyHead": "heads.dyhead.dyhead",
+    "build_detector": "heads.build",
+    "load_released": "heads.released.names",
+    "open_released": "heads.released.layouts",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'heads' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    # The next look-up finds it without this function.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

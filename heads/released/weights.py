@@ -33,6 +33,7 @@ def read_weights(path: str | Path) -> dict:
 
     Raises:
         FileNotFoundError: There is no such file.
+        ImportError: It is a `.safetensors` file, and safetensors is not installed.
         ValueError: The file is broken, holds something other than a dict, or holds objects that only running code could
             restore; the message names it.
     """
@@ -41,8 +42,11 @@ def read_weights(path: str | Path) -> dict:
         raise FileNotFoundError(f"no weights at {path}")
     try:
         if path.suffix == ".safetensors":
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
+            try:
+                from safetensors import SafetensorError
+                from safetensors.torch import load_file
+            except ImportError as error:
+                raise ImportError(f"{path} needs safetensors: pip install 'dyhead-lab[ablations]'") from error
 
             try:
                 return load_file(path)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pycocotools import mask as rle
 from torch import Tensor, nn
 
 from heads.precision import at_least_float32
@@ -69,6 +68,12 @@ def targets_from_polygons(polygons: Sequence[Sequence[np.ndarray]], boxes: Tenso
         polygons: for each of n objects a list of (2m,) arrays x, y, x, y, … in pixels.
         boxes, matched: as for `targets_from_bitmaps`.
     """
+    try:
+        from pycocotools import mask as rle
+    except ImportError as error:
+        raise ImportError(
+            "masks given as polygons are drawn by pycocotools: pip install 'dyhead-lab[ablations]', or give bitmaps"
+        ) from error
     cells = np.zeros((len(boxes), SIDE, SIDE), np.float32)
     for cell, (x1, y1, x2, y2), own in zip(cells, boxes.double().tolist(), matched.tolist(), strict=True):
         corner, scale = np.array([x1, y1]), SIDE / np.maximum([x2 - x1, y2 - y1], 0.1)
