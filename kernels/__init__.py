@@ -12,7 +12,6 @@ What holds for all of them, on both paths:
 """
 
 from kernels.backend import use_backend
-from kernels.bench.op import OPS
 from kernels.block.dyhead_block import dyhead_block, dyhead_blocks
 from kernels.block.parameters import BlockParameters
 from kernels.deform_conv.operator import deform_conv2d, deform_conv2d_levels
@@ -23,7 +22,6 @@ from kernels.regions.roi_align import roi_align
 from kernels.version import __version__
 
 __all__ = [
-    "OPS",
     "BlockParameters",
     "__version__",
     "batched_nms",

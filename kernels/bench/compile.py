@@ -33,7 +33,7 @@ from kernels.block import conv as block_conv
 from kernels.block import offset as block_offset
 from kernels.block import tail as block_tail
 from kernels.deform_conv import launch as deform_conv_launch
-from kernels.dynamic_relu import kernels as dynamic_relu_triton
+from kernels.dynamic_relu import launch as dynamic_relu_launch
 from kernels.regions import border_align_kernels as border_align_triton
 from kernels.regions import nms_kernels as nms_triton
 from kernels.regions import roi_align_kernels as roi_align_triton
@@ -41,7 +41,7 @@ from kernels.runtime.compile_spec import CompileSpec
 
 TRITON_MODULES = (
     deform_conv_launch,
-    dynamic_relu_triton,
+    dynamic_relu_launch,
     block_tail,
     block_coefficients,
     block_conv,

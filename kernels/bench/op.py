@@ -7,14 +7,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from kernels.deform_conv import operator as deform_conv
-from kernels.deform_conv.operator import deform_conv2d
-from kernels.dynamic_relu.operator import dynamic_relu, dynamic_relu_reference
-
-# All of them, so that the operators counted at the end are there.
-from kernels.regions import border_align, nms, roi_align  # noqa: F401
+from kernels.dynamic_relu import operator as dynamic_relu
 
 MODES = ("forward", "backward", "both")
 # The same under PyTorch's deterministic algorithms, where that makes a difference.
@@ -187,60 +182,31 @@ def _deform_conv2d_flops(inputs: dict[str, Tensor]) -> int:
     return 2 * n * h * w * inputs["weight"].numel()
 
 
-OPS = (
-    Op(
-        name="deform_conv2d",
-        function=partial(deform_conv2d, padding=(1, 1)),
-        reference=partial(deform_conv.reference, padding=(1, 1)),
-        make_inputs=_deform_conv2d_inputs,
-        shared=("weight",),
-        forward_flops=_deform_conv2d_flops,
-        # The products for the gradients of the samples and of the weight; the interpolation is left out, as in forward.
-        backward_ratio=2,
-        tolerance=2,
-    ),
-    Op(
-        name="dynamic_relu",
-        function=dynamic_relu,
-        reference=dynamic_relu_reference,
-        make_inputs=_dynamic_relu_inputs,
-        shared=(),
-        # Two products and two sums; backward: which line (2), its share (2), the input (3), four sums (6).
-        forward_flops=lambda inputs: 4 * inputs["input"].numel(),
-        backward_ratio=13 / 4,
-        tolerance=2,
-    ),
-)
-
-
-# A deformable convolution counts as the dense convolution of its shape, the way PyTorch counts one. The kernels of the
-# fused block are no operators, so nothing counts them: what a block costs is counted under `use_backend("torch")`.
-@register_flop_formula(torch.ops.dyhead.deform_conv2d)
-def _count_deform_conv2d(inputs, offsets, masks, weight, *settings, out_shape, **named) -> int:
-    return sum(2 * n * h * w * weight.numel() for n, _, h, w in offsets)
-
-
-@register_flop_formula(torch.ops.dyhead.deform_conv2d_backward)
-def _count_deform_conv2d_backward(
-    grads, inputs, offsets, masks, weight, stride, padding, dilation, needs, *settings, out_shape, **named
-) -> int:
-    # One product for the samples, which the gradients of input, offset and mask share, and one for the weight.
-    products = any(needs[:3]) + bool(needs[3])
-    return products * sum(2 * n * h * w * weight.numel() for n, _, h, w in offsets)
-
-
-@register_flop_formula(
-    [
-        torch.ops.dyhead.dynamic_relu,
-        torch.ops.dyhead.dynamic_relu_backward,
-        torch.ops.dyhead.roi_align,
-        torch.ops.dyhead.roi_align_backward,
-        torch.ops.dyhead.border_align,
-        torch.ops.dyhead.border_align_backward,
-        torch.ops.dyhead.nms,
-    ]
-)
-def _count_nothing(*arguments, out_shape, **named) -> int:
-    # Elementwise work, samples and comparisons: PyTorch counts none of these. Said here, so that they are known to be
-    # free and not forgotten.
-    return 0
+OPS = {
+    op.name: op
+    for op in (
+        Op(
+            name="deform_conv2d",
+            function=partial(deform_conv.deform_conv2d, padding=(1, 1)),
+            reference=partial(deform_conv.reference, padding=(1, 1)),
+            make_inputs=_deform_conv2d_inputs,
+            shared=("weight",),
+            forward_flops=_deform_conv2d_flops,
+            # The products for the gradients of the samples and of the weight; the interpolation is left out, as in
+            # forward.
+            backward_ratio=2,
+            tolerance=2,
+        ),
+        Op(
+            name="dynamic_relu",
+            function=dynamic_relu.dynamic_relu,
+            reference=dynamic_relu.reference,
+            make_inputs=_dynamic_relu_inputs,
+            shared=(),
+            # Two products and two sums; backward: which line (2), its share (2), the input (3), four sums (6).
+            forward_flops=lambda inputs: 4 * inputs["input"].numel(),
+            backward_ratio=13 / 4,
+            tolerance=2,
+        ),
+    )
+}

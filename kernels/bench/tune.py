@@ -100,7 +100,7 @@ def judge(kernel: str, runs: list[Callable[[], list[Tensor]]], limit: float) -> 
 
 def tune(table: Table, wanted: tuple[str, ...], precision: str, device: torch.device, shapes: list[Shape]) -> dict:
     """Search the tiles of one kernel; returns a row of a tuned file, with the times of both in milliseconds."""
-    op, dtype, channels = OPS[0], DTYPES[precision], shapes[0].channels
+    op, dtype, channels = OPS["deform_conv2d"], DTYPES[precision], shapes[0].channels
     before = torch.are_deterministic_algorithms_enabled()
     # Only they take the kernel that gathers the input's gradient.
     torch.use_deterministic_algorithms(table is GATHER)

@@ -9,6 +9,9 @@ from torch import Tensor
 from kernels.deform_conv.cpu import output_size
 from kernels.runtime.checks import check_device, check_pair, check_tensor, kind_of
 
+# Stride, padding and dilation, each in y and x.
+Geometry = tuple[list[int], list[int], list[int]]
+
 
 class Names(NamedTuple):
     """What a level's tensors are called in a message."""
@@ -56,7 +59,7 @@ def check_weight(weight: Any, bias: Any) -> None:
             raise ValueError(f"bias must be ({weight.shape[0]},), one for each output, got shape {tuple(bias.shape)}")
 
 
-def check_geometry(stride: Any, padding: Any, dilation: Any) -> tuple[list[int], list[int], list[int]]:
+def check_geometry(stride: Any, padding: Any, dilation: Any) -> Geometry:
     """Stride, padding and dilation in y and x."""
     return (
         check_pair("stride", stride, 1, _MOST),
@@ -71,7 +74,7 @@ def check_level(
     offset: Any,
     mask: Any,
     weight: Tensor,
-    geometry: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    geometry: Geometry,
 ) -> None:
     """The map of a level, its offsets and its masks or None, for a weight that `check_weight` has passed."""
     check_tensor(names.input, x, "(N, C, H, W)", 4)

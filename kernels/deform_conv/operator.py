@@ -15,15 +15,17 @@ at its regular place plus an offset, times a mask. Conventions, where public imp
 - Products of 16-bit numbers are summed in float32 and rounded once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.backend import resolve_backend
-from kernels.deform_conv import cpu as deform_conv_cpu
+from kernels.deform_conv import cpu
 from kernels.deform_conv.checks import (
     SINGLE,
+    Geometry,
     check_alike,
     check_geometry,
     check_level,
@@ -31,6 +33,7 @@ from kernels.deform_conv.checks import (
     check_weight,
     level_names,
 )
+from kernels.runtime.operator import Derivative, Implementation, Operator, remembered, signature
 
 
 def reference(input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), mask=None) -> Tensor:
@@ -69,18 +72,7 @@ def reference(input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0), d
     return out if bias is None else out + bias.view(-1, 1, 1)
 
 
-_library = torch.library.Library("dyhead", "FRAGMENT")
-_library.define(
-    "deform_conv2d(Tensor[] inputs, Tensor[] offsets, Tensor[] masks, Tensor weight, Tensor? bias, "
-    "int[] stride, int[] padding, int[] dilation, str backend) -> Tensor[]"
-)
-_library.define(
-    "deform_conv2d_backward(Tensor[] grads, Tensor[] inputs, Tensor[] offsets, Tensor[] masks, Tensor weight, "
-    "int[] stride, int[] padding, int[] dilation, bool[] needs, str backend) -> Tensor[]"
-)
-
-
-def _new_outputs(inputs: list[Tensor], offsets: list[Tensor], weight: Tensor) -> list[Tensor]:
+def _new_outputs(inputs: Sequence[Tensor], offsets: Sequence[Tensor], weight: Tensor) -> list[Tensor]:
     """Memory for the outputs: channels last where the input is."""
     outputs = []
     for x, offset in zip(inputs, offsets, strict=True):
@@ -91,149 +83,193 @@ def _new_outputs(inputs: list[Tensor], offsets: list[Tensor], weight: Tensor) ->
     return outputs
 
 
-def _new_gradients(inputs, offsets, masks, weight, needs) -> list[list[Tensor]]:
+def _new_gradients(
+    inputs: Sequence[Tensor], offsets: Sequence[Tensor], masks: Sequence[Tensor], weight: Tensor, needs: Sequence[bool]
+) -> list[list[Tensor]]:
     """Memory for the gradients: of inputs, offsets, masks, weight and bias, each a list, empty where not needed."""
     kinds = (inputs, offsets, masks, [weight], [weight.new_empty(weight.shape[0])])
     return [[torch.empty_like(x) for x in kind] if need else [] for kind, need in zip(kinds, needs, strict=True)]
 
 
-def _forward(inputs, offsets, masks, weight, bias, stride, padding, dilation, backend):
+def _forward(write: Callable[..., None], arguments: Sequence[Any]) -> list[Tensor]:
+    inputs, offsets, _, weight = arguments[:4]
     outputs = _new_outputs(inputs, offsets, weight)
     if inputs[0].shape[0] > 0:
-        module = _implementation(backend)
-        module.forward(outputs, inputs, offsets, masks, weight, bias, stride, padding, dilation)
+        write(outputs, *arguments)
     return outputs
 
 
-def _backward(grads, inputs, offsets, masks, weight, stride, padding, dilation, needs, backend):
-    results = _new_gradients(inputs, offsets, masks, weight, needs)
-    if inputs[0].shape[0] > 0:
-        module = _implementation(backend)
-        module.backward(results, grads, inputs, offsets, masks, weight, stride, padding, dilation)
+def _backward(write: Callable[..., None], grads: list[Tensor], arguments: Sequence[Any]) -> list[Tensor]:
+    *arguments, needs = arguments
+    results = _new_gradients(*arguments[:4], needs)
+    flat = [result for kind in results for result in kind]
+    if arguments[0][0].shape[0] > 0:
+        write(results, grads, *arguments)
     else:
-        for kind in results:
-            for result in kind:
-                result.zero_()
-    return [result for kind in results for result in kind]
+        for result in flat:
+            result.zero_()
+    return flat
 
 
-def _implementation(backend: str):
-    if backend == "torch":
-        return deform_conv_cpu
+def _forward_torch(*arguments: Any) -> list[Tensor]:
+    return _forward(cpu.forward, arguments)
+
+
+def _forward_triton(*arguments: Any) -> list[Tensor]:
     # Triton is looked for only where it is used: it is not installed on every system.
-    from kernels.deform_conv import launch as deform_conv_launch
+    from kernels.deform_conv import launch
 
-    return deform_conv_launch
-
-
-class _DeformConv2d(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, keyset, settings, levels, weight, bias, *tensors):
-        inputs, offsets, masks = _part(tensors, levels)
-        ctx.settings, ctx.levels = settings, levels
-        ctx.save_for_backward(weight, *tensors)
-        with torch._C._AutoDispatchBelowAutograd():
-            op = torch.ops.dyhead.deform_conv2d.default
-            return tuple(op.redispatch(keyset, inputs, offsets, masks, weight, bias, *settings))
-
-    @staticmethod
-    def backward(ctx, *grads):
-        weight, *tensors = ctx.saved_tensors
-        inputs, offsets, masks = _part(tensors, ctx.levels)
-        levels, wanted = ctx.levels, ctx.needs_input_grad
-        kinds = (wanted[5 : 5 + levels], wanted[5 + levels : 5 + 2 * levels], wanted[5 + 2 * levels :])
-        needs = [any(kind) for kind in kinds] + [wanted[3], wanted[4]]
-        *settings, backend = ctx.settings
-        found = torch.ops.dyhead.deform_conv2d_backward.default(
-            list(grads), inputs, offsets, masks, weight, *settings, needs, backend
-        )
-        found = iter(found)
-        counts = (levels, levels, len(masks), 1, 1)
-        parts = [
-            [next(found) if need else None for _ in range(count)] for need, count in zip(needs, counts, strict=True)
-        ]
-        return None, None, None, parts[3][0], parts[4][0], *parts[0], *parts[1], *parts[2]
+    return _forward(launch.forward, arguments)
 
 
-class _NotAgain(torch.autograd.Function):
-    """The backward as a step of a graph, which says what it cannot do instead of counting as a constant."""
-
-    @staticmethod
-    def forward(ctx, run, *tensors):
-        return tuple(run())
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError("deform_conv2d has no second derivative")
+def _backward_torch(grads: list[Tensor], *arguments: Any) -> list[Tensor]:
+    return _backward(cpu.backward, grads, arguments)
 
 
-def _part(tensors: Sequence[Tensor], levels: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    return list(tensors[:levels]), list(tensors[levels : 2 * levels]), list(tensors[2 * levels :])
+def _backward_triton(grads: list[Tensor], *arguments: Any) -> list[Tensor]:
+    from kernels.deform_conv import launch
+
+    return _backward(launch.backward, grads, arguments)
 
 
-def _differentiate(keyset, inputs, offsets, masks, weight, bias, *settings):
-    below = keyset & torch._C._after_autograd_keyset
-    tensors = (*inputs, *offsets, *masks)
-    leaves = (weight, *tensors) if bias is None else (weight, bias, *tensors)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in leaves):
-        return list(_DeformConv2d.apply(below, settings, len(inputs), weight, bias, *tensors))
-    with torch._C._AutoDispatchBelowAutograd():
-        op = torch.ops.dyhead.deform_conv2d.default
-        return op.redispatch(below, inputs, offsets, masks, weight, bias, *settings)
-
-
-def _differentiate_backward(keyset, grads, inputs, offsets, masks, weight, *settings):
-    below = keyset & torch._C._after_autograd_keyset
-
-    def run():
-        with torch._C._AutoDispatchBelowAutograd():
-            op = torch.ops.dyhead.deform_conv2d_backward.default
-            return op.redispatch(below, grads, inputs, offsets, masks, weight, *settings)
-
-    tensors = (*grads, *inputs, *offsets, *masks, weight)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return list(_NotAgain.apply(run, *tensors))
-    return run()
-
-
-def _autocast(device: str):
-    """Kernels for the autocast key of a device: one precision for all that come in, and none of it inside."""
-    off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
-
-    def cast(value):
-        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
-            return value.to(torch.get_autocast_dtype(device))
-        return [cast(x) for x in value] if isinstance(value, list) else value
-
-    def forward(*arguments):
-        arguments = [cast(x) for x in arguments]
-        with torch._C._ExcludeDispatchKeyGuard(off):
-            return torch.ops.dyhead.deform_conv2d.default(*arguments)
-
-    def backward(*arguments):
-        with torch._C._ExcludeDispatchKeyGuard(off):
-            return torch.ops.dyhead.deform_conv2d_backward.default(*arguments)
-
-    return forward, backward
-
-
-def _fake_forward(inputs, offsets, masks, weight, *settings):
+def _fake_forward(
+    inputs: Sequence[Tensor], offsets: Sequence[Tensor], masks: Sequence[Tensor], weight: Tensor, *settings: Any
+) -> list[Tensor]:
     return _new_outputs(inputs, offsets, weight)
 
 
-def _fake_backward(grads, inputs, offsets, masks, weight, stride, padding, dilation, needs, backend):
-    return [result for kind in _new_gradients(inputs, offsets, masks, weight, needs) for result in kind]
+def _fake_backward(grads: list[Tensor], *arguments: Any) -> list[Tensor]:
+    *_, needs, _ = arguments
+    return [result for kind in _new_gradients(*arguments[:4], needs) for result in kind]
 
 
-_library.impl("deform_conv2d", _forward, "CompositeExplicitAutograd")
-_library.impl("deform_conv2d_backward", _backward, "CompositeExplicitAutograd")
-_library.impl("deform_conv2d", _differentiate, "Autograd", with_keyset=True)
-_library.impl("deform_conv2d_backward", _differentiate_backward, "Autograd", with_keyset=True)
-for _device in ("cpu", "cuda"):
-    for _name, _kernel in zip(("deform_conv2d", "deform_conv2d_backward"), _autocast(_device), strict=True):
-        _library.impl(_name, _kernel, f"Autocast{_device.upper()}")
-torch.library.register_fake("dyhead::deform_conv2d", _fake_forward, lib=_library)
-torch.library.register_fake("dyhead::deform_conv2d_backward", _fake_backward, lib=_library)
+# A deformable convolution counts as the dense convolution of its shape, the way PyTorch counts one.
+def _flops(inputs: Any, offsets: Sequence[torch.Size], masks: Any, weight: torch.Size, *settings: Any) -> int:
+    return sum(2 * n * h * w * weight.numel() for n, _, h, w in offsets)
+
+
+def _backward_flops(grads: Any, *arguments: Any) -> int:
+    # One product for the samples, which the gradients of input, offset and mask share, and one for the weight.
+    needs = arguments[-1]
+    return (any(needs[:3]) + bool(needs[3])) * _flops(*arguments)
+
+
+class _Saved(NamedTuple):
+    levels: int
+    settings: Sequence[Any]
+
+
+def _save(arguments: Sequence[Any], outputs: Sequence[Tensor]) -> tuple[list[Tensor | None], _Saved]:
+    inputs, offsets, masks, weight, _, *settings = arguments
+    return [weight, *inputs, *offsets, *masks], _Saved(len(inputs), settings)
+
+
+def _gradients(
+    backward: Callable[..., list[Tensor]],
+    grads: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    saved: _Saved,
+    wanted: list[bool],
+) -> list[list[Tensor] | None]:
+    weight, *others = tensors
+    levels, (*settings, backend) = saved
+    inputs, offsets, masks = others[:levels], others[levels : 2 * levels], others[2 * levels :]
+    found = iter(backward(grads, list(grads), inputs, offsets, masks, weight, *settings, wanted, backend))
+    counts = (levels, levels, len(masks), 1, 1)
+    return [[next(found) for _ in range(n)] if need else None for need, n in zip(wanted, counts, strict=True)]
+
+
+_TENSORS = "Tensor[] inputs, Tensor[] offsets, Tensor[] masks, Tensor weight"
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation"
+_operator = Operator(
+    "deform_conv2d",
+    Implementation(
+        f"({_TENSORS}, Tensor? bias, {_GEOMETRY}, str backend) -> Tensor[]",
+        _forward_torch,
+        _forward_triton,
+        _fake_forward,
+        _flops,
+    ),
+    Derivative(
+        Implementation(
+            f"(Tensor[] grads, {_TENSORS}, {_GEOMETRY}, bool[] needs, str backend) -> Tensor[]",
+            _backward_torch,
+            _backward_triton,
+            _fake_backward,
+            _backward_flops,
+        ),
+        _save,
+        _gradients,
+    ),
+    casts=True,
+)
+
+
+@remembered
+def _check(
+    input: Any, offset: Any, mask: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any
+) -> Geometry:
+    check_weight(weight, bias)
+    geometry = check_geometry(stride, padding, dilation)
+    check_level(SINGLE, input, offset, mask, weight, geometry)
+    return geometry
+
+
+@remembered
+def _check_levels(
+    inputs: Any, offsets: Any, masks: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any
+) -> Geometry:
+    check_lists(inputs, offsets, masks)
+    check_weight(weight, bias)
+    geometry = check_geometry(stride, padding, dilation)
+    for level, (x, offset) in enumerate(zip(inputs, offsets, strict=True)):
+        check_level(level_names(level), x, offset, masks[level] if masks else None, weight, geometry)
+    check_alike(inputs, offsets)
+    return geometry
+
+
+def _row(lists: Sequence[Any]) -> tuple[list[Any], list[int]]:
+    """What is in lists, one after the other, and their lengths; of what is no list, itself and -1."""
+    row: list[Any] = []
+    lengths = []
+    for value in lists:
+        is_list = isinstance(value, list | tuple)
+        row += value if is_list else [value]
+        lengths.append(len(value) if is_list else -1)
+    return row, lengths
+
+
+def _key(tensors: Sequence[Any], settings: Sequence[Any]) -> Any:
+    """By which the check of a call is remembered: its signature, and its settings where those are whole numbers."""
+    seen = signature(*tensors)
+    if seen is None:
+        return None
+    whole = []
+    for value in settings:
+        if type(value) in (list, tuple):
+            value = tuple(value)
+            if not all(type(x) is int for x in value):
+                return None
+        # Not a bool, which is equal to a whole number.
+        elif type(value) is not int:
+            return None
+        whole.append(value)
+    return seen, *whole
+
+
+def _call(
+    key: Any,
+    inputs: list[Tensor],
+    offsets: list[Tensor],
+    masks: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+) -> list[Tensor]:
+    outputs: list[Tensor] = _operator(
+        key, inputs, offsets, masks, weight, bias, *geometry, resolve_backend(weight.device)
+    )
+    return outputs
 
 
 def deform_conv2d_levels(
@@ -260,18 +296,10 @@ def deform_conv2d_levels(
         TypeError, ValueError: as in `deform_conv2d`, or the lists differ in length or the levels in batch, channels or
             groups.
     """
-    check_lists(inputs, offsets, masks)
-    check_weight(weight, bias)
-    geometry = check_geometry(stride, padding, dilation)
-    for level, (x, offset) in enumerate(zip(inputs, offsets, strict=True)):
-        check_level(level_names(level), x, offset, masks[level] if masks else None, weight, geometry)
-    check_alike(inputs, offsets)
-    return _call(list(inputs), list(offsets), list(masks or ()), weight, bias, *geometry)
-
-
-def _call(inputs, offsets, masks, weight, bias, *geometry) -> list[Tensor]:
-    backend = resolve_backend(weight.device)
-    return torch.ops.dyhead.deform_conv2d(inputs, offsets, masks, weight, bias, *geometry, backend)
+    tensors, lengths = _row((inputs, offsets, masks))
+    key = _key((*tensors, weight, bias), (*lengths, stride, padding, dilation))
+    geometry = _check_levels(key, inputs, offsets, masks, weight, bias, stride, padding, dilation)
+    return _call(key, list(inputs), list(offsets), list(masks or ()), weight, bias, geometry)
 
 
 def deform_conv2d(
@@ -305,7 +333,6 @@ def deform_conv2d(
         TypeError: an argument is of a wrong Python type.
         ValueError: a shape, dtype or device does not fit the others; the message names it and what it must be.
     """
-    check_weight(weight, bias)
-    geometry = check_geometry(stride, padding, dilation)
-    check_level(SINGLE, input, offset, mask, weight, geometry)
-    return _call([input], [offset], [] if mask is None else [mask], weight, bias, *geometry)[0]
+    key = _key((input, offset, mask, weight, bias), (stride, padding, dilation))
+    geometry = _check(key, input, offset, mask, weight, bias, stride, padding, dilation)
+    return _call(key, [input], [offset], [] if mask is None else [mask], weight, bias, geometry)[0]

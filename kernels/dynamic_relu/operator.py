@@ -9,15 +9,18 @@ where infinities cancel in the lines and not in d, or the other way around, `tor
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.backend import resolve_backend
 from kernels.runtime.checks import check_device, check_tensor
+from kernels.runtime.operator import Derivative, Implementation, Operator, remembered, signature
 
 
-def dynamic_relu_reference(input: Tensor, coefficients: Tensor) -> Tensor:
+def reference(input: Tensor, coefficients: Tensor) -> Tensor:
     """The definition in plain PyTorch, differentiable by autograd; shapes and order as in `dynamic_relu`."""
     a1, b1, a2, b2 = coefficients[..., None, None].unbind(1)
     return torch.maximum(a1 * input + b1, a2 * input + b2)
@@ -35,7 +38,7 @@ def _line(x: Tensor, slope: Tensor, intercept: Tensor) -> Tensor:
     return torch.mul(x, slope).add_(intercept)
 
 
-def _forward_torch(output: Tensor, input: Tensor, coefficients: Tensor) -> None:
+def _write_output(output: Tensor, input: Tensor, coefficients: Tensor) -> None:
     dtype = torch.promote_types(input.dtype, torch.float32)
     a1, b1, a2, b2 = _to(coefficients, dtype)[..., None, None].unbind(1)
     if input.dtype == dtype:
@@ -45,7 +48,7 @@ def _forward_torch(output: Tensor, input: Tensor, coefficients: Tensor) -> None:
         output.copy_(torch.maximum(_line(x, a1, b1), _line(x, a2, b2)))
 
 
-def _backward_torch(grad_input: Tensor, grad_output: Tensor, input: Tensor, coefficients: Tensor) -> Tensor:
+def _write_gradient(grad_input: Tensor, grad_output: Tensor, input: Tensor, coefficients: Tensor) -> Tensor:
     dtype = torch.promote_types(input.dtype, torch.float32)
     lines, x = _to(coefficients, dtype), _to(input, dtype)
     if input.is_cpu:
@@ -94,62 +97,87 @@ def _empty_output(input: Tensor) -> Tensor:
     return torch.empty_like(input, memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def _forward(input: Tensor, coefficients: Tensor, backend: str) -> Tensor:
+def _forward_torch(input: Tensor, coefficients: Tensor) -> Tensor:
     output = _empty_output(input)
-    if backend == "torch":
-        _forward_torch(output, input, coefficients)
-    else:
-        # Triton is imported only where it runs: it is not there on every system.
-        from kernels.dynamic_relu import kernels as dynamic_relu_triton
-
-        dynamic_relu_triton.forward(output, input, coefficients)
+    _write_output(output, input, coefficients)
     return output
 
 
-def _backward(grad_output: Tensor, input: Tensor, coefficients: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _forward_triton(input: Tensor, coefficients: Tensor) -> Tensor:
+    # Triton is looked for only where it is used: it is not installed on every system.
+    from kernels.dynamic_relu import launch
+
+    output = _empty_output(input)
+    launch.forward(output, input, coefficients)
+    return output
+
+
+def _backward_torch(grad_output: Tensor, input: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
     grad_input = _empty_output(input)
-    if backend == "torch":
-        return grad_input, _backward_torch(grad_input, grad_output, input, coefficients)
-    from kernels.dynamic_relu import kernels as dynamic_relu_triton
-
-    return grad_input, dynamic_relu_triton.backward(grad_input, grad_output, input, coefficients)
+    return grad_input, _write_gradient(grad_input, grad_output, input, coefficients)
 
 
-def _forward_fake(input: Tensor, coefficients: Tensor, backend: str) -> Tensor:
+def _backward_triton(grad_output: Tensor, input: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    from kernels.dynamic_relu import launch
+
+    grad_input = _empty_output(input)
+    return grad_input, launch.backward(grad_input, grad_output, input, coefficients)
+
+
+def _fake_forward(input: Tensor, coefficients: Tensor, backend: str) -> Tensor:
     return _empty_output(input)
 
 
-def _backward_fake(grad_output: Tensor, input: Tensor, coefficients: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _fake_backward(grad_output: Tensor, input: Tensor, coefficients: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return _empty_output(input), torch.empty_like(coefficients, memory_format=torch.contiguous_format)
 
 
-def _save(ctx, inputs, output):
-    input, coefficients, ctx.backend = inputs
-    ctx.save_for_backward(input, coefficients)
+def _save(arguments: Sequence[Any], results: Sequence[Tensor]) -> tuple[list[Tensor], str]:
+    input, coefficients, backend = arguments
+    return [input, coefficients], backend
 
 
-def _autograd_backward(ctx, grad_output: Tensor):
-    gradients = torch.ops.dyhead.dynamic_relu_backward(grad_output, *ctx.saved_tensors, ctx.backend)
-    return *gradients, None
+def _gradients(
+    backward: Callable[..., Sequence[Tensor]],
+    grads: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    backend: str,
+    wanted: Sequence[bool],
+) -> Sequence[Tensor]:
+    return backward(grads, *grads, *tensors, backend)
 
 
-def _no_second_derivative(ctx, *gradients):
-    raise RuntimeError("dynamic_relu is differentiable only once; use dynamic_relu_reference for higher derivatives")
-
-
-# Registered through the library itself: `torch.library.custom_op` costs a third more per call and backward on a CPU.
-_library = torch.library.Library("dyhead", "FRAGMENT")
-_library.define("dynamic_relu(Tensor input, Tensor coefficients, str backend) -> Tensor")
-_library.define(
-    "dynamic_relu_backward(Tensor grad_output, Tensor input, Tensor coefficients, str backend) -> (Tensor, Tensor)"
+_operator = Operator(
+    "dynamic_relu",
+    Implementation(
+        "(Tensor input, Tensor coefficients, str backend) -> Tensor",
+        _forward_torch,
+        _forward_triton,
+        _fake_forward,
+    ),
+    Derivative(
+        Implementation(
+            "(Tensor grad_output, Tensor input, Tensor coefficients, str backend) -> (Tensor, Tensor)",
+            _backward_torch,
+            _backward_triton,
+            _fake_backward,
+        ),
+        _save,
+        _gradients,
+    ),
 )
-for _key in ("CPU", "CUDA"):
-    _library.impl("dynamic_relu", _forward, _key)
-    _library.impl("dynamic_relu_backward", _backward, _key)
-torch.library.register_fake("dyhead::dynamic_relu", _forward_fake, lib=_library)
-torch.library.register_fake("dyhead::dynamic_relu_backward", _backward_fake, lib=_library)
-torch.library.register_autograd("dyhead::dynamic_relu", _autograd_backward, setup_context=_save, lib=_library)
-torch.library.register_autograd("dyhead::dynamic_relu_backward", _no_second_derivative, lib=_library)
+
+
+@remembered
+def _check(input: Any, coefficients: Any) -> None:
+    check_tensor("input", input, "(N, C, H, W)", 4)
+    check_tensor("coefficients", coefficients, "(N, 4, C)", 3)
+    check_device("coefficients", coefficients, "input", input)
+    batch, channels, _, _ = input.shape
+    if coefficients.shape != (batch, 4, channels):
+        raise ValueError(
+            f"coefficients must be (N, 4, C) = {(batch, 4, channels)} for this input, got {tuple(coefficients.shape)}"
+        )
 
 
 def dynamic_relu(input: Tensor, coefficients: Tensor) -> Tensor:
@@ -171,12 +199,7 @@ def dynamic_relu(input: Tensor, coefficients: Tensor) -> Tensor:
 
     Source: Chen et al., "Dynamic ReLU", ECCV 2020, Eq. 3 with K = 2; Dai et al., "Dynamic Head", CVPR 2021, Eq. 5.
     """
-    check_tensor("input", input, "(N, C, H, W)", 4)
-    check_tensor("coefficients", coefficients, "(N, 4, C)", 3)
-    check_device("coefficients", coefficients, "input", input)
-    batch, channels, _, _ = input.shape
-    if coefficients.shape != (batch, 4, channels):
-        raise ValueError(
-            f"coefficients must be (N, 4, C) = {(batch, 4, channels)} for this input, got {tuple(coefficients.shape)}"
-        )
-    return torch.ops.dyhead.dynamic_relu(input, coefficients, resolve_backend(input.device))
+    key = signature(input, coefficients)
+    _check(key, input, coefficients)
+    output: Tensor = _operator(key, input, coefficients, resolve_backend(input.device))
+    return output

@@ -9,16 +9,16 @@ the backward is the one in PyTorch.
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from kernels.backend import resolve_backend, without_autocast
+from kernels.backend import resolve_backend
 from kernels.runtime.checks import check_device, check_integer, check_tensor
+from kernels.runtime.operator import Derivative, Implementation, Operator, signature
 
 # Samples held at once in the forward: a quarter of a gigabyte in float32.
 _SAMPLES = 2**26
@@ -138,33 +138,28 @@ def _backward_torch(grad: Tensor, chosen: Tensor, boxes: Tensor, shape: Sequence
     return result.view(shape)
 
 
-def _forward(features: Tensor, boxes: Tensor, pool_size: int, backend: str) -> tuple[Tensor, Tensor]:
-    """The maxima, and for the backward which samples they are."""
-    if backend == "torch":
-        return _forward_torch(features, boxes, pool_size)
+def _forward_triton(features: Tensor, boxes: Tensor, pool_size: int) -> tuple[Tensor, Tensor]:
     # Triton is looked for only where it is used: it is not installed on every system.
-    from kernels.regions import border_align_kernels as border_align_triton
+    from kernels.regions import border_align_kernels
 
-    output, chosen = _fake_forward(features, boxes, pool_size, backend)
-    border_align_triton.forward(output, chosen, features, boxes, pool_size)
+    output, chosen = _fake_forward(features, boxes, pool_size, "triton")
+    border_align_kernels.forward(output, chosen, features, boxes, pool_size)
     return output, chosen
 
 
-def _backward(grad, chosen, boxes, shape, pool_size, backend) -> Tensor:
-    if backend == "torch":
-        return _backward_torch(grad, chosen, boxes, shape, pool_size)
+def _backward_triton(grad: Tensor, chosen: Tensor, boxes: Tensor, shape: Sequence[int], pool_size: int) -> Tensor:
     if torch.are_deterministic_algorithms_enabled():
         result = _backward_torch(grad, chosen, boxes, shape, pool_size)
         return result.contiguous(memory_format=torch.channels_last)
-    from kernels.regions import border_align_kernels as border_align_triton
+    from kernels.regions import border_align_kernels
 
-    return border_align_triton.backward(grad, chosen, boxes, shape, pool_size)
+    return border_align_kernels.backward(grad, chosen, boxes, shape, pool_size)
 
 
 def _fake_forward(features: Tensor, boxes: Tensor, pool_size: int, backend: str) -> tuple[Tensor, Tensor]:
     (images, channels), count = features.shape[:2], boxes.shape[1]
 
-    def new(dtype):
+    def new(dtype: torch.dtype) -> Tensor:
         if backend == "torch":
             return features.new_empty(images, 4, channels // 4, count, dtype=dtype).permute(0, 2, 3, 1)
         return features.new_empty(images, count, 4, channels // 4, dtype=dtype).permute(0, 3, 1, 2)
@@ -172,51 +167,65 @@ def _fake_forward(features: Tensor, boxes: Tensor, pool_size: int, backend: str)
     return new(features.dtype), new(torch.uint8)
 
 
-def _fake_backward(grad, chosen, boxes, shape, pool_size, backend) -> Tensor:
+def _fake_backward(
+    grad: Tensor, chosen: Tensor, boxes: Tensor, shape: Sequence[int], pool_size: int, backend: str
+) -> Tensor:
     memory_format = torch.contiguous_format if backend == "torch" else torch.channels_last
     return torch.empty(shape, dtype=boxes.dtype, device=boxes.device, memory_format=memory_format)
 
 
-class _BorderAlign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, keyset, features, boxes, *settings):
-        with torch._C._AutoDispatchBelowAutograd():
-            output, chosen = torch.ops.dyhead.border_align.default.redispatch(keyset, features, boxes, *settings)
-        ctx.settings, ctx.dtype, ctx.shape = settings, features.dtype, features.shape
-        ctx.save_for_backward(chosen, boxes)
-        ctx.mark_non_differentiable(chosen)
-        ctx.set_materialize_grads(False)
-        return output, chosen
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, _):
-        if grad is None:
-            return (None,) * 5
-        found = torch.ops.dyhead.border_align_backward.default(grad, *ctx.saved_tensors, ctx.shape, *ctx.settings)
-        return None, found.to(ctx.dtype), None, None, None
+class _Saved(NamedTuple):
+    dtype: torch.dtype
+    shape: torch.Size
+    settings: Sequence[Any]
 
 
-def _differentiate(keyset, features, *others):
-    below = keyset & torch._C._after_autograd_keyset
-    if torch.is_grad_enabled() and features.requires_grad:
-        return _BorderAlign.apply(below, features, *others)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.dyhead.border_align.default.redispatch(below, features, *others)
+def _save(arguments: Sequence[Any], results: Sequence[Tensor]) -> tuple[list[Tensor], _Saved]:
+    features, boxes, *settings = arguments
+    return [results[1], boxes], _Saved(features.dtype, features.shape, settings)
 
 
-_library = torch.library.Library("dyhead", "FRAGMENT")
-_library.define("border_align(Tensor features, Tensor boxes, int pool_size, str backend) -> (Tensor, Tensor)")
-_library.define(
-    "border_align_backward(Tensor grad, Tensor chosen, Tensor boxes, SymInt[] shape, int pool_size, str backend) "
-    "-> Tensor"
+def _gradients(
+    backward: Callable[..., Tensor],
+    grads: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    saved: _Saved,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    found = backward(grads, grads[0], *tensors, saved.shape, *saved.settings)
+    return [found.to(saved.dtype), None]
+
+
+_operator = Operator(
+    "border_align",
+    Implementation(
+        "(Tensor features, Tensor boxes, int pool_size, str backend) -> (Tensor, Tensor)",
+        _forward_torch,
+        _forward_triton,
+        _fake_forward,
+    ),
+    Derivative(
+        Implementation(
+            "(Tensor grad, Tensor chosen, Tensor boxes, SymInt[] shape, int pool_size, str backend) -> Tensor",
+            _backward_torch,
+            _backward_triton,
+            _fake_backward,
+        ),
+        _save,
+        _gradients,
+        results=1,
+    ),
 )
-for _key in ("CPU", "CUDA"):
-    _library.impl("border_align", _forward, _key)
-    _library.impl("border_align_backward", _backward, _key)
-_library.impl("border_align", _differentiate, "Autograd", with_keyset=True)
-torch.library.register_fake("dyhead::border_align", _fake_forward, lib=_library)
-torch.library.register_fake("dyhead::border_align_backward", _fake_backward, lib=_library)
+
+
+def _check(features: Any, boxes: Any) -> None:
+    check_tensor("features", features, "(N, 4 * C, H, W)", 4)
+    if features.shape[1] % 4 or features.shape[2] < 1 or features.shape[3] < 1:
+        raise ValueError(f"features must be (N, 4 * C, H, W) with a cell or more, got shape {tuple(features.shape)}")
+    check_tensor("boxes", boxes, "(N, n, 4)", 3)
+    check_device("boxes", boxes, "features", features)
+    if boxes.shape[0] != features.shape[0] or boxes.shape[2] != 4:
+        raise ValueError(f"boxes must be ({features.shape[0]}, n, 4), got shape {tuple(boxes.shape)}")
 
 
 def border_align(features: Tensor, boxes: Tensor, pool_size: int = 10) -> Tensor:
@@ -240,15 +249,9 @@ def border_align(features: Tensor, boxes: Tensor, pool_size: int = 10) -> Tensor
         TypeError: an argument is of a wrong Python type.
         ValueError: a shape, a type, a device or `pool_size` does not fit; the message names the argument.
     """
-    check_tensor("features", features, "(N, 4 * C, H, W)", 4)
-    if features.shape[1] % 4 or features.shape[2] < 1 or features.shape[3] < 1:
-        raise ValueError(f"features must be (N, 4 * C, H, W) with a cell or more, got shape {tuple(features.shape)}")
-    check_tensor("boxes", boxes, "(N, n, 4)", 3)
-    check_device("boxes", boxes, "features", features)
-    if boxes.shape[0] != features.shape[0] or boxes.shape[2] != 4:
-        raise ValueError(f"boxes must be ({features.shape[0]}, n, 4), got shape {tuple(boxes.shape)}")
+    _check(features, boxes)
     pool_size = check_integer("pool_size", pool_size, 1, 255)
+    key = signature(features, boxes)
     positions = boxes.detach().to(torch.promote_types(features.dtype, torch.float32))
-    with without_autocast(features.device):
-        op = torch.ops.dyhead.border_align.default
-        return op(features, positions, pool_size, resolve_backend(features.device))[0]
+    output: Tensor = _operator(key, features, positions, pool_size, resolve_backend(features.device))[0]
+    return output

@@ -11,6 +11,8 @@ early. In Triton both steps are kernels, and the host waits once, for the number
 """
 
 import ctypes
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from kernels.backend import resolve_backend
 from kernels.runtime.checks import INTEGER, check_device, check_integer, check_number, check_tensor
+from kernels.runtime.operator import Implementation, Operator, signature
 
 # Boxes per overlap matrix. Small where the matrix itself is the cost, large where the transfer is.
 _BLOCK_CPU = 128
@@ -71,8 +74,11 @@ def _nms(boxes: Tensor, scores: Tensor, labels: Tensor | None, iou_threshold: fl
     iou_threshold = check_number("iou_threshold", iou_threshold)
     if max_output is not None:
         max_output = check_integer("max_output", max_output, 0, 2**63 - 1)
-    backend = resolve_backend(boxes.device)
-    return torch.ops.dyhead.nms(boxes.detach(), scores.detach(), labels, iou_threshold, max_output, backend)
+    key = signature(boxes, scores, labels)
+    kept: Tensor = _operator(
+        key, boxes.detach(), scores.detach(), labels, iou_threshold, max_output, resolve_backend(boxes.device)
+    )
+    return kept
 
 
 def _check_count(name: str, values: Tensor, boxes: Tensor) -> None:
@@ -82,7 +88,12 @@ def _check_count(name: str, values: Tensor, boxes: Tensor) -> None:
 
 
 def _forward(
-    boxes: Tensor, scores: Tensor, labels: Tensor | None, iou_threshold: float, max_output: int | None, backend: str
+    greedy: Callable[[Tensor, Tensor, Tensor | None, float, int], Tensor],
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor | None,
+    iou_threshold: float,
+    max_output: int | None,
 ) -> Tensor:
     order = scores.argsort(descending=True, stable=True)
     limit = len(order) if max_output is None else min(max_output, len(order))
@@ -91,12 +102,18 @@ def _forward(
     if boxes.dtype != torch.float64:
         # A number that float32 does not hold becomes an infinity, not an error.
         iou_threshold = ctypes.c_float(iou_threshold).value
-    if backend == "torch" or len(order) > _MOST_TRITON:
-        return _greedy(boxes, order, labels, iou_threshold, limit)
-    # Triton is looked for only where it is used: it is not installed on every system.
-    from kernels.regions import nms_kernels as nms_triton
+    return greedy(boxes, order, labels, iou_threshold, limit)
 
-    return nms_triton.greedy(boxes, order, labels, iou_threshold, limit)
+
+def _forward_torch(*arguments: Any) -> Tensor:
+    return _forward(_greedy, *arguments)
+
+
+def _forward_triton(boxes: Tensor, *others: Any) -> Tensor:
+    # Triton is looked for only where it is used: it is not installed on every system.
+    from kernels.regions import nms_kernels
+
+    return _forward(_greedy if len(boxes) > _MOST_TRITON else nms_kernels.greedy, boxes, *others)
 
 
 def _greedy(boxes: Tensor, order: Tensor, labels: Tensor | None, iou_threshold: float, limit: int) -> Tensor:
@@ -140,14 +157,16 @@ def _greedy(boxes: Tensor, order: Tensor, labels: Tensor | None, iou_threshold: 
     return order[torch.tensor(kept, device=boxes.device)]
 
 
-def _fake(boxes, scores, labels, iou_threshold, max_output, backend) -> Tensor:
+def _fake(boxes: Tensor, scores: Tensor, *others: Any) -> Tensor:
     return scores.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 
-_library = torch.library.Library("dyhead", "FRAGMENT")
-_library.define(
-    "nms(Tensor boxes, Tensor scores, Tensor? labels, float iou_threshold, SymInt? max_output, str backend) -> Tensor"
+_operator = Operator(
+    "nms",
+    Implementation(
+        "(Tensor boxes, Tensor scores, Tensor? labels, float iou_threshold, SymInt? max_output, str backend) -> Tensor",
+        _forward_torch,
+        _forward_triton,
+        _fake,
+    ),
 )
-for _key in ("CPU", "CUDA"):
-    _library.impl("nms", _forward, _key)
-torch.library.register_fake("dyhead::nms", _fake, lib=_library)

@@ -13,13 +13,13 @@ deterministic algorithms: then the backward is the one in PyTorch.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from kernels.backend import resolve_backend, without_autocast
+from kernels.backend import resolve_backend
 from kernels.regions.roi_align_samples import cells_of, grid_of, reference, reference_backward
 from kernels.runtime.checks import (
     check_device,
@@ -30,6 +30,7 @@ from kernels.runtime.checks import (
     check_tensor,
     kind_of,
 )
+from kernels.runtime.operator import Derivative, Implementation, Operator, signature
 
 # Elements of the product between the two matrix products that are alive at a time.
 _CHUNK = 1 << 26
@@ -53,7 +54,7 @@ def _weights(
     return weights[1, :, :p, :height] / samples[1], weights[0, :, :q, :width] / samples[0]
 
 
-def _forward_torch(features: Tensor, boxes: Tensor, rows: Tensor, columns: Tensor, counts: Sequence[int], *how):
+def _pool(features: Tensor, boxes: Tensor, rows: Tensor, columns: Tensor, counts: Sequence[int], *how: Any) -> Tensor:
     """`out[r, c] = rows[r] @ features[image of r, c] @ columns[r]ᵀ`, with nothing kept that grows with boxes × map.
 
     Boxes are grouped by image; those beyond the counts are of none. The result is (R, P, C, Q).
@@ -77,8 +78,14 @@ def _forward_torch(features: Tensor, boxes: Tensor, rows: Tensor, columns: Tenso
     return out
 
 
-def _backward_torch(
-    grad: Tensor, boxes: Tensor, rows: Tensor, columns: Tensor, counts: Sequence[int], shape: Sequence[int], *how
+def _unpool(
+    grad: Tensor,
+    boxes: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    counts: Sequence[int],
+    shape: Sequence[int],
+    *how: Any,
 ) -> Tensor:
     n, channels, height, width = shape
     p, q = rows.shape[1], columns.shape[1]
@@ -97,7 +104,7 @@ def _backward_torch(
     return total.view(n, height, channels, width).transpose(1, 2)
 
 
-def _parts(counts: Sequence[int], elements: int):
+def _parts(counts: Sequence[int], elements: int) -> Iterator[tuple[int, slice]]:
     """(image, slice of the boxes) pairs in order, each small enough for `_CHUNK`."""
     most = max(1, _CHUNK // max(1, elements))
     end = 0
@@ -122,41 +129,94 @@ def _images(images: Tensor | None, counts: Sequence[int], boxes: Tensor) -> Tens
     return numbers.repeat_interleave(repeats, output_size=boxes.shape[0])
 
 
-def _forward(features, boxes, images, counts, output_size, sampling_ratio, aligned, backend):
+def _forward_torch(
+    features: Tensor,
+    boxes: Tensor,
+    images: Tensor | None,
+    counts: Sequence[int],
+    output_size: Sequence[int],
+    sampling_ratio: int,
+    aligned: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and for the backward what PyTorch has made of the boxes, grouped by image."""
-    how = sampling_ratio, aligned
-    if backend == "torch":
-        features, order = features.to(boxes.dtype), None
-        if images is not None:
-            order, counts = _grouped(images, features.shape[0])
-            boxes = boxes[order]
-        rows, columns = _weights(boxes, output_size, features.shape[2:], *how)
-        out = _forward_torch(features, boxes, rows, columns, counts, *how)
-        return (out if order is None else out[order.argsort()]).transpose(1, 2), rows, columns
-    # Triton is looked for only where it is used: it is not installed on every system.
-    from kernels.regions import roi_align_kernels as roi_align_triton
+    features, order, how = features.to(boxes.dtype), None, (sampling_ratio, aligned)
+    if images is not None:
+        order, counts = _grouped(images, features.shape[0])
+        boxes = boxes[order]
+    rows, columns = _weights(boxes, output_size, features.shape[2:], *how)
+    out = _pool(features, boxes, rows, columns, counts, *how)
+    return (out if order is None else out[order.argsort()]).transpose(1, 2), rows, columns
 
-    outputs = _fake_forward(features, boxes, images, counts, output_size, *how, backend)
-    roi_align_triton.forward(outputs[0], features, boxes, _images(images, counts, boxes), *how)
+
+def _forward_triton(
+    features: Tensor,
+    boxes: Tensor,
+    images: Tensor | None,
+    counts: Sequence[int],
+    output_size: Sequence[int],
+    sampling_ratio: int,
+    aligned: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Triton is looked for only where it is used: it is not installed on every system.
+    from kernels.regions import roi_align_kernels
+
+    how = sampling_ratio, aligned
+    outputs = _fake_forward(features, boxes, images, counts, output_size, *how, "triton")
+    roi_align_kernels.forward(outputs[0], features, boxes, _images(images, counts, boxes), *how)
     return outputs
 
 
-def _backward(grad, boxes, images, rows, columns, counts, shape, sampling_ratio, aligned, backend) -> Tensor:
-    how = sampling_ratio, aligned
-    if backend == "triton" and not torch.are_deterministic_algorithms_enabled():
-        from kernels.regions import roi_align_kernels as roi_align_triton
-
-        return roi_align_triton.backward(grad, boxes, _images(images, counts, boxes), shape, *how)
+def _backward_torch(
+    grad: Tensor,
+    boxes: Tensor,
+    images: Tensor | None,
+    rows: Tensor,
+    columns: Tensor,
+    counts: Sequence[int],
+    shape: Sequence[int],
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
     if images is not None:
         order, counts = _grouped(images, shape[0])
         grad, boxes = grad[order], boxes[order]
-    if backend == "torch":
-        return _backward_torch(grad, boxes, rows, columns, counts, shape, *how)
-    total = _backward_torch(grad, boxes, *_weights(boxes, grad.shape[2:], shape[2:], *how), counts, shape, *how)
+    return _unpool(grad, boxes, rows, columns, counts, shape, sampling_ratio, aligned)
+
+
+def _backward_triton(
+    grad: Tensor,
+    boxes: Tensor,
+    images: Tensor | None,
+    rows: Tensor,
+    columns: Tensor,
+    counts: Sequence[int],
+    shape: Sequence[int],
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    how = sampling_ratio, aligned
+    if not torch.are_deterministic_algorithms_enabled():
+        from kernels.regions import roi_align_kernels
+
+        return roi_align_kernels.backward(grad, boxes, _images(images, counts, boxes), shape, *how)
+    if images is not None:
+        order, counts = _grouped(images, shape[0])
+        grad, boxes = grad[order], boxes[order]
+    rows, columns = _weights(boxes, grad.shape[2:], shape[2:], *how)
+    total = _unpool(grad, boxes, rows, columns, counts, shape, *how)
     return total.contiguous(memory_format=torch.channels_last)
 
 
-def _fake_forward(features, boxes, images, counts, output_size, sampling_ratio, aligned, backend):
+def _fake_forward(
+    features: Tensor,
+    boxes: Tensor,
+    images: Tensor | None,
+    counts: Sequence[int],
+    output_size: Sequence[int],
+    sampling_ratio: int,
+    aligned: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     count, (p, q), (_, channels, height, width) = boxes.shape[0], output_size, features.shape
     if backend == "torch":
         out = boxes.new_empty(count, p, channels, q).transpose(1, 2)
@@ -165,59 +225,58 @@ def _fake_forward(features, boxes, images, counts, output_size, sampling_ratio, 
     return out, boxes.new_empty(0), boxes.new_empty(0)
 
 
-def _fake_backward(grad, boxes, images, rows, columns, counts, shape, sampling_ratio, aligned, backend) -> Tensor:
-    n, channels, height, width = shape
+def _fake_backward(grad: Tensor, *arguments: Any) -> Tensor:
+    (n, channels, height, width), backend = arguments[5], arguments[-1]
     if backend == "torch":
         return grad.new_empty(n, height, channels, width).transpose(1, 2)
     return grad.new_empty(n, height, width, channels).permute(0, 3, 1, 2)
 
 
-class _RoIAlign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, keyset, features, boxes, images, *settings):
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs = torch.ops.dyhead.roi_align.default.redispatch(keyset, features, boxes, images, *settings)
-        ctx.settings, ctx.dtype, ctx.shape = settings, features.dtype, features.shape
-        ctx.save_for_backward(boxes, images, *outputs[1:])
-        ctx.mark_non_differentiable(*outputs[1:])
-        ctx.set_materialize_grads(False)
-        return outputs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *_):
-        if grad is None:
-            return (None,) * 9
-        counts, _, sampling_ratio, aligned, backend = ctx.settings
-        found = torch.ops.dyhead.roi_align_backward.default(
-            grad, *ctx.saved_tensors, counts, ctx.shape, sampling_ratio, aligned, backend
-        )
-        return None, found.to(ctx.dtype), *[None] * 7
+class _Saved(NamedTuple):
+    dtype: torch.dtype
+    shape: torch.Size
+    settings: Sequence[Any]
 
 
-def _differentiate(keyset, features, *others):
-    below = keyset & torch._C._after_autograd_keyset
-    if torch.is_grad_enabled() and features.requires_grad:
-        return _RoIAlign.apply(below, features, *others)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.dyhead.roi_align.default.redispatch(below, features, *others)
+def _save(arguments: Sequence[Any], results: Sequence[Tensor]) -> tuple[list[Tensor | None], _Saved]:
+    features, boxes, images, counts, _, *settings = arguments
+    return [boxes, images, *results[1:]], _Saved(features.dtype, features.shape, (counts, *settings))
 
 
-_library = torch.library.Library("dyhead", "FRAGMENT")
-_library.define(
-    "roi_align(Tensor features, Tensor boxes, Tensor? images, SymInt[] counts, SymInt[] output_size, "
-    "int sampling_ratio, bool aligned, str backend) -> (Tensor, Tensor, Tensor)"
+def _gradients(
+    backward: Callable[..., Tensor],
+    grads: Sequence[Tensor],
+    tensors: Sequence[Tensor | None],
+    saved: _Saved,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    counts, *settings = saved.settings
+    found = backward(grads, grads[0], *tensors, counts, saved.shape, *settings)
+    return [found.to(saved.dtype), None, None]
+
+
+_operator = Operator(
+    "roi_align",
+    Implementation(
+        "(Tensor features, Tensor boxes, Tensor? images, SymInt[] counts, SymInt[] output_size, int sampling_ratio, "
+        "bool aligned, str backend) -> (Tensor, Tensor, Tensor)",
+        _forward_torch,
+        _forward_triton,
+        _fake_forward,
+    ),
+    Derivative(
+        Implementation(
+            "(Tensor grad, Tensor boxes, Tensor? images, Tensor rows, Tensor columns, SymInt[] counts, "
+            "SymInt[] shape, int sampling_ratio, bool aligned, str backend) -> Tensor",
+            _backward_torch,
+            _backward_triton,
+            _fake_backward,
+        ),
+        _save,
+        _gradients,
+        results=1,
+    ),
 )
-_library.define(
-    "roi_align_backward(Tensor grad, Tensor boxes, Tensor? images, Tensor rows, Tensor columns, SymInt[] counts, "
-    "SymInt[] shape, int sampling_ratio, bool aligned, str backend) -> Tensor"
-)
-for _key in ("CPU", "CUDA"):
-    _library.impl("roi_align", _forward, _key)
-    _library.impl("roi_align_backward", _backward, _key)
-torch.library.register_fake("dyhead::roi_align", _fake_forward, lib=_library)
-torch.library.register_fake("dyhead::roi_align_backward", _fake_backward, lib=_library)
-_library.impl("roi_align", _differentiate, "Autograd", with_keyset=True)
 
 
 def roi_align(
@@ -263,6 +322,7 @@ def roi_align(
         raise ValueError(f"spatial_scale must be finite and greater than 0, got {spatial_scale}")
     sampling_ratio = max(check_integer("sampling_ratio", sampling_ratio, -_MOST, _MOST), 0)
     check_flag("aligned", aligned)
+    key = signature(features, *([boxes] if isinstance(boxes, Tensor) else boxes))
     dtype = torch.promote_types(features.dtype, torch.float32)
     if isinstance(boxes, Tensor):
         # Never to a smaller type, in which a number could be rounded to the next.
@@ -274,10 +334,9 @@ def roi_align(
         images, counts = None, [b.shape[0] for b in boxes]
         corners = torch.cat(list(boxes)) if boxes else features.new_zeros(0, 4)
     corners = corners.detach().to(dtype) * spatial_scale
-    with without_autocast(features.device):
-        op = torch.ops.dyhead.roi_align.default
-        backend = resolve_backend(features.device)
-        return op(features, corners, images, counts, output_size, sampling_ratio, aligned, backend)[0]
+    settings = counts, output_size, sampling_ratio, aligned, resolve_backend(features.device)
+    output: Tensor = _operator(key, features, corners, images, *settings)[0]
+    return output
 
 
 def _check_boxes(boxes: Sequence[Tensor] | Tensor, features: Tensor) -> None:

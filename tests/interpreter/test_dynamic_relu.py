@@ -18,13 +18,13 @@ from relu_calls import (
     refusal,
 )
 
-from kernels import OPS, dynamic_relu, use_backend
-from kernels.bench.op import Shape, rounding
-from kernels.dynamic_relu.operator import dynamic_relu_reference
+from kernels import dynamic_relu, use_backend
+from kernels.bench.op import OPS, Shape, rounding
+from kernels.dynamic_relu.operator import reference
 
-# The package has a function of the same name as its module.
-kernels_module = importlib.import_module("kernels.dynamic_relu.kernels")
-OP = next(op for op in OPS if op.name == "dynamic_relu")
+# The package has a function of the same name as its folder.
+launch = importlib.import_module("kernels.dynamic_relu.launch")
+OP = OPS["dynamic_relu"]
 # Every one ends in the middle of a tile, in one direction or both; the last two take several tiles.
 SHAPES = [
     Shape("one pixel", 3, 5, 1, 1),
@@ -64,7 +64,7 @@ def test_output_and_gradients(shape, dtype, layout, poison):
 
 @pytest.mark.parametrize("programs", [1, 3, 7])
 def test_chunks_of_several_tiles(programs, monkeypatch, poison):
-    monkeypatch.setattr(kernels_module, "_BACKWARD_PROGRAMS", programs)
+    monkeypatch.setattr(launch, "_BACKWARD_PROGRAMS", programs)
     for layout in (torch.channels_last, torch.contiguous_format):
         tensors = inputs(Shape("chunks", 2, 20, 41, 31), torch.float64)
         tensors["input"] = tensors["input"].detach().contiguous(memory_format=layout)
@@ -82,9 +82,9 @@ def test_any_strides(layout, poison):
         input = input.transpose(2, 3).contiguous().transpose(2, 3)
     else:
         input = input.repeat_interleave(2, 1)[:, ::2]
-    torch.testing.assert_close(dynamic_relu(input, coefficients), dynamic_relu_reference(input, coefficients))
+    torch.testing.assert_close(dynamic_relu(input, coefficients), reference(input, coefficients))
     for cotangent in (torch.randn(input.shape[::-1]).permute(3, 2, 1, 0), torch.ones(()).expand(input.shape)):
-        expected = gradients(dynamic_relu_reference, input, coefficients, cotangent.double())
+        expected = gradients(reference, input, coefficients, cotangent.double())
         torch.testing.assert_close(gradients(dynamic_relu, input, coefficients, cotangent.double()), expected)
 
 
@@ -92,7 +92,7 @@ def test_ties_are_split_in_half():
     generator = torch.Generator().manual_seed(0)
     input, coefficients = (torch.randint(-2, 3, s, generator=generator).float() for s in ((2, 6, 8, 8), (2, 4, 6)))
     cotangent = torch.randn(2, 6, 8, 8)
-    expected = gradients(dynamic_relu_reference, input, coefficients, cotangent)
+    expected = gradients(reference, input, coefficients, cotangent)
     torch.testing.assert_close(gradients(dynamic_relu, input, coefficients, cotangent), expected)
 
 

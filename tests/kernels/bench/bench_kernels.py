@@ -30,8 +30,7 @@ from timing import (
 )
 from torch import Tensor
 
-from kernels import OPS
-from kernels.bench.op import DETERMINISTIC, MODES, Op, Shape, plain_mode, pyramid, rounding
+from kernels.bench.op import DETERMINISTIC, MODES, OPS, Op, Shape, plain_mode, pyramid, rounding
 from kernels.bench.roofline import DTYPES, float32_products, synchronised_clock
 
 # What the default grid trains on: the two ends of a pyramid of 64 channels.
@@ -74,7 +73,7 @@ def cases(device: str, timed: bool) -> list[Case]:
     shapes = GPU_SHAPES if gpu else CPU_SHAPES + tuple(pyramid(1)[:1] if timed else ())
     return [
         Case(op, provider, shape, precision, mode, device)
-        for op in OPS
+        for op in OPS.values()
         for shape in shapes
         for precision in (DTYPES if gpu else ("fp32",))
         for mode in ((*MODES, *DETERMINISTIC) if gpu else ("forward", "both"))

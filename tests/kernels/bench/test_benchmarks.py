@@ -12,8 +12,9 @@ import torch
 from places import ROOT
 from timing import Missing, why_missing
 
-from kernels import OPS, deform_conv2d
+from kernels import deform_conv2d
 from kernels.bench.goals import GOALS, Name
+from kernels.bench.op import OPS
 from kernels.bench.table import main as table
 
 
@@ -50,7 +51,7 @@ def _name(row):
     return Name(**{field: row[field] for field in Name.__dataclass_fields__})
 
 
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_a_wrong_operator_is_not_timed(op):
     shape = bench_kernels.CPU_SHAPES[1]
     wrong = replace(op, function=lambda **tensors: 1.0001 * op.function(**tensors))

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import OPS, deform_conv2d, use_backend
-from kernels.bench.op import Shape, pyramid, rounding
+from kernels import deform_conv2d, use_backend
+from kernels.bench.op import OPS, Shape, pyramid, rounding
 
 SHAPE = Shape("odd", 2, 6, 5, 7)
-DEFORM_CONV2D, DYNAMIC_RELU = OPS
+DEFORM_CONV2D, DYNAMIC_RELU = OPS["deform_conv2d"], OPS["dynamic_relu"]
 
 
 def counted(function) -> int:
@@ -67,7 +67,7 @@ def test_bytes_are_those_of_every_operand_once():
     assert DYNAMIC_RELU.bytes_moved(tensors, output, "both") == 5 * map_bytes + 3 * coefficient_bytes
 
 
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_operator_and_record_agree(op):
     tensors = inputs(op)
     errors, limits = op.errors(op.function, tensors), op.limits(tensors, rounding(torch.float32, 9 * SHAPE.channels))
