@@ -9,7 +9,8 @@ import triton.language as tl
 
 
 @triton.jit
-def _tile(tiles_p, tiles_c, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def _tile(tiles_p, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    tiles_c = tl.cdiv(channels, BLOCK_C)
     # Channel tiles are innermost, so that programs that run together read neighbouring memory in channels_last.
     i_program = tl.program_id(0)
     i_c = i_program % tiles_c
@@ -46,12 +47,11 @@ def forward_kernel(
     y_stride_p,
     y_stride_c,
     tiles_p,
-    tiles_c,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     REAL: tl.constexpr,
 ):
-    i_n, _, o_p, o_c = _tile(tiles_p, tiles_c, BLOCK_P, BLOCK_C)
+    i_n, _, o_p, o_c = _tile(tiles_p, channels, BLOCK_P, BLOCK_C)
     m_pc = (o_p < pixels)[:, None] & (o_c < channels)[None, :]
     b_a1, b_b1, b_a2, b_b2 = _load_coefficients(coefficients, i_n, o_c, channels, REAL)
     o_x = i_n * x_stride_n + o_p[:, None] * x_stride_p + o_c[None, :] * x_stride_c
@@ -81,13 +81,12 @@ def backward_kernel(
     grad_x_stride_p,
     grad_x_stride_c,
     chunks,
-    tiles_c,
     STEPS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     REAL: tl.constexpr,
 ):
-    i_n, i_chunk, o_p, o_c = _tile(chunks, tiles_c, BLOCK_P, BLOCK_C)
+    i_n, i_chunk, o_p, o_c = _tile(chunks, channels, BLOCK_P, BLOCK_C)
     m_c = o_c < channels
     b_a1, b_b1, b_a2, b_b2 = _load_coefficients(coefficients, i_n, o_c, channels, REAL)
     sum_a1 = tl.zeros((BLOCK_P, BLOCK_C), dtype=REAL)

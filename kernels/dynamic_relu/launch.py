@@ -69,8 +69,7 @@ def _forward_launch(output: Tensor, input: Tensor, coefficients: Tensor) -> Laun
     x, y = _rows(input), _rows(output)
     blocks = _blocks(_FORWARD_TILE, pixels, channels, y.strides[1] == 1)
     arguments = x.arguments("x") | y.arguments("y") | {"coefficients": coefficients.contiguous()}
-    arguments |= {"pixels": pixels, "channels": channels}
-    arguments |= {"tiles_p": blocks.along_pixels, "tiles_c": blocks.along_channels}
+    arguments |= {"pixels": pixels, "channels": channels, "tiles_p": blocks.along_pixels}
     grid = (n * blocks.along_pixels * blocks.along_channels,)
     return Launch(kernels.forward_kernel, grid, arguments, blocks.constants(input), _WARPS, _STAGES)
 
@@ -90,7 +89,7 @@ def _backward_launch(grad_input: Tensor, grad_output: Tensor, input: Tensor, coe
     partial = torch.empty((n, chunks, 4, channels), dtype=real(input.dtype), device=input.device)
     arguments = grad_y.arguments("grad_y") | x.arguments("x") | grad_x.arguments("grad_x")
     arguments |= {"coefficients": coefficients.contiguous(), "partial": partial}
-    arguments |= {"pixels": pixels, "channels": channels, "chunks": chunks, "tiles_c": tiles_c}
+    arguments |= {"pixels": pixels, "channels": channels, "chunks": chunks}
     constants = blocks.constants(input) | {"STEPS": steps}
     return Launch(kernels.backward_kernel, (n * chunks * tiles_c,), arguments, constants, _WARPS, _STAGES)
 
