@@ -3,17 +3,17 @@
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from ablations.experiment import trained
 from ablations.experiment.progress import TRAINING_SHARE, clock
 from ablations.grid import Cell
 from ablations.options import Options
 from ablations.rows.machine import machine_info
+from ablations.rows.row import Machine, Row, Training, machine_of, training_of
 from ablations.rows.store import read_rows
 
 
@@ -31,9 +31,9 @@ class Plan:
     """
 
     cells: list[Cell]
-    rows: dict[str, dict[str, Any]]
+    rows: dict[str, Row]
     todo: list[Cell]
-    only_evaluated: dict[Cell, trained.Record]
+    only_evaluated: dict[Cell, Training]
     workers: int
     threads: int
 
@@ -58,10 +58,10 @@ def announce(plan: Plan, options: Options) -> None:
         print(f"trained already, on the same training data, and now only evaluated: {names}")
         report_reuse("weights", plan.only_evaluated.values(), options)
     if not options.dry_run:
-        report_reuse("rows", [plan.rows[cell.key]["machine"] for cell in done], options)
+        report_reuse("rows", [machine_of(plan.rows[cell.key]) for cell in done], options)
 
 
-def report_reuse(what: str, records: Iterable[Mapping[str, Any]], options: Options) -> None:
+def report_reuse(what: str, records: Iterable[Machine | Training], options: Options) -> None:
     """Say in one line when rows or weights are reused that another commit made; each record has its `commit`."""
     here = machine_info(options.device, options.command)["commit"]
     others = sorted({record.get("commit") or "unknown" for record in records} - {here})
@@ -77,8 +77,8 @@ def dry_run(plan: Plan) -> None:
         print(f"  {cell.name:34}  {what}")
     seconds = defaultdict(list)
     for row in plan.rows.values():
-        if (row.get("training") or {}).get("seconds"):
-            seconds[row["cell"]["detector"]].append(row["training"]["seconds"])
+        if taken := training_of(row).get("seconds"):
+            seconds[row["cell"]["detector"]].append(taken)
     if seconds and plan.todo:
         pace = {detector: mean(times) for detector, times in seconds.items()}
         cost = sum(

@@ -14,6 +14,7 @@ from ablations.rows.frame import as_text
 from ablations.rows.gains import GAINS_NOTE, GAINS_TITLE, gains_table
 from ablations.rows.picture import write_pictures
 from ablations.rows.plots import ap_against_depth, ap_against_latency, gain_by_detector, to_svg
+from ablations.rows.row import Row, machine_of
 from ablations.rows.sections import Section, make_sections
 from ablations.rows.store import read_all
 from ablations.rows.tables import write_tables
@@ -59,7 +60,7 @@ document.querySelectorAll("th").forEach(function (heading) {
 """
 
 
-def write_results(rows: Iterable[dict], directory: str | Path, problems: Iterable[str] = ()) -> list[Path]:
+def write_results(rows: Iterable[Row], directory: str | Path, problems: Iterable[str] = ()) -> list[Path]:
     """Write all that is made from rows: the tables, the pictures, the report; arguments and errors as below."""
     rows = list(rows)
     return [
@@ -69,7 +70,7 @@ def write_results(rows: Iterable[dict], directory: str | Path, problems: Iterabl
     ]
 
 
-def write_report(rows: Iterable[dict], directory: str | Path, problems: Iterable[str] = ()) -> Path:
+def write_report(rows: Iterable[Row], directory: str | Path, problems: Iterable[str] = ()) -> Path:
     """Write `report.html` into `directory`; it needs no other file and no network.
 
     Args:
@@ -123,15 +124,16 @@ def _section(section: Section, number: int) -> str:
 
 
 def _table(text: pd.DataFrame) -> str:
-    numeric = {name: bool(text[name].str.match(r"^[+-]?\d|^$").all()) for name in text}
-    kind = {name: "" if numeric[name] else " class='text'" for name in text}
-    head = "".join(f"<th{kind[name]}>{escape(name)}</th>" for name in text)
+    names = [str(name) for name in text]
+    numeric = {name: bool(text[name].str.match(r"^[+-]?\d|^$").all()) for name in names}
+    kind = {name: "" if numeric[name] else " class='text'" for name in names}
+    head = "".join(f"<th{kind[name]}>{escape(name)}</th>" for name in names)
     rows = []
     for _, line in text.iterrows():
         row = "baseline" if line.get("attentions") == "baseline" else ""
         if "ok" not in line.get("status", "ok"):
             row += " failed"
-        cells = "".join(f"<td{kind[name]}>{escape(line[name])}</td>" for name in text)
+        cells = "".join(f"<td{kind[name]}>{escape(line[name])}</td>" for name in names)
         rows.append(f"<tr class='{row.strip()}'>{cells}</tr>\n" if row else f"<tr>{cells}</tr>\n")
     return (
         f"<div class='scroll'><table><thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(rows)}</tbody></table></div>\n"
@@ -145,7 +147,7 @@ def _gains(frame: pd.DataFrame) -> str:
     return f"<h3>{escape(GAINS_TITLE)}</h3>\n<p class='notes'>{escape(GAINS_NOTE)}</p>\n{_table(gains)}"
 
 
-def _effects(rows: list[dict]) -> str:
+def _effects(rows: list[Row]) -> str:
     frame = effects_table(rows)
     if frame.empty:
         return ""
@@ -171,10 +173,9 @@ def _effects(rows: list[dict]) -> str:
     )
 
 
-def _reproduce(rows: list[dict]) -> str:
-    machines = [row.get("machine") or {} for row in rows]
-    commits = [machine["commit"] for machine in reversed(machines) if machine.get("commit")]
-    commits = list(dict.fromkeys(commits))
+def _reproduce(rows: list[Row]) -> str:
+    machines = [machine_of(row) for row in rows]
+    commits = list(dict.fromkeys(commit for machine in reversed(machines) if (commit := machine.get("commit"))))
     commands = dict.fromkeys(machine["command"] for machine in machines if machine.get("command"))
     lines = [f"git checkout {commit}" for commit in commits[:1]] + ["pip install -c constraints.txt -e ."] + [*commands]
     words = []

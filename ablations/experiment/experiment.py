@@ -5,7 +5,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 
@@ -20,6 +20,7 @@ from ablations.experiment.room import Room
 from ablations.experiment.train import train
 from ablations.grid import Cell
 from ablations.rows.machine import machine_info
+from ablations.rows.row import Results, Training
 from heads import build_detector
 from heads.backbones.resnet import Backbone, load_imagenet
 from heads.detector import Detector
@@ -79,7 +80,7 @@ class Step(NamedTuple):
 class Learned(NamedTuple):
     """Parts of a cell's row are known, and stay known whatever happens next."""
 
-    parts: dict[str, Any]
+    parts: Results
 
 
 Event = Stage | Step | Learned
@@ -138,7 +139,7 @@ def run(cell: Cell, job: Job, room: Room, notice: Callable[[Event], None]) -> No
     with room.quiet(), autocast(device, cell.precision):
         speed = measure_latency(model, images, device)
     size = {"params_M": count_parameters(model) / 1e6, "GMACs": count_gmacs(model, images[:1])}
-    notice(Learned({**size, **speed}))
+    notice(Learned(cast(Results, {**size, **speed})))
 
 
 def build(cell: Cell, num_classes: int, weights: str | None) -> Detector:
@@ -171,7 +172,7 @@ def fit(
     room: Room,
     threads: int,
     notice: Callable[[Event], None],
-) -> trained.Record:
+) -> Training:
     """Train `model` in place, from a checkpoint if there is one; returns what `train` does."""
 
     def report(step: int, loss: float) -> None:

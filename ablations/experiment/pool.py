@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
-from typing import Any
 
 from ablations.experiment.experiment import Event, Job, Learned, Stage
 from ablations.experiment.worker import Elsewhere, Finished, Message, Unwritten, failed_row, work
 from ablations.grid import Cell
+from ablations.rows.row import Results, Row
 from ablations.rows.store import write_row
 
 # A worker that ends without a word was killed from outside. Its cell is tried once more before that counts as a row.
@@ -41,7 +41,7 @@ def run_cells(cells: list[Cell], job: Job, workers: int, notice: Callable[[Cell,
     """
     todo = deque(cells)
     lost: Counter[Cell] = Counter()
-    known: defaultdict[Cell, dict[str, Any]] = defaultdict(dict)
+    known: defaultdict[Cell, Results] = defaultdict(Results)
     context = multiprocessing.get_context("spawn")
     team = [hire(context, job) for _ in range(min(workers, len(cells)))]
     try:
@@ -66,7 +66,7 @@ def run_cells(cells: list[Cell], job: Job, workers: int, notice: Callable[[Cell,
                         todo.appendleft(cell)
                         continue
                     reason = f"its process ended {lost[cell]} times with exit code {worker.process.exitcode}"
-                    row = failed_row(cell, job, "crashed", f"{reason}; was memory short?") | known[cell]
+                    row: Row = {**failed_row(cell, job, "crashed", f"{reason}; was memory short?"), **known[cell]}
                     write_row(job.out, row)
                     message = Finished(row)
                 if isinstance(message, Unwritten):

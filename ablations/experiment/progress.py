@@ -3,11 +3,12 @@
 import shutil
 import sys
 import time
-from typing import Any, TextIO
+from typing import TextIO
 
 from ablations.experiment.experiment import Event, Learned, Stage, Step
 from ablations.experiment.worker import Finished
 from ablations.grid import Cell
+from ablations.rows.row import Row, metrics_of, training_of
 
 COLUMNS = (
     ("cell", 34),
@@ -87,10 +88,10 @@ class Progress:
             self.stream.flush()
 
 
-def describe(cell: Cell, row: dict[str, Any]) -> str:
+def describe(cell: Cell, row: Row) -> str:
     """One row of the live table."""
-    metrics = row.get("metrics") or {}
-    seconds = (row.get("training") or {}).get("seconds")
+    metrics = metrics_of(row)
+    seconds = training_of(row).get("seconds")
     values = (
         metrics.get("AP"),
         metrics.get("AP50"),

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ablations.experiment.precision import autocast
-from ablations.experiment.trained import CHECKPOINT, Record
+from ablations.experiment.trained import CHECKPOINT
 from ablations.files import atomic_file
 from ablations.grid import Cell
+from ablations.rows.row import Training
 from heads.parameters import parameter_kinds
 
 MOMENTUM = 0.9
@@ -79,7 +80,7 @@ def train(
     directory: Path,
     busy: Callable[[], AbstractContextManager[object]] = nullcontext,
     report: Callable[[int, float], None] = lambda step, loss: None,
-) -> Record:
+) -> Training:
     """Train `model` in place, from the checkpoint in `directory` if there is one.
 
     Args:

@@ -7,20 +7,18 @@ finds them there and is only evaluated.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
 
 from ablations.files import atomic_write_text
 from ablations.grid import DATA, Cell
+from ablations.rows.row import Row, Training, training_of
 
 CHECKPOINT = "checkpoint.pt"
-
-# What a finished training leaves on record: steps, images, seconds, loss and commit.
-Record = dict[str, Any]
 
 
 def folder(out: Path, cell: Cell) -> Path:
@@ -28,17 +26,17 @@ def folder(out: Path, cell: Cell) -> Path:
     return out / "cells" / cell.training_key
 
 
-def find(out: Path, cell: Cell) -> Record | None:
+def find(out: Path, cell: Cell) -> Training | None:
     """The record of this cell's training, or None if it has not ended or its weights are gone."""
     directory = folder(out, cell)
     try:
         record = json.loads((directory / "training.json").read_text())
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and (directory / CHECKPOINT).is_file() else None
+    return cast(Training, record) if isinstance(record, dict) and (directory / CHECKPOINT).is_file() else None
 
 
-def keep(out: Path, cell: Cell, record: Record) -> None:
+def keep(out: Path, cell: Cell, record: Training) -> None:
     """Put on record that training has ended; the weights are there already."""
     atomic_write_text(folder(out, cell) / "training.json", json.dumps(record) + "\n")
 
@@ -49,7 +47,7 @@ def load(out: Path, cell: Cell, model: nn.Module, device: torch.device) -> None:
     model.load_state_dict(state["model"])
 
 
-def is_done(out: Path, cell: Cell, row: dict[str, Any] | None, retry_failed: bool) -> bool:
+def is_done(out: Path, cell: Cell, row: Row | None, retry_failed: bool) -> bool:
     """Whether a cell needs nothing more: it has a good row, or one of a training that failed and is not to be retried.
 
     A failed row of a cell whose training ended is one of a failed evaluation: that is tried again by every run.
@@ -59,7 +57,7 @@ def is_done(out: Path, cell: Cell, row: dict[str, Any] | None, retry_failed: boo
     return not retry_failed and find(out, cell) is None
 
 
-def outdated(rows: Iterable[dict[str, Any]], cells: Iterable[Cell]) -> list[dict[str, Any]]:
+def outdated(rows: Iterable[Row], cells: Iterable[Cell]) -> list[Row]:
     """Failed rows of these cells on data that have been changed since: what failed there does not belong into a table.
 
     A row counts where its data were bad or its evaluation failed, and all but the data is that of one of `cells`.
@@ -69,10 +67,10 @@ def outdated(rows: Iterable[dict[str, Any]], cells: Iterable[Cell]) -> list[dict
         row
         for row in rows
         if row["status"] != "ok"
-        and (row["status"] == "bad_data" or row.get("training"))
+        and (row["status"] == "bad_data" or training_of(row))
         and wanted.get(_but_data(row["cell"]), row["key"]) != row["key"]
     ]
 
 
-def _but_data(stored: dict[str, Any]) -> str:
+def _but_data(stored: Mapping[str, object]) -> str:
     return json.dumps({name: value for name, value in stored.items() if name not in DATA}, sort_keys=True)

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -23,6 +23,7 @@ from ablations.experiment.room import Room
 from ablations.experiment.train import Diverged
 from ablations.grid import Cell
 from ablations.rows.machine import machine_info
+from ablations.rows.row import Results, Row, Settings, Status
 from ablations.rows.store import claim, read_row, write_row
 from kernels import use_backend
 
@@ -30,7 +31,7 @@ from kernels import use_backend
 class Finished(NamedTuple):
     """A cell has its row, which is in the store."""
 
-    row: dict[str, Any]
+    row: Row
 
 
 class Elsewhere(NamedTuple):
@@ -89,14 +90,14 @@ def claim_both(out: Path, cell: Cell) -> ExitStack | None:
         return stack.pop_all()
 
 
-def run_cell(cell: Cell, job: Job, room: Room, notice: Callable[[Event], None]) -> dict[str, Any]:
+def run_cell(cell: Cell, job: Job, room: Room, notice: Callable[[Event], None]) -> Row:
     """Run one cell to its row; a failure becomes a row with its reason and all that was known before it.
 
     Raises:
         BrokenPipeError: The process that wanted the row is gone.
     """
     started = now()
-    known: dict[str, Any] = {}
+    known: Results = {}
 
     def heard(event: Event) -> None:
         if isinstance(event, Learned):
@@ -117,7 +118,7 @@ def run_cell(cell: Cell, job: Job, room: Room, notice: Callable[[Event], None]) 
             torch.cuda.empty_cache()
 
 
-def diagnosis(error: Exception, cell: Cell, out: Path) -> tuple[str, str]:
+def diagnosis(error: Exception, cell: Cell, out: Path) -> tuple[Status, str]:
     """The status and the reason of a failed row; of what nobody foresaw the traceback is kept in a file."""
     if isinstance(error, Diverged):
         return "diverged", str(error)
@@ -131,14 +132,21 @@ def diagnosis(error: Exception, cell: Cell, out: Path) -> tuple[str, str]:
     return "oom" if memory else "crashed", f"{reason} (see {log.relative_to(out)})"
 
 
-def blank_row(cell: Cell, job: Job) -> dict[str, Any]:
+def blank_row(cell: Cell, job: Job) -> Row:
     """The part of a row that is known before anything runs."""
-    machine = machine_info(job.device, job.command)
-    row = {"key": cell.key, "cell": cell.stored(), "status": "ok", "reason": None, "machine": machine}
-    return row | ({"dropped": job.dropped} if job.dropped else {})
+    row: Row = {
+        "key": cell.key,
+        "cell": cast(Settings, cell.stored()),
+        "status": "ok",
+        "reason": None,
+        "machine": machine_info(job.device, job.command),
+    }
+    if job.dropped:
+        row["dropped"] = job.dropped
+    return row
 
 
-def failed_row(cell: Cell, job: Job, status: str, reason: str, started: str | None = None) -> dict[str, Any]:
+def failed_row(cell: Cell, job: Job, status: Status, reason: str, started: str | None = None) -> Row:
     """The row of a cell without a result."""
     return {**blank_row(cell, job), "status": status, "reason": reason, "started": started, "finished": now()}
 

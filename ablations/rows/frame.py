@@ -71,7 +71,7 @@ def make_frame(rows: Iterable[Row]) -> pd.DataFrame:
 
 def as_text(frame: pd.DataFrame) -> pd.DataFrame:
     """A frame as it is read: percent with one decimal, four digits elsewhere, `mean ± deviation`, empty for nothing."""
-    shown = [name for name in frame if not name.endswith("_std")]
+    shown = [name for name in map(str, frame) if not name.endswith("_std")]
     return pd.DataFrame({name: [_show(line, name) for _, line in frame.iterrows()] for name in shown}, dtype=str)
 
 
@@ -173,7 +173,7 @@ def _status(rows: list[Row]) -> str:
     return ", ".join(f"{count} {status}" for status, count in present.items())
 
 
-def _show(line: "pd.Series[Any]", name: str) -> str:
+def _show(line: pd.Series, name: str) -> str:
     value = line[name]
     if pd.isna(value):
         return ""

@@ -16,37 +16,38 @@ def gains_table(frame: pd.DataFrame) -> pd.DataFrame:
     """One line for each LSC cell of a detector that has a baseline, as text; no line below two such detectors.
 
     Args:
-        frame: Of `ablations.rows.tables.make_frame`.
+        frame: A section's (`ablations.rows.frame.make_frame`).
 
     Returns:
         `COLUMNS`; empty where there is no number, `gain ± deviation` where there are several seeds.
     """
-    own = frame[frame["attentions"] == "baseline"].set_index("detector")["AP"]
-    full = frame[(frame["attentions"] == "LSC") & frame["detector"].isin(own.index)]
+    baselines = frame[frame["attentions"] == "baseline"].set_index("detector")["AP"]
+    full = frame[(frame["attentions"] == "LSC") & frame["detector"].isin(baselines.index)]
     if full["detector"].nunique() < 2:
         full = full[:0]
-    return pd.DataFrame([_line(line, own[line["detector"]]) for _, line in full.iterrows()], columns=COLUMNS, dtype=str)
+    lines = [_gain(line, baselines[line["detector"]]) for _, line in full.iterrows()]
+    return pd.DataFrame(lines, columns=COLUMNS, dtype=str)
 
 
-def _line(line: pd.Series, baseline: float) -> dict[str, str]:
-    gain, deviation = _text(line["delta_AP"], "+"), _text(line.get("delta_AP_std"))
+def _gain(line: pd.Series, baseline: float) -> dict[str, str]:
+    gain, deviation = _number(line["delta_AP"], "+"), _number(line.get("delta_AP_std"))
     shown = {
         "detector": line["detector"],
         "depth": str(line["depth"]),
         "formulation": line["formulation"],
-        "baseline": _text(baseline),
-        "LSC": _text(line["AP"]),
+        "baseline": _number(baseline),
+        "LSC": _number(line["AP"]),
         "gain": f"{gain} ± {deviation}" if deviation else gain,
     }
-    before, after = DETECTORS_AP.get(line["detector"], (None, None))
-    if before is None:
+    if line["detector"] not in DETECTORS_AP:
         return shown | dict.fromkeys(COLUMNS[-3:], "")
+    before, after = DETECTORS_AP[line["detector"]]
     return shown | {
-        "paper_baseline": _text(before),
-        "paper_LSC": _text(after),
-        "paper_gain": _text(after - before, "+"),
+        "paper_baseline": _number(before),
+        "paper_LSC": _number(after),
+        "paper_gain": _number(after - before, "+"),
     }
 
 
-def _text(value: float | None, sign: str = "") -> str:
+def _number(value: float | None, sign: str = "") -> str:
     return "" if value is None or pd.isna(value) else f"{value:{sign}.1f}"

@@ -48,7 +48,7 @@ def to_latex(section: Section, number: int = 1) -> str:
 def _table(text: pd.DataFrame, caption: str, label: str) -> str:
     text = text[[name for name in text if (text[name] != "").any()]].map(_escape)
     align = "".join("l" if name in TEXTS else "r" for name in text)
-    text.columns = [HEADINGS.get(name, _escape(name)) for name in text]
+    text.columns = [HEADINGS.get(name, _escape(name)) for name in map(str, text)]
     tabular = text.to_latex(index=False, escape=False, column_format=align)
     return (
         "\\begin{table*}[t]\n\\centering\n\\scriptsize\n\\setlength{\\tabcolsep}{3pt}\n"

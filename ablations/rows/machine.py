@@ -9,10 +9,12 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+
+from ablations.rows.row import Machine
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("kernels", "heads", "ablations")
@@ -32,17 +34,12 @@ def device_name(text: str) -> str:
     return text
 
 
-def machine_info(device: str | torch.device | None = None, command: str | None = None) -> dict:
+def machine_info(device: str | torch.device | None = None, command: str | None = None) -> Machine:
     """The `machine` of a row.
 
     Args:
-        device: where the cell runs; the first GPU, or the CPU where there is none, if it is not given.
-        command: the command line, if it is not this process's own.
-
-    Returns:
-        `device` (its name), `cores` (CPU cores this process may use), `driver` (None on a CPU), `python`, `torch`,
-        `triton` (None where it is not installed), `commit` and `dirty` (None outside a git checkout; `dirty` when the
-        three packages differ from the commit), `command` (without this machine's absolute paths).
+        device: Where the cell runs; the first GPU, or the CPU where there is none, if it is not given.
+        command: The command line, if it is not this process's own.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     commit, dirty = _commit()
@@ -59,18 +56,18 @@ def machine_info(device: str | torch.device | None = None, command: str | None =
     }
 
 
-def machine_line(machines: Iterable[Mapping]) -> str:
+def machine_line(machines: Iterable[Machine]) -> str:
     """One line for the top of a table. Rows from several machines, commits or commands show each value once."""
     machines = list(machines)
 
-    def each(write) -> str:
+    def each(write: Callable[[Machine], object]) -> str:
         return " and ".join(dict.fromkeys(str(write(machine)) for machine in machines)) or "unknown"
 
-    def device(machine: Mapping) -> str:
+    def device(machine: Machine) -> str:
         cores = machine.get("cores")
         return f"{machine.get('device') or 'unknown'}{f' ({cores} cores)' if cores else ''}"
 
-    def commit(machine: Mapping) -> str:
+    def commit(machine: Machine) -> str:
         name = (machine.get("commit") or "unknown")[:12]
         return f"{name} with uncommitted changes" if machine.get("dirty") else name
 
@@ -99,7 +96,7 @@ def own_command() -> str:
 def public_command(command: str) -> str:
     """`command` with absolute paths made relative to the working directory, or cut to `.../name` outside of it."""
 
-    def relative(match: re.Match) -> str:
+    def relative(match: re.Match[str]) -> str:
         path = Path(match["path"])
         inside = path.is_relative_to(Path.cwd())
         return match["before"] + (str(path.relative_to(Path.cwd())) if inside else f".../{path.name}")

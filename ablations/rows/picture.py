@@ -6,6 +6,7 @@ The report's plots are read with its tables beside them; this one is read alone,
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Literal
 
 import matplotlib
 import pandas as pd
@@ -18,6 +19,7 @@ from matplotlib.transforms import Bbox
 
 from ablations.files import atomic_write_text
 from ablations.rows.plots import MARKERS, STYLE, colour_of, compared, comparisons, draw_baseline, draw_point, to_svg
+from ablations.rows.row import Row
 from ablations.rows.sections import Section, make_sections
 
 NAME = "ap_against_latency"
@@ -31,9 +33,11 @@ LEGEND = (
 # Where a name may stand, in points from its marker, the best first.
 SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
 DISTANCES = (7, 12)
+HORIZONTAL: dict[int, Literal["left", "center", "right"]] = {1: "left", 0: "center", -1: "right"}
+VERTICAL: dict[int, Literal["bottom", "center_baseline", "top"]] = {1: "bottom", 0: "center_baseline", -1: "top"}
 
 
-def write_pictures(rows: Iterable[dict], directory: str | Path) -> list[Path]:
+def write_pictures(rows: Iterable[Row], directory: str | Path) -> list[Path]:
     """Write `ap_against_latency.svg` into `directory`: of the table in `table.csv`, `-2` of that in `table-2.csv`, ...
 
     Args:
@@ -80,7 +84,7 @@ def draw_picture(section: Section) -> Figure | None:
         share = PANEL_HEIGHT * len(parts) / height
         figure = Figure(figsize=(WIDTH, height))
         figure.set_layout_engine("constrained", rect=(0, 1 - share, 1, share))
-        style = {"fontsize": 7.5, "color": "#333333", "va": "top", "linespacing": 1.35}
+        style: dict[str, Any] = {"fontsize": 7.5, "color": "#333333", "va": "top", "linespacing": 1.35}
         figure.text(0.02, 1 - share, "\n".join(caption), **style).set_in_layout(False)
         panels = [axes for (axes,) in figure.subplots(len(parts), 1, squeeze=False, sharex=True, sharey=True)]
         for axes, (title, part) in zip(panels, parts, strict=True):
@@ -137,8 +141,8 @@ def _place(text: Annotation, axes: Axes, taken: list[Bbox], own: bool) -> Bbox |
         for side, height in SIDES:
             reach = distance + (4 if own else 0)
             text.set_position((side * reach, height * reach))
-            text.set_horizontalalignment({1: "left", 0: "center", -1: "right"}[side])
-            text.set_verticalalignment({1: "bottom", 0: "center_baseline", -1: "top"}[height])
+            text.set_horizontalalignment(HORIZONTAL[side])
+            text.set_verticalalignment(VERTICAL[height])
             extent = text.get_window_extent()
             inside = axes.bbox.x0 <= extent.x0 and extent.x1 <= axes.bbox.x1
             inside = inside and axes.bbox.y0 <= extent.y0 and extent.y1 <= axes.bbox.y1

@@ -6,14 +6,19 @@ Matplotlib figures without pyplot, so nothing global is touched; the same rows g
 import io
 import itertools
 import re
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.transforms import Bbox
 
-STYLE = {
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
+STYLE: "dict[RcKeyType, Any]" = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -81,7 +86,8 @@ def ap_against_depth(frame: pd.DataFrame) -> Figure | None:
             depths = sorted(part["depth"].dropna().astype(int).unique())
             ends = [(depths[-1], line["AP"], "baseline") for _, line in _baseline(part).iterrows()]
             blocks = part.dropna(subset=["depth"])
-            for attentions, line in blocks.groupby("attentions", sort=False):
+            for key, line in blocks.groupby("attentions", sort=False):
+                attentions = str(key)
                 line = line.sort_values("depth")
                 axes.errorbar(
                     line["depth"].astype(int),
@@ -110,7 +116,7 @@ def gain_by_detector(frame: pd.DataFrame) -> Figure | None:
     for detector, part in frame.dropna(subset=["AP", "latency_ms_p50"]).groupby("detector", sort=False):
         own, others = _baseline(part), part[part["attentions"] != "baseline"]
         if len(own) and len(others):
-            pairs.append((detector, own.iloc[0], others.loc[others["AP"].idxmax()]))
+            pairs.append((str(detector), own.iloc[0], others.iloc[int(others["AP"].argmax())]))
     if len(pairs) < 2:
         return None
     with matplotlib.rc_context(STYLE):
@@ -218,7 +224,7 @@ def draw_point(axes: Axes, line: pd.Series, marker: str) -> None:
 
 def draw_baseline(axes: Axes, part: pd.DataFrame, vertical: bool) -> None:
     for _, line in _baseline(part).iterrows():
-        style = {"color": "black", "linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 1}
+        style: dict[str, Any] = {"color": "black", "linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 1}
         axes.axhline(line["AP"], **style)
         if vertical:
             axes.axvline(line["latency_ms_p50"], **style)
@@ -251,7 +257,7 @@ def _draw_frontier(figure: Figure, axes: Axes, part: pd.DataFrame) -> None:
             best = line["AP"]
     corners = [(line["latency_ms_p50"], line["AP"]) for line in frontier]
     axes.step(*zip(*corners, strict=True), where="post", color="#888888", linewidth=1, zorder=2)
-    taken = []
+    taken: list[Bbox] = []
     for line, corner in reversed(list(zip(frontier, corners, strict=True))):
         if line["attentions"] == "baseline":
             continue

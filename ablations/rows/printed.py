@@ -4,7 +4,7 @@ ResNet-50, 1x schedule, COCO val2017, percent. The row without any attention is 
 `baseline`; the tables have no row for a trunk of static blocks, our `none`.
 """
 
-from collections.abc import Mapping
+from ablations.rows.row import Settings
 
 # Table 1: ATSS with every subset of the attentions. The depth is not printed; the LSC row equals Table 2's at 6 blocks.
 SUBSETS_AP = {
@@ -37,19 +37,19 @@ SOURCE = "Dai et al., CVPR 2021, Tables 1 to 3: R-50, 1x, COCO val2017"
 DETECTORS_SOURCE = f"Dai et al., CVPR 2021, Table 3: R-50 with {DETECTORS_DEPTH} blocks, 1x, COCO val2017"
 
 
-def is_coco(cell: Mapping) -> bool:
+def is_coco(cell: Settings) -> bool:
     """Whether a cell's data is COCO: its directory is called so (`coco`, `COCO2017`, `mscoco`, ...)."""
     return "coco" in str(cell.get("data", "")).lower()
 
 
-def paper_ap(cell: Mapping) -> float | None:
+def paper_ap(cell: Settings) -> float | None:
     """The paper's AP for a cell, or None where it prints none or the cell is another experiment (data, backbone)."""
     if not is_coco(cell) or cell.get("backbone") != "resnet50":
         return None
     detector, attentions, depth = cell["detector"], cell["attentions"], cell["depth"]
     if detector == "atss":
         if attentions == "LSC":
-            return DEPTHS_AP.get(depth)
+            return None if depth is None else DEPTHS_AP.get(depth)
         return SUBSETS_AP.get(attentions) if attentions == "baseline" or depth == SUBSETS_DEPTH else None
     own, with_dyhead = DETECTORS_AP.get(detector, (None, None))
     if attentions == "baseline":

@@ -82,7 +82,36 @@ class Training(TypedDict, total=False):
     commit: str | None
 
 
-class Row(TypedDict):
+class Results(TypedDict, total=False):
+    """What becomes known while a cell runs; a failed cell's row has what was known before it failed.
+
+    Attributes:
+        training: The training that the weights come from.
+        weights: Their file, relative to the directory of the results.
+        metrics: Of the boxes, in percent; a good row has at least `AP`.
+        segm_metrics: Of the masks, where the detector has them.
+        params_M, GMACs: Millions of parameters, and 10^9 multiply-adds an image.
+        images_per_s: Throughput at `batch_size_measured`.
+        latency_ms_p50, latency_ms_p90: Percentiles at batch size 1.
+        peak_memory_MB: In 10^6 bytes; None on a CPU.
+        batch_size_measured, threads: How the speed was measured.
+    """
+
+    training: Training | None
+    weights: str
+    metrics: Metrics | None
+    segm_metrics: Metrics | None
+    params_M: float | None
+    GMACs: float | None
+    images_per_s: float | None
+    latency_ms_p50: float | None
+    latency_ms_p90: float | None
+    peak_memory_MB: float | None
+    batch_size_measured: int | None
+    threads: int | None
+
+
+class Row(Results):
     """One finished or failed cell.
 
     Attributes:
@@ -93,15 +122,6 @@ class Row(TypedDict):
         machine: Where it was run.
         started, finished: UTC, ISO 8601.
         dropped: For each split, how many annotations were left out, by reason; absent where none was.
-        training: The training that the weights come from.
-        weights: Their file, relative to the directory of the results.
-        metrics: Of the boxes, in percent; a good row has at least `AP`.
-        segm_metrics: Of the masks, where the detector has them.
-        params_M, GMACs: Size in millions of parameters, and 10^9 multiply-adds an image.
-        images_per_s: Throughput at `batch_size_measured`.
-        latency_ms_p50, latency_ms_p90: Percentiles at batch size 1.
-        peak_memory_MB: In 10^6 bytes; None on a CPU.
-        batch_size_measured, threads: How the speed was measured.
     """
 
     key: str
@@ -112,18 +132,6 @@ class Row(TypedDict):
     started: NotRequired[str | None]
     finished: NotRequired[str | None]
     dropped: NotRequired[dict[str, dict[str, int]] | None]
-    training: NotRequired[Training | None]
-    weights: NotRequired[str]
-    metrics: NotRequired[Metrics | None]
-    segm_metrics: NotRequired[Metrics | None]
-    params_M: NotRequired[float | None]
-    GMACs: NotRequired[float | None]
-    images_per_s: NotRequired[float | None]
-    latency_ms_p50: NotRequired[float | None]
-    latency_ms_p90: NotRequired[float | None]
-    peak_memory_MB: NotRequired[float | None]
-    batch_size_measured: NotRequired[int | None]
-    threads: NotRequired[int | None]
 
 
 def machine_of(row: Row) -> Machine:
