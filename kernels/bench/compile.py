@@ -37,7 +37,7 @@ from kernels.dynamic_relu import launch as dynamic_relu_launch
 from kernels.regions import border_align_kernels as border_align_triton
 from kernels.regions import nms_kernels as nms_triton
 from kernels.regions import roi_align_kernels as roi_align_triton
-from kernels.runtime.compile_spec import CompileSpec
+from kernels.runtime.compile_spec import CompileSpec, Slot
 
 TRITON_MODULES = (
     deform_conv_launch,
@@ -123,12 +123,20 @@ def _source(spec: CompileSpec) -> ASTSource:
     described = [*spec.signature, *spec.constexprs]
     if sorted(described) != sorted(names):
         raise ValueError(f"{spec.name}: arguments {sorted(described)} are described, the kernel takes {sorted(names)}")
-    aligned = [i for i, n in enumerate(names) if spec.signature.get(n, "").startswith("*") or n in spec.divisible]
+
+    def at(path: Slot) -> tuple[int, ...]:
+        return (names.index(path[0]), *path[1:])
+
+    aligned = [at(path) for path in spec.divisible]
+    for name, kind in spec.signature.items():
+        fields = enumerate(kind) if isinstance(kind, tuple) else [(None, kind)]
+        aligned += [at((name,) if i is None else (name, i)) for i, field in fields if field.startswith("*")]
     return ASTSource(
         fn=spec.kernel,
-        signature={n: spec.signature.get(n, "constexpr") for n in names},
-        constexprs={(i,): spec.constexprs[n] for i, n in enumerate(names) if n in spec.constexprs},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        signature={name: spec.signature.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in spec.constexprs.items()}
+        | {at(path): value for path, value in spec.compiled_in},
+        attrs={place: [["tt.divisibility", 16]] for place in sorted(aligned)},
     )
 
 

@@ -22,9 +22,9 @@ def fingerprint(spec: CompileSpec) -> str:
     sources: dict[str, str] = {}
     _collect(spec.kernel, sources)
     settings = [
-        sorted(spec.signature.items()),
-        sorted((name, _plain(value)) for name, value in spec.constexprs.items()),
-        (spec.num_warps, spec.num_stages, sorted(spec.divisible), spec.exact),
+        sorted((name, repr(kind)) for name, kind in spec.signature.items()),
+        sorted((name, _plain(value)) for name, value in spec.settings.items()),
+        (spec.num_warps, spec.num_stages, spec.compiled_in, sorted(spec.divisible), spec.exact),
     ]
     text = repr(sorted(sources.items())) + repr(settings)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -111,36 +111,51 @@ def _hidden(parameters: Sequence[Tensor | None]) -> int:
     return 0 if bias is None else bias.shape[0]
 
 
-def _common(saved: Saved, groups: int, eps: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    statistics, parameters = saved.statistics, saved.parameters
+def _common(saved: Saved) -> dict[str, Any]:
+    """The arguments that forward and backward share."""
+    statistics = saved.statistics
     _, levels, _, batch, channels = statistics.shape
     # Pointers must point somewhere, also where nothing is read.
-    named = {n: statistics if x is None else x.contiguous() for n, x in zip(_NAMES, parameters, strict=True)}
-    hidden = _hidden(parameters)
-    span = triton.next_power_of_2(channels // groups)
-    constants = {
-        "HAS_BIAS": parameters[2 * BRANCHES] is not None,
-        "HAS_GATE": parameters[3 * BRANCHES] is not None,
-        "KINDS": 8 if hidden else 4,
-        "EPS": eps,
-        "C": channels,
-        "R": hidden,
-        "GROUPS": groups,
-        "SPAN": span,
-        "BLOCK_R": min(max(1, _ELEMENTS // (groups * span)), triton.next_power_of_2(max(1, hidden))),
-        "REAL": triton_real(statistics.dtype),
+    scales_shifts_biases, others = (
+        [statistics if x is None else x.contiguous() for x in part]
+        for part in (saved.parameters[: 3 * BRANCHES], saved.parameters[3 * BRANCHES :])
+    )
+    norms = {
+        name: kernels.Norm(*scales_shifts_biases[branch::BRANCHES])
+        for branch, name in enumerate(("same", "finer", "coarser"))
     }
+    gate, network = kernels.Gate(*others[:2]), kernels.Network(*others[2:5])
+    named = {"statistics": statistics, "share": saved.share, "gate": gate, "network": network, **norms}
     numbers = {"batch": batch, "stride": levels * BRANCHES * batch * channels}
-    return {"statistics": statistics, "share": saved.share, **named, **numbers}, constants
+    return {**named, **numbers, "coefficients": saved.coefficients, "pooled": saved.pooled}
+
+
+def _config(saved: Saved, groups: int, eps: float, lines: int) -> kernels.Config:
+    """What is known at compilation, for programs of so many lines."""
+    channels, hidden = saved.statistics.shape[-1], _hidden(saved.parameters)
+    span = triton.next_power_of_2(channels // groups)
+    return kernels.Config(
+        HAS_BIAS=saved.parameters[2 * BRANCHES] is not None,
+        HAS_GATE=saved.parameters[3 * BRANCHES] is not None,
+        KINDS=8 if hidden else 4,
+        EPS=eps,
+        C=channels,
+        R=hidden,
+        GROUPS=groups,
+        SPAN=span,
+        BLOCK_R=min(max(1, _ELEMENTS // (groups * span)), triton.next_power_of_2(max(1, hidden))),
+        BLOCK_O=min(lines, triton.next_power_of_2(4 * channels)),
+        REAL=triton_real(saved.statistics.dtype),
+    )
 
 
 def _forward_launch(saved: Saved, groups: int, eps: float) -> Launch:
-    arguments, constants = _common(saved, groups, eps)
     levels, batch, kinds, channels = saved.coefficients.shape
-    constants["BLOCK_O"] = min(_LINES, triton.next_power_of_2(4 * channels))
-    grid = (levels * batch, triton.cdiv(4 * channels, constants["BLOCK_O"]) if kinds == 8 else 1)
-    arguments |= {"coefficients": saved.coefficients, "pooled": saved.pooled}
-    return Launch(kernels.forward_kernel, grid, arguments, constants, _WARPS)
+    config = _config(saved, groups, eps, _LINES)
+    expand_bias = saved.parameters[-1]
+    arguments = _common(saved) | {"bias": saved.statistics if expand_bias is None else expand_bias.contiguous()}
+    grid = (levels * batch, triton.cdiv(4 * channels, config.BLOCK_O) if kinds == 8 else 1)
+    return Launch(kernels.forward_kernel, grid, arguments, {"K": config}, _WARPS)
 
 
 def _sums(channels: int, hidden: int) -> int:
@@ -152,13 +167,11 @@ def _backward_launch(
     gradients: tuple[Tensor, Tensor], saved: Saved, partial: Tensor, groups: int, eps: float
 ) -> Launch:
     """`gradients` are those of the coefficients, which are there, and of the statistics, which are to be written."""
-    arguments, constants = _common(saved, groups, eps)
-    del arguments["expand_bias"]
-    arguments |= {"grad": gradients[0], "grad_statistics": gradients[1], "partial": partial}
-    arguments |= {"coefficients": saved.coefficients, "pooled": saved.pooled}
-    constants |= {"BLOCK_O": triton.next_power_of_2(4 * constants["C"]), "COLUMNS": partial.shape[1]}
+    config = _config(saved, groups, eps, 4 * triton.next_power_of_2(saved.statistics.shape[-1]))
+    arguments = _common(saved) | {"grad": gradients[0], "grad_statistics": gradients[1], "partial": partial}
     # Without the network there is little to share, and eight warps leave some bytes on the stack.
-    warps = _WARPS if constants["KINDS"] == 8 else max(1, groups * constants["SPAN"] // 256)
+    warps = _WARPS if config.KINDS == 8 else max(1, groups * config.SPAN // 256)
+    constants = {"K": config, "COLUMNS": partial.shape[1]}
     return Launch(kernels.backward_kernel, (partial.shape[0],), arguments, constants, warps)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.block import conv_backward_kernels
-from kernels.block.conv_kernels import forward_kernel
+from kernels.block.conv_kernels import Config, Tables, forward_kernel
 from kernels.block.layout import BRANCHES, Layout, layout
 from kernels.block.parameters import TAPS
 from kernels.block.sums import add_runs
@@ -85,30 +85,31 @@ class Maps:
                 what is known at compilation.
         """
         layout, dtype = self.layout, self.pyramid.dtype
+        # From a row of a coarser neighbour's map to the row of its predictions.
+        tables = Tables(layout.table, layout.tiles(size), layout.rows - layout.coarser_row)
+        config = Config(
+            C=self.channels,
+            CROP=self.crop,
+            SIGMOID=self.sigmoid,
+            TILE_H=size[0],
+            TILE_W=size[1],
+            BLOCK_C=tiles.c,
+            BLOCK_O=tiles.o,
+            REAL=triton_real(dtype),
+            # Sums of several indices within an image must fit as well.
+            INDEX=tl.int32 if max(h * w for h, w in layout.sizes) * self.channels < 2**30 else tl.int64,
+            PRECISION=precision(dtype, self.pyramid.device),
+        )
         common = {
             "pyramid": self.pyramid,
             "predicted": self.predicted,
-            "problems": layout.table,
-            "work": layout.tiles(size),
-            # From a row of a coarser neighbour's map to the row of its predictions.
-            "coarser_rows": layout.rows - layout.coarser_row,
+            "tables": tables,
             "sampled_rows": layout.sampled_rows,
-            "C": self.channels,
-            "CROP": self.crop,
-            "SIGMOID": self.sigmoid,
-            "TILE_H": size[0],
-            "TILE_W": size[1],
-            "BLOCK_C": tiles.c,
-            "BLOCK_O": tiles.o,
-            "REAL": triton_real(dtype),
-            # Sums of several indices within an image must fit as well.
-            "INDEX": tl.int32 if max(h * w for h, w in layout.sizes) * self.channels < 2**30 else tl.int64,
-            "PRECISION": precision(dtype, self.pyramid.device),
         }
         values = {name: value for name, value in common.items() if name in kernel.arg_names} | others
         arguments = {name: value for name, value in values.items() if name.islower()}
         constants = {name: value for name, value in values.items() if name.isupper()}
-        return Launch(kernel, grid, arguments, constants, tiles.warps, tiles.stages)
+        return Launch(kernel, grid, arguments, {"K": config, **constants}, tiles.warps, tiles.stages)
 
 
 def convolve(

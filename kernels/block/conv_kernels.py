@@ -8,6 +8,8 @@ are made of, so that nobody reads the output for them.
 Matrices and tables are those of `kernels.block.layout`.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -26,94 +28,131 @@ from kernels.block.layout import (
     WIDTH,
 )
 from kernels.block.sums import store_sums
-from kernels.deform_conv.kernels import find_corners, load_rows, mix_corners, tile_pixels
+from kernels.sampling.kernels import Pixels, Sample, find_corners, load_corners, mix_corners, tile_pixels
 
 CHANNELS = tl.constexpr(27)
 MASKS = tl.constexpr(18)
 
 
-@triton.jit
-def locate_tile(tile, problems, work, coarser_rows, CROP: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
-    """What a tile is made of.
+class Config(NamedTuple):
+    """What is known at compilation.
 
-    Its problem's row of the table; height, width and first row of the map it samples, and the stride; its pixels'
-    coordinates, and which of them exist; their rows of the sampled maps, and of the predictions. A pixel's offsets and
-    mask are in the row of the pixel of the level it is for; those of a coarser neighbour in that of the same
-    coordinates (CROP), or in a row of their own, `coarser_rows` after the row of the output.
+    Attributes:
+        C: Channels.
+        CROP: Whether a coarser neighbour reads the top left corner of the level's offsets and masks.
+        SIGMOID: Whether the masks are still to pass a sigmoid.
+        TILE_H, TILE_W: The rectangle of pixels that a program works on.
+        BLOCK_C, BLOCK_O: Input and output channels worked on at a time.
+        REAL, INDEX, PRECISION: As in `kernels.deform_conv.kernels.Config`.
     """
-    entry = work + tile * 3
-    row = problems + tl.load(entry) * PROBLEM_COLUMNS
+
+    C: int
+    CROP: bool
+    SIGMOID: bool
+    TILE_H: int
+    TILE_W: int
+    BLOCK_C: int
+    BLOCK_O: int
+    REAL: Any
+    INDEX: Any
+    PRECISION: Any
+
+
+class Tables(NamedTuple):
+    """The tables that say what a tile is made of (`kernels.block.layout`); see `locate_tile` for the last one."""
+
+    problems: Any
+    work: Any
+    coarser_rows: Any
+
+
+class Tile(NamedTuple):
+    """What a tile of a convolution is made of.
+
+    Attributes:
+        row: The problem's row of the table.
+        H, W: Height and width of the map it samples.
+        source: First row of that map in the pyramid.
+        stride: The convolution's.
+        pixels: `Pixels` of the output.
+        place: (PIXELS,) their rows of the sampled maps.
+        predicted: (PIXELS,) their rows of the predictions.
+    """
+
+    row: Any
+    H: Any
+    W: Any
+    source: Any
+    stride: Any
+    pixels: Pixels
+    place: Any
+    predicted: Any
+
+
+@triton.jit
+def locate_tile(tile, tables, K: tl.constexpr):
+    """The `Tile` of a number.
+
+    A pixel's offsets and mask are in the row of the pixel of the level it is for; those of a coarser neighbour in that
+    of the same coordinates (CROP), or in a row of their own, `coarser_rows` after the row of the output.
+    """
+    entry = tables.work + tile * 3
+    row = tables.problems + tl.load(entry) * PROBLEM_COLUMNS
     image, number = tl.load(entry + 1).to(tl.int64), tl.load(entry + 2)
     H, W = tl.load(row + HEIGHT), tl.load(row + WIDTH)
     HO, WO = tl.load(row + OUT_HEIGHT), tl.load(row + OUT_WIDTH)
-    ho, wo, inside = tile_pixels(number, HO, WO, TILE_H, TILE_W)
-    place = tl.load(row + OUTPUT_ROW) + image * HO * WO + ho * WO + wo
+    pixels = tile_pixels(number, HO, WO, K.TILE_H, K.TILE_W)
+    place = tl.load(row + OUTPUT_ROW) + image * HO * WO + pixels.y * WO + pixels.x
     target_w = tl.load(row + TARGET_WIDTH)
-    own = tl.load(row + TARGET_ROW) + image * tl.load(row + TARGET_HEIGHT) * target_w + ho * target_w + wo
-    if not CROP:
-        own = tl.where(tl.load(row + BRANCH) == 2, place + coarser_rows, own)
-    return row, H, W, tl.load(row + INPUT_ROW) + image * H * W, tl.load(row + STRIDE), ho, wo, inside, place, own
+    own = tl.load(row + TARGET_ROW) + image * tl.load(row + TARGET_HEIGHT) * target_w + pixels.y * target_w + pixels.x
+    if not K.CROP:
+        own = tl.where(tl.load(row + BRANCH) == 2, place + tables.coarser_rows, own)
+    return Tile(row, H, W, tl.load(row + INPUT_ROW) + image * H * W, tl.load(row + STRIDE), pixels, place, own)
 
 
 @triton.jit
-def locate_sample(tap, predicted, ho, wo, inside, stride, SIGMOID: tl.constexpr, REAL: tl.constexpr):
-    """Where a tap samples, y and x, and its mask; `predicted` points to the rows of the pixels."""
-    dy = tl.load(predicted + 2 * tap, mask=inside, other=0.0).to(REAL)
-    dx = tl.load(predicted + (2 * tap + 1), mask=inside, other=0.0).to(REAL)
-    factor = tl.load(predicted + (MASKS + tap), mask=inside, other=0.0).to(REAL)
-    if SIGMOID:
-        factor = 1 / (1 + tl.exp(-factor))
-    return (ho * stride - 1 + tap // 3).to(REAL) + dy, (wo * stride - 1 + tap % 3).to(REAL) + dx, factor
+def locate_sample(tap, predicted, tile, K: tl.constexpr):
+    """The `Sample` of a tap; `predicted` points to the rows of the tile's pixels."""
+    inside = tile.pixels.inside
+    dy = tl.load(predicted + 2 * tap, mask=inside, other=0.0).to(K.REAL)
+    dx = tl.load(predicted + (2 * tap + 1), mask=inside, other=0.0).to(K.REAL)
+    mask = tl.load(predicted + (MASKS + tap), mask=inside, other=0.0).to(K.REAL)
+    if K.SIGMOID:
+        mask = 1 / (1 + tl.exp(-mask))
+    y = (tile.pixels.y * tile.stride - 1 + tap // 3).to(K.REAL) + dy
+    return Sample(y, (tile.pixels.x * tile.stride - 1 + tap % 3).to(K.REAL) + dx, mask)
 
 
 @triton.jit
-def locate_step(
-    step, x, predicted, ho, wo, inside, stride, H, W,
-    C: tl.constexpr, SIGMOID: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr, INDEX: tl.constexpr,
-):  # fmt: skip
-    """The corners (PIXELS, BLOCK_C) of one tap and block of channels, and their weights (PIXELS,)."""
-    c = step // 9 * BLOCK_C + tl.arange(0, BLOCK_C)
-    y, xx, factor = locate_sample(step % 9, predicted, ho, wo, inside, stride, SIGMOID, REAL)
-    p00, p01, p10, p11, w00, w01, w10, w11, h00, h01, h10, h11 = find_corners(y, xx, factor, inside, H, W, INDEX)
-    even: tl.constexpr = C % BLOCK_C == 0
-    v00 = load_rows(x, p00, h00, c, c < C, C, even)
-    v01 = load_rows(x, p01, h01, c, c < C, C, even)
-    v10 = load_rows(x, p10, h10, c, c < C, C, even)
-    v11 = load_rows(x, p11, h11, c, c < C, C, even)
-    return v00, v01, v10, v11, w00, w01, w10, w11
+def locate_step(step, x, predicted, tile, K: tl.constexpr):
+    """The `Values` of one tap and block of channels; `x` points to the map, `predicted` to the rows of the pixels."""
+    c = step // 9 * K.BLOCK_C + tl.arange(0, K.BLOCK_C)
+    sample = locate_sample(step % 9, predicted, tile, K)
+    corners = find_corners(sample, tile.pixels.inside, tile.H, tile.W, K.INDEX)
+    return load_corners(x, corners, c, c < K.C, K.C, K.C % K.BLOCK_C == 0)
 
 
 @triton.jit
-def forward_kernel(
-    pyramid, predicted, weight, sampled, partial, axes, problems, work, coarser_rows,
-    C: tl.constexpr, CROP: tl.constexpr, SIGMOID: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, REAL: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def forward_kernel(pyramid, predicted, weight, sampled, partial, axes, tables, K: tl.constexpr):
     """Grid (tiles, blocks of C). `predicted` is (rows, 27), `weight` (3, C, 9, C), `partial` (tiles, 3, C)."""
-    row, H, W, source, stride, ho, wo, inside, place, own = locate_tile(
-        tl.program_id(0), problems, work, coarser_rows, CROP, TILE_H, TILE_W
-    )
-    predicted += own * CHANNELS
-    x = pyramid + source * C
-    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    rows = weight + (tl.load(row + BRANCH) * C + o) * (9 * C)
-    total = tl.zeros((TILE_H * TILE_W, BLOCK_O), dtype=REAL)
-    steps: tl.constexpr = 9 * ((C + BLOCK_C - 1) // BLOCK_C)
-    v00, v01, v10, v11, w00, w01, w10, w11 = locate_step(
-        0, x, predicted, ho, wo, inside, stride, H, W, C, SIGMOID, BLOCK_C, REAL, INDEX
-    )
+    tile = locate_tile(tl.program_id(0), tables, K)
+    predicted += tile.predicted * CHANNELS
+    x = pyramid + tile.source * K.C
+    o = tl.program_id(1) * K.BLOCK_O + tl.arange(0, K.BLOCK_O)
+    rows = weight + (tl.load(tile.row + BRANCH) * K.C + o) * (9 * K.C)
+    total = tl.zeros((K.TILE_H * K.TILE_W, K.BLOCK_O), dtype=K.REAL)
+    steps: tl.constexpr = 9 * ((K.C + K.BLOCK_C - 1) // K.BLOCK_C)
+    values = locate_step(0, x, predicted, tile, K)
     for step in range(steps):
-        samples = mix_corners(v00, v01, v10, v11, w00, w01, w10, w11, REAL).to(pyramid.dtype.element_ty)
-        v00, v01, v10, v11, w00, w01, w10, w11 = locate_step(
-            tl.minimum(step + 1, steps - 1), x, predicted, ho, wo, inside, stride, H, W,
-            C, SIGMOID, BLOCK_C, REAL, INDEX,
-        )  # fmt: skip
-        c = step // 9 * BLOCK_C + tl.arange(0, BLOCK_C)
+        samples = mix_corners(values, K.REAL).to(pyramid.dtype.element_ty)
+        values = locate_step(tl.minimum(step + 1, steps - 1), x, predicted, tile, K)
+        c = step // 9 * K.BLOCK_C + tl.arange(0, K.BLOCK_C)
         weights = tl.load(
-            rows[None, :] + (step % 9 * C + c)[:, None], mask=(c < C)[:, None] & (o < C)[None, :], other=0.0
+            rows[None, :] + (step % 9 * K.C + c)[:, None], mask=(c < K.C)[:, None] & (o < K.C)[None, :], other=0.0
         )
-        total = tl.dot(samples, weights, total, input_precision=PRECISION, out_dtype=REAL)
+        total = tl.dot(samples, weights, total, input_precision=K.PRECISION, out_dtype=K.REAL)
     # The statistics are those of what is stored, so that the normalised maps have mean 0 and variance 1.
     rounded = total.to(sampled.dtype.element_ty)
-    tl.store(sampled + place[:, None] * C + o[None, :], rounded, mask=inside[:, None] & (o < C)[None, :])
-    store_sums(rounded.to(REAL), inside, ho, wo, partial, axes, row, o, o < C, C, REAL)
+    inside = tile.pixels.inside
+    tl.store(sampled + tile.place[:, None] * K.C + o[None, :], rounded, mask=inside[:, None] & (o < K.C)[None, :])
+    store_sums(rounded.to(K.REAL), tile.pixels, partial, axes, tile.row, o, o < K.C, K.C, K.REAL)

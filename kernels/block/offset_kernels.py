@@ -18,7 +18,7 @@ import triton.language as tl
 
 from kernels.block.layout import HEIGHT, INPUT_ROW, PROBLEM_COLUMNS, WIDTH
 from kernels.block.sums import work_item
-from kernels.deform_conv.kernels import tile_pixels
+from kernels.sampling.kernels import tile_pixels
 
 
 @triton.jit
@@ -30,43 +30,56 @@ def _level(problems, level, image):
 
 
 @triton.jit
-def _neighbours(x, step, ho, wo, inside, H, W, C: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):
+def _neighbours(x, step, pixels, H, W, C: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):
     """(PIXELS, BLOCK_C): what the pixels see at one tap of one block of channels."""
     tap = step % 9
     c = step // 9 * BLOCK_C + tl.arange(0, BLOCK_C)
-    y, xx = ho + tap // 3 - 1, wo + tap % 3 - 1
-    there = inside & (y >= 0) & (y < H) & (xx >= 0) & (xx < W)
+    y, xx = pixels.y + tap // 3 - 1, pixels.x + tap % 3 - 1
+    there = pixels.inside & (y >= 0) & (y < H) & (xx >= 0) & (xx < W)
     place = y.to(INDEX) * W + xx
     return tl.load(x + (place * C)[:, None] + c[None, :], mask=there[:, None] & (c < C)[None, :], other=0.0)
 
 
 @triton.jit
 def forward_kernel(
-    pyramid, weight, bias, predicted, problems, work,
-    C: tl.constexpr, OUT: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, REAL: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    pyramid,
+    weight,
+    bias,
+    predicted,
+    problems,
+    work,
+    C: tl.constexpr,
+    OUT: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    REAL: tl.constexpr,
+    INDEX: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Grid (tiles, blocks of OUT): `pyramid` is (P, C), `weight` (OUT, 9, C), `predicted` (P, OUT)."""
     level, image, number = work_item(work)
     H, W, first = _level(problems, level, image)
-    ho, wo, inside = tile_pixels(number, H, W, TILE_H, TILE_W)
+    pixels = tile_pixels(number, H, W, TILE_H, TILE_W)
     x = pyramid + first * C
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     total = tl.zeros((TILE_H * TILE_W, BLOCK_O), dtype=REAL)
     steps: tl.constexpr = 9 * ((C + BLOCK_C - 1) // BLOCK_C)
-    b_next = _neighbours(x, 0, ho, wo, inside, H, W, C, BLOCK_C, INDEX)
+    b_next = _neighbours(x, 0, pixels, H, W, C, BLOCK_C, INDEX)
     for step in range(steps):
         b_x = b_next
-        b_next = _neighbours(x, tl.minimum(step + 1, steps - 1), ho, wo, inside, H, W, C, BLOCK_C, INDEX)
+        b_next = _neighbours(x, tl.minimum(step + 1, steps - 1), pixels, H, W, C, BLOCK_C, INDEX)
         c = step // 9 * BLOCK_C + tl.arange(0, BLOCK_C)
         b_weight = tl.load(
             weight + o[None, :] * (9 * C) + (step % 9 * C + c)[:, None],
-            mask=(c < C)[:, None] & (o < OUT)[None, :], other=0.0,
-        )  # fmt: skip
+            mask=(c < C)[:, None] & (o < OUT)[None, :],
+            other=0.0,
+        )
         total = tl.dot(b_x, b_weight, total, input_precision=PRECISION, out_dtype=REAL)
     total += tl.load(bias + o, mask=o < OUT, other=0.0).to(REAL)[None, :]
-    target = predicted + (first + ho * W + wo)[:, None] * OUT + o[None, :]
-    tl.store(target, total.to(predicted.dtype.element_ty), mask=inside[:, None] & (o < OUT)[None, :])
+    target = predicted + (first + pixels.y * W + pixels.x)[:, None] * OUT + o[None, :]
+    tl.store(target, total.to(predicted.dtype.element_ty), mask=pixels.inside[:, None] & (o < OUT)[None, :])
 
 
 @triton.jit
@@ -81,10 +94,21 @@ def _unfolded(grad, y, x, inside, k, H, W, OUT: tl.constexpr, INDEX: tl.constexp
 
 @triton.jit
 def backward_input_kernel(
-    grad, weight, grad_pyramid, problems, work,
-    C: tl.constexpr, OUT: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    grad,
+    weight,
+    grad_pyramid,
+    problems,
+    work,
+    C: tl.constexpr,
+    OUT: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    REAL: tl.constexpr,
+    INDEX: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Grid (tiles, blocks of C): `grad` is (P, OUT), `weight` (OUT, 9, C), `grad_pyramid` (P, C)."""
     level, image, number = work_item(work)
     H, W, first = _level(problems, level, image)
@@ -103,10 +127,21 @@ def backward_input_kernel(
 
 @triton.jit
 def backward_weight_kernel(
-    grad, pyramid, partial, problems, work,
-    C: tl.constexpr, OUT: tl.constexpr, STEPS: tl.constexpr, PIXELS: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    grad,
+    pyramid,
+    partial,
+    problems,
+    work,
+    C: tl.constexpr,
+    OUT: tl.constexpr,
+    STEPS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    REAL: tl.constexpr,
+    INDEX: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Grid (runs of STEPS * PIXELS, blocks of 9 OUT, blocks of C): sums over a run's pixels.
 
     A row of `partial` is the gradient of the weight (9, OUT, C), then that of the bias (OUT,), from one run.

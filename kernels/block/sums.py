@@ -32,17 +32,16 @@ def matrix_rows(matrix, place, inside, c, known, C: tl.constexpr, REAL: tl.const
 
 
 @triton.jit
-def store_sums(
-    b_value, inside, ho, wo, partial, axes, row, c, known, C: tl.constexpr, REAL: tl.constexpr
-):  # fmt: skip
+def store_sums(b_value, pixels, partial, axes, row, c, known, C: tl.constexpr, REAL: tl.constexpr):
     """Of one tile of a sampled map: the sum, the squared distances from the tile's mean, the sum after upsampling."""
+    inside = pixels.inside
     b_value = tl.where(inside[:, None], b_value, 0.0)
     count = tl.sum(inside.to(REAL), 0)
     b_sum = tl.sum(b_value, 0)
     b_distance = tl.where(inside[:, None], b_value - (b_sum / count)[None, :], 0.0)
     start = tl.load(row + AXES) + 2
-    share = tl.load(axes + start + ho, mask=inside, other=0.0)
-    share *= tl.load(axes + start + tl.load(row + OUT_HEIGHT) + wo, mask=inside, other=0.0)
+    share = tl.load(axes + start + pixels.y, mask=inside, other=0.0)
+    share *= tl.load(axes + start + tl.load(row + OUT_HEIGHT) + pixels.x, mask=inside, other=0.0)
     target = partial + tl.program_id(0).to(tl.int64) * (3 * C) + c
     tl.store(target, b_sum, mask=known)
     tl.store(target + C, tl.sum(b_distance * b_distance, 0), mask=known)
@@ -51,9 +50,15 @@ def store_sums(
 
 @triton.jit
 def add_kernel(
-    partial, total, bounds,
-    SIZE: tl.constexpr, STEPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
-):  # fmt: skip
+    partial,
+    total,
+    bounds,
+    SIZE: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    REAL: tl.constexpr,
+):
     """Grid (blocks of SIZE, rows of `bounds`): the sum of some consecutive rows of `partial` (runs, SIZE), in order."""
     first, count = tl.load(bounds + tl.program_id(1) * 2), tl.load(bounds + tl.program_id(1) * 2 + 1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -37,6 +37,7 @@ from kernels.block.layout import (
     TILES,
 )
 from kernels.block.sums import channel_block, matrix_rows, store_sums, work_item
+from kernels.sampling.kernels import tile_pixels
 
 LEVEL_HEIGHT = tl.constexpr(0)
 LEVEL_WIDTH = tl.constexpr(1)
@@ -51,9 +52,7 @@ def _between(number, scale, size):
 
 
 @triton.jit
-def _maps(
-    sampled, axes, row, image, pixel, inside, c, known, C: tl.constexpr, REAL: tl.constexpr
-):  # fmt: skip
+def _maps(sampled, axes, row, image, pixel, inside, c, known, C: tl.constexpr, REAL: tl.constexpr):
     """The level's three sampled maps at some pixels, the coarser one upsampled; zero for a map the level has not."""
     height, width = tl.load(row + LEVEL_HEIGHT), tl.load(row + LEVEL_WIDTH)
     same, finer, coarser = tl.load(row + SAME_ROW), tl.load(row + FINER_ROW), tl.load(row + COARSER_ROW)
@@ -80,10 +79,20 @@ def _coefficient(coefficients, kind, c, known, C: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    sampled, coefficients, out, axes, levels, work, batch,
-    C: tl.constexpr, KINDS: tl.constexpr, RECTIFIED: tl.constexpr,
-    PIXELS: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
-):  # fmt: skip
+    sampled,
+    coefficients,
+    out,
+    axes,
+    levels,
+    work,
+    batch,
+    C: tl.constexpr,
+    KINDS: tl.constexpr,
+    RECTIFIED: tl.constexpr,
+    PIXELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    REAL: tl.constexpr,
+):
     """Grid (runs of PIXELS, blocks of C). `coefficients` is (L, N, KINDS, C), `out` (P, C)."""
     level, image, number = work_item(work)
     c, known = channel_block(C, BLOCK_C)
@@ -110,10 +119,23 @@ def forward_kernel(
 
 @triton.jit
 def backward_sums_kernel(
-    grad, sampled, coefficients, grad_m, partial, axes, levels, work, batch,
-    C: tl.constexpr, KINDS: tl.constexpr, RECTIFIED: tl.constexpr, STEPS: tl.constexpr,
-    PIXELS: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
-):  # fmt: skip
+    grad,
+    sampled,
+    coefficients,
+    grad_m,
+    partial,
+    axes,
+    levels,
+    work,
+    batch,
+    C: tl.constexpr,
+    KINDS: tl.constexpr,
+    RECTIFIED: tl.constexpr,
+    STEPS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    REAL: tl.constexpr,
+):
     """Grid (runs of STEPS * PIXELS, blocks of C): the gradient of m, and sums over a run's pixels.
 
     `grad` is (P, C), `grad_m` (P, C), `partial` (runs, KINDS, C): gradients of the coefficients from one run.
@@ -184,11 +206,25 @@ def backward_sums_kernel(
 
 @triton.jit
 def backward_maps_kernel(
-    grad_m, sampled, coefficients, statistics, grad_statistics, grad_sampled,
-    axes, firsts, problems, work, batch, slots,
-    C: tl.constexpr, KINDS: tl.constexpr, SPAN: tl.constexpr,
-    PIXELS: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
-):  # fmt: skip
+    grad_m,
+    sampled,
+    coefficients,
+    statistics,
+    grad_statistics,
+    grad_sampled,
+    axes,
+    firsts,
+    problems,
+    work,
+    batch,
+    slots,
+    C: tl.constexpr,
+    KINDS: tl.constexpr,
+    SPAN: tl.constexpr,
+    PIXELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    REAL: tl.constexpr,
+):
     """Grid (runs of PIXELS of the sampled maps, blocks of C): the gradient of the sampled maps, statistics included.
 
     `statistics` and `grad_statistics` are (3, slots, C): mean, variance, upsampled mean; a slot is a level, a branch
@@ -239,30 +275,43 @@ def backward_maps_kernel(
 
 @triton.jit
 def statistics_kernel(
-    sampled, partial, axes, problems, work,
-    C: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
-):  # fmt: skip
+    sampled,
+    partial,
+    axes,
+    problems,
+    work,
+    C: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    REAL: tl.constexpr,
+):
     """Grid (tiles of the sampled maps, blocks of C): `partial` (tiles, 3, C), for maps that come without it."""
     problem, image, number = work_item(work)
     c, known = channel_block(C, BLOCK_C)
     row = problems + problem * PROBLEM_COLUMNS
     height, width = tl.load(row + OUT_HEIGHT), tl.load(row + OUT_WIDTH)
-    pixel = tl.arange(0, TILE_H * TILE_W)
-    across = tl.cdiv(width, TILE_W)
-    ho = number // across * TILE_H + pixel // TILE_W
-    wo = number % across * TILE_W + pixel % TILE_W
-    inside = (ho < height) & (wo < width)
-    place = tl.load(row + OUTPUT_ROW) + image.to(tl.int64) * height * width + ho * width + wo
-    b_value = matrix_rows(sampled, place, inside, c, known, C, REAL)
-    store_sums(b_value, inside, ho, wo, partial, axes, row, c, known, C, REAL)
+    pixels = tile_pixels(number, height, width, TILE_H, TILE_W)
+    place = tl.load(row + OUTPUT_ROW) + image.to(tl.int64) * height * width + pixels.y * width + pixels.x
+    b_value = matrix_rows(sampled, place, pixels.inside, c, known, C, REAL)
+    store_sums(b_value, pixels, partial, axes, row, c, known, C, REAL)
 
 
 @triton.jit
 def merge_kernel(
-    partial, statistics, problems, slots, count,
-    C: tl.constexpr, STEPS: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
-):  # fmt: skip
+    partial,
+    statistics,
+    problems,
+    slots,
+    count,
+    C: tl.constexpr,
+    STEPS: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    REAL: tl.constexpr,
+):
     """Grid (slots, blocks of C): mean, variance and upsampled mean of one map, (3, slots, C); zeros for no map.
 
     Variances of tiles are merged through their means (Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from kernels.deform_conv import inverse_kernels as kernels
-from kernels.deform_conv.level import Level, strides
+from kernels.deform_conv.level import Level, strided
 from kernels.runtime.launch import Launch, real
 from kernels.runtime.tiles import Table, Tiles, type_class
 
@@ -66,32 +66,26 @@ def map_bins(height: int, width: int, tiles: Tiles) -> int:
 
 
 def _bin_launch(level: Level, keys: Tensor, places: Tensor, firsts: dict[str, int], no_bin: int) -> Launch:
-    constants, _ = level.constants(GATHER)
+    config, _ = level.config(GATHER)
     images, points, height, width = level.x.shape[0], level.offset.shape[1] // 2, *level.offset.shape[2:]
-    arguments = level.arguments() | {"keys": keys, "places": places, "images": images, "no_bin": no_bin}
+    arguments = level.arguments() | {"keys": keys, "places": places, "images": images, "no_bin": no_bin} | firsts
+    del arguments["x"]
     grid = (triton.cdiv(images * height * width, _BLOCK), points)
-    return _launch(kernels.bin_kernel, grid, arguments | firsts, constants | {"BLOCK": _BLOCK}, 4, 1)
+    return Launch(kernels.bin_kernel, grid, arguments, {"K": config, "BLOCK": _BLOCK}, 4, 1)
 
 
 def _gather_launch(
     level: Level, packed: Tensor, grad: Tensor, found: Index, places: Tensor, firsts: dict[str, int], target: Tensor
 ) -> Launch:
-    constants, tiles = level.constants(GATHER)
+    config, tiles = level.config(GATHER)
     images, height, width, channels = level.x.shape
-    arguments = level.arguments() | {"grad": grad, "weight": packed, "out": target}
+    arguments = {"grad": grad, "weight": packed, "out": strided(target), "H": height, "W": width, **firsts}
     arguments |= {"order": found.order, "starts": found.starts, "places": places}
     arguments |= {"rows": grad.shape[:3].numel(), "bins": images * map_bins(height, width, tiles)}
-    arguments |= strides(target, "out")
-    blocks = channels // constants["SPAN"] * triton.cdiv(constants["SPAN"], tiles.c)
+    blocks = channels // config.SPAN * triton.cdiv(config.SPAN, tiles.c)
     grid = (images * triton.cdiv(height, tiles.height) * triton.cdiv(width, tiles.width), blocks)
-    constants |= {"ENTRIES": entries(grad.dtype, grad.device)}
-    return _launch(kernels.gather_kernel, grid, arguments | firsts, constants, tiles.warps, tiles.stages)
-
-
-def _launch(kernel, grid, arguments: dict, constants: dict, warps: int, stages: int) -> Launch:
-    """A launch with those of the arguments and constants that the kernel takes."""
-    taken = ({k: v for k, v in each.items() if k in kernel.arg_names} for each in (arguments, constants))
-    return Launch(kernel, grid, *taken, warps, stages)
+    constants = {"K": config, "ENTRIES": entries(grad.dtype, grad.device)}
+    return Launch(kernels.gather_kernel, grid, arguments, constants, tiles.warps, tiles.stages)
 
 
 def input_gradients(targets: list[Tensor], grads: list[Tensor], levels: list[Level], packed: Tensor) -> None:
@@ -108,7 +102,7 @@ def input_gradients(targets: list[Tensor], grads: list[Tensor], levels: list[Lev
         firsts.append({"first_sample": samples, "first_bin": bins})
         samples += level.offset.numel() // 2
         images, height, width, _ = level.x.shape
-        bins += images * level.offset.shape[1] // 2 * map_bins(height, width, level.constants(GATHER)[1])
+        bins += images * level.offset.shape[1] // 2 * map_bins(height, width, level.config(GATHER)[1])
     keys = torch.empty(samples, dtype=torch.int32, device=packed.device)
     places = torch.empty((samples, 3), dtype=real(packed.dtype), device=packed.device)
     for level, first in zip(levels, firsts, strict=True):

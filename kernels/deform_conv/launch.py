@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.deform_conv import inverse as deform_conv_inverse
 from kernels.deform_conv import kernels
-from kernels.deform_conv.level import Level, strides
+from kernels.deform_conv.level import Level, strided
 from kernels.runtime.compile_spec import CompileSpec
 from kernels.runtime.launch import Launch, real
 from kernels.runtime.tiles import Table, Tiles
@@ -46,46 +46,44 @@ def _levels(inputs, offsets, masks, weight, stride, padding, dilation) -> list[L
 
 
 def _forward_launch(level: Level, packed: Tensor, bias: Tensor | None, out: Tensor) -> Launch:
-    constants, tiles = level.constants(FORWARD, out)
-    arguments = level.arguments() | {"weight": packed, "bias": packed if bias is None else bias, "out": out}
-    grid = (level.tile_count(tiles), level.groups * triton.cdiv(constants["OUT"], tiles.o))
-    return Launch(
-        kernels.forward_kernel,
-        grid,
-        arguments | strides(out, "out"),
-        constants | {"HAS_BIAS": bias is not None},
-        tiles.warps,
-        tiles.stages,
-    )
+    config, tiles = level.config(FORWARD, out)
+    arguments = level.arguments() | {"weight": packed, "bias": packed if bias is None else bias, "out": strided(out)}
+    grid = (level.tile_count(tiles), level.groups * triton.cdiv(config.OUT, tiles.o))
+    constants = {"K": config, "HAS_BIAS": bias is not None}
+    return Launch(kernels.forward_kernel, grid, arguments, constants, tiles.warps, tiles.stages)
 
 
-def _points_launch(level: Level, packed: Tensor, grad: Tensor, to_x, to_offset, to_mask) -> Launch:
+def _points_launch(
+    level: Level, packed: Tensor, grad: Tensor, to_x: Tensor | None, to_offset: Tensor | None, to_mask: Tensor | None
+) -> Launch:
     whole = level.groups == 1 and level.weight.shape[0] <= POINTS["32"].o
     others = (t for t in (grad, to_offset, to_mask) if t is not None)
-    constants, tiles = level.constants(POINTS if whole else _POINTS_PIECES, *others)
-    arguments = level.arguments() | {"grad": grad, "weight": packed}
-    targets = (("x", to_x, grad), ("offset", to_offset, level.offset), ("mask", to_mask, level.offset))
-    for name, target, spare in targets:
-        constants[f"TO_{name.upper()}"] = target is not None
-        arguments[f"grad_{name}"] = spare if target is None else target
-        if name != "x":
-            arguments |= strides(arguments[f"grad_{name}"], f"grad_{name}")
+    config, tiles = level.config(POINTS if whole else _POINTS_PIECES, *others)
+    # Pointers must point somewhere, also where nothing is written.
+    arguments = level.arguments() | {
+        "grad": grad,
+        "weight": packed,
+        "grad_x": grad if to_x is None else to_x,
+        "grad_offset": strided(level.offset if to_offset is None else to_offset),
+        "grad_mask": strided(level.offset if to_mask is None else to_mask),
+    }
+    wanted = {"TO_X": to_x is not None, "TO_OFFSET": to_offset is not None, "TO_MASK": to_mask is not None}
     points = level.offset.shape[1] // 2
     grid = (level.tile_count(tiles) * points,)
-    return Launch(kernels.backward_points_kernel, grid, arguments, constants, tiles.warps, tiles.stages)
+    return Launch(kernels.backward_points_kernel, grid, arguments, {"K": config, **wanted}, tiles.warps, tiles.stages)
 
 
 def _weight_launch(level: Level, grad: Tensor) -> Launch:
     """The launch lacks `partial`, whose length is the last number of its grid."""
-    constants, tiles = level.constants(WEIGHT, grad)
-    steps = level.taps * (constants["C"] // constants["SPAN"]) * triton.cdiv(constants["SPAN"], tiles.c)
-    blocks = level.groups * triton.cdiv(constants["OUT"], tiles.o)
+    config, tiles = level.config(WEIGHT, grad)
+    steps = level.taps * (config.C // config.SPAN) * triton.cdiv(config.SPAN, tiles.c)
+    blocks = level.groups * triton.cdiv(config.OUT, tiles.o)
     count = level.tile_count(tiles)
     # A power of two, so that few sizes of maps need another compilation.
     per_split = triton.next_power_of_2(triton.cdiv(count, max(1, _WEIGHT_PROGRAMS // (steps * blocks))))
-    constants["TILES"] = per_split
     arguments = level.arguments() | {"grad": grad, "tiles": count}
     grid = (steps, blocks, triton.cdiv(count, per_split))
+    constants = {"K": config, "TILES": per_split}
     return Launch(kernels.backward_weight_kernel, grid, arguments, constants, tiles.warps, tiles.stages)
 
 

@@ -53,9 +53,23 @@ def _load(x, place, c, known):
 
 @triton.jit
 def _largest(
-    x, c, wanted, b_x, b_y, step_x, step_y, H, W, stride_h, stride_w,
-    POOL: tl.constexpr, EXACT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
-):  # fmt: skip
+    x,
+    c,
+    wanted,
+    b_x,
+    b_y,
+    step_x,
+    step_y,
+    H,
+    W,
+    stride_h,
+    stride_w,
+    POOL: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    REAL: tl.constexpr,
+):
     """The largest sample of each box and channel, and its number; EXACT also where a cell is infinite."""
     best = tl.full((BLOCK_B, BLOCK_C), float("-inf"), REAL)
     winner = tl.zeros((BLOCK_B, BLOCK_C), dtype=tl.int32)
@@ -82,9 +96,22 @@ def _largest(
 
 @triton.jit
 def forward_kernel(
-    x, boxes, out, chosen, count, H, W, C, stride_n, stride_h, stride_w,
-    POOL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
-):  # fmt: skip
+    x,
+    boxes,
+    out,
+    chosen,
+    count,
+    H,
+    W,
+    C,
+    stride_n,
+    stride_h,
+    stride_w,
+    POOL: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    REAL: tl.constexpr,
+):
     """Grid (N * 4 * blocks of boxes, blocks of C). `x` is (N, H, W, 4 * C) through its strides.
 
     `boxes` (N, n, 4) are in cells, of type REAL; `out` and `chosen` are (N, n, 4, C).
@@ -108,9 +135,22 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    grad, chosen, boxes, grad_x, count, H, W, C, stride_n, stride_h, stride_w,
-    POOL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
-):  # fmt: skip
+    grad,
+    chosen,
+    boxes,
+    grad_x,
+    count,
+    H,
+    W,
+    C,
+    stride_n,
+    stride_h,
+    stride_w,
+    POOL: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    REAL: tl.constexpr,
+):
     """Grid as in `forward_kernel`. `grad` is (N, n, 4, C); `grad_x` (N, H, W, 4 * C), of type REAL, is added to."""
     image, border, box, b_x, b_y, step_x, step_y = _border(boxes, count, POOL, BLOCK_B)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

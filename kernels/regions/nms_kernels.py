@@ -28,9 +28,7 @@ def _load_boxes(boxes, order, number, n, REAL: tl.constexpr):
 
 
 @triton.jit
-def overlap_kernel(
-    boxes, order, labels, matrix, threshold, n, words, HAS_LABELS: tl.constexpr, REAL: tl.constexpr
-):  # fmt: skip
+def overlap_kernel(boxes, order, labels, matrix, threshold, n, words, HAS_LABELS: tl.constexpr, REAL: tl.constexpr):
     """Grid (words, words). Bit k of `matrix` (n, words), word w: does box i suppress box 64 * w + k?
 
     `boxes` is (n, 4), `labels` (n,), both as they came; `order` (n,) has their indices by falling score. IoUs are of

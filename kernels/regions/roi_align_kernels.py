@@ -84,10 +84,25 @@ def _load(row, column, c, stride_w, known):
 
 @triton.jit
 def forward_kernel(
-    x, boxes, images, out, N, H, W, C, P, Q, stride_n, stride_h, stride_w,
-    RATIO: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
-):  # fmt: skip
+    x,
+    boxes,
+    images,
+    out,
+    N,
+    H,
+    W,
+    C,
+    P,
+    Q,
+    stride_n,
+    stride_h,
+    stride_w,
+    RATIO: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    REAL: tl.constexpr,
+):
     """Grid (R * P, blocks of C). `x` is (N, H, W, C) through its strides, `boxes` (R, 4) in cells, of type REAL.
 
     `images` (R,) are numbers of images, others than 0…N - 1 for none; `out` is (R, P, Q, C), of type REAL.
@@ -123,10 +138,25 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    grad, boxes, images, grad_x, N, H, W, C, P, Q, stride_n, stride_h, stride_w,
-    RATIO: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr,
-):  # fmt: skip
+    grad,
+    boxes,
+    images,
+    grad_x,
+    N,
+    H,
+    W,
+    C,
+    P,
+    Q,
+    stride_n,
+    stride_h,
+    stride_w,
+    RATIO: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    REAL: tl.constexpr,
+):
     """Grid as in `forward_kernel`. `grad` is (R, P, Q, C); `grad_x` (N, H, W, C), of type REAL, is added to."""
     roi, p = (tl.program_id(0) // P).to(tl.int64), tl.program_id(0) % P
     image, part, y, spacing_y, begin_y, count_y, b_x, spacing_x, begin_x, count_x, samples_x = _place(

@@ -1,5 +1,6 @@
 """A launch of a kernel as data, so that what is compiled ahead of time is exactly what runs."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.runtime.compile_spec import CompileSpec
+from kernels.runtime.compile_spec import CompileSpec, Slot
 
 _NAMES = {
     torch.float64: "fp64",
@@ -33,30 +34,38 @@ def triton_real(dtype: torch.dtype) -> tl.dtype:
 
 def steps(total: int, block: int) -> int:
     """Blocks that cover `total`, rounded up to a power of two, so that few variants of a kernel are compiled."""
-    return triton.next_power_of_2(triton.cdiv(total, block))
+    return int(triton.next_power_of_2(triton.cdiv(total, block)))
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One run of a kernel; `arguments` and `constants` are by name.
+    """One run of a kernel.
 
-    With `exact` no product and sum are made one operation: every result is rounded as PyTorch rounds it.
+    Attributes:
+        kernel: The `@triton.jit` function.
+        grid: Programs along up to three axes.
+        arguments: Run-time arguments by name: tensors, numbers, and NamedTuples of them.
+        constants: `tl.constexpr` arguments by name: values, and NamedTuples of them.
+        warps: Warps of one program.
+        stages: Depth of the software pipeline.
+        exact: Whether no product and sum are made one operation: every result is rounded as PyTorch rounds it.
     """
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Tensor | int | float]
+    arguments: dict[str, Any]
     constants: dict[str, Any]
     warps: int = 4
     stages: int = 2
     exact: bool = False
 
     def run(self) -> None:
-        device = next(x for x in self.arguments.values() if isinstance(x, Tensor)).device
+        """Run the kernel on the device of its tensors."""
+        device = next(x for _, x in self._leaves() if isinstance(x, Tensor)).device
         with torch.cuda.device(device if device.type == "cuda" else -1):
             self.kernel[self.grid](
                 **self.arguments,
-                **self.constants,
+                **self._constexprs(),
                 num_warps=self.warps,
                 num_stages=self.stages,
                 enable_fp_fusion=not self.exact,
@@ -64,20 +73,43 @@ class Launch:
 
     def spec(self, name: str, dtype: torch.dtype, uses_dot: bool = False) -> CompileSpec:
         """What ahead-of-time compilation needs; the launch may have tensors on the `meta` device."""
-        tensors = {k: f"*{_NAMES[v.dtype]}" for k, v in self.arguments.items() if isinstance(v, Tensor)}
-        numbers = {k: v for k, v in self.arguments.items() if isinstance(v, int)}
-        reals = {k: "fp32" for k, v in self.arguments.items() if isinstance(v, float)}
-        # The launcher compiles a number that is 1 into the kernel, and so must this.
-        ones = {k: v for k, v in numbers.items() if v == 1}
+        numbers = {path: x for path, x in self._leaves() if isinstance(x, int)}
         return CompileSpec(
             name=name,
             kernel=self.kernel,
-            signature=tensors | reals | {k: "i32" if v < 2**31 else "i64" for k, v in numbers.items() if k not in ones},
-            constexprs=self.constants | ones,
+            signature={key: _types(value) for key, value in self.arguments.items()},
+            constexprs=self._constexprs(),
             num_warps=self.warps,
             num_stages=self.stages,
             dtype=_NAMES[dtype],
             uses_dot=uses_dot,
-            divisible=tuple(k for k, v in numbers.items() if v % 16 == 0),
+            # The launcher compiles a number that is 1 into the kernel, and so must this.
+            compiled_in=tuple((path, x) for path, x in numbers.items() if x == 1),
+            divisible=tuple(path for path, x in numbers.items() if x % 16 == 0),
             exact=self.exact,
         )
+
+    def _leaves(self) -> Iterator[tuple[Slot, Any]]:
+        for name, value in self.arguments.items():
+            if isinstance(value, tuple):
+                yield from (((name, number), field) for number, field in enumerate(value))
+            else:
+                yield (name,), value
+
+    def _constexprs(self) -> dict[str, Any]:
+        # A field that is no `tl.constexpr` would lose in the kernel that it is known at compilation.
+        return {
+            name: type(value)(*map(tl.constexpr, value)) if hasattr(value, "_fields") else value
+            for name, value in self.constants.items()
+        }
+
+
+def _types(value: Any) -> Any:
+    """The type of an argument as Triton writes it, and a NamedTuple of types for a NamedTuple."""
+    if isinstance(value, tuple):
+        return type(value)(*map(_types, value))
+    if isinstance(value, Tensor):
+        return f"*{_NAMES[value.dtype]}"
+    if isinstance(value, int):
+        return "constexpr" if value == 1 else "i32" if value < 2**31 else "i64"
+    return "fp32"
