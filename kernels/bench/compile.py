@@ -28,28 +28,8 @@ from triton.compiler import ASTSource
 
 from kernels.backend import INTERPRET
 from kernels.bench.fingerprint import fingerprint
-from kernels.block import coefficients as block_coefficients
-from kernels.block import conv as block_conv
-from kernels.block import offset as block_offset
-from kernels.block import tail as block_tail
-from kernels.deform_conv import launch as deform_conv_launch
-from kernels.dynamic_relu import launch as dynamic_relu_launch
-from kernels.regions import border_align_kernels as border_align_triton
-from kernels.regions import nms_kernels as nms_triton
-from kernels.regions import roi_align_kernels as roi_align_triton
+from kernels.bench.specs import all_specs
 from kernels.runtime.compile_spec import CompileSpec, Slot
-
-TRITON_MODULES = (
-    deform_conv_launch,
-    dynamic_relu_launch,
-    block_tail,
-    block_coefficients,
-    block_conv,
-    block_offset,
-    roi_align_triton,
-    border_align_triton,
-    nms_triton,
-)
 
 
 @dataclass(frozen=True)
@@ -92,11 +72,6 @@ class Row:
     tensor_core: int | None = None
     global_loads: str | None = None
     async_copies: int | None = None
-
-
-def all_specs() -> list[CompileSpec]:
-    """The kernels of every operator."""
-    return [spec for module in TRITON_MODULES for spec in module.compile_specs()]
 
 
 def compile_spec(spec: CompileSpec, target: str) -> Row:

@@ -17,8 +17,7 @@ from torch import Tensor
 from kernels.backend import INTERPRET
 from kernels.block import coefficients_kernels as kernels
 from kernels.block.layout import BRANCHES
-from kernels.runtime.compile_spec import CompileSpec
-from kernels.runtime.launch import Launch, real, steps, triton_real
+from kernels.runtime.launch import Launch, steps, triton_real
 
 # Lines of one program forward, elements of a block of a matrix, slots and columns of the sums over slots.
 _LINES, _ELEMENTS, _SLOTS, _COLUMNS = (1024, 8192, 16, 256) if INTERPRET else (256, 2048, 16, 64)
@@ -65,7 +64,7 @@ def forward(statistics: Tensor, share: Tensor, parameters: Sequence[Tensor | Non
     coefficients = statistics.new_empty((levels, batch, 4 if parameters[-1] is None else 8, channels))
     pooled = statistics.new_empty((levels, batch, channels))
     saved = Saved(coefficients, pooled, statistics, share, tuple(parameters))
-    _forward_launch(saved, groups, eps).run()
+    forward_launch(saved, groups, eps).run()
     return saved
 
 
@@ -84,13 +83,13 @@ def backward(grad: Tensor, saved: Saved, groups: int, eps: float) -> tuple[Tenso
     statistics, parameters = saved.statistics, saved.parameters
     _, levels, _, batch, channels = statistics.shape
     hidden = _hidden(parameters)
-    sums = _sums(channels, hidden)
-    partial = statistics.new_empty((levels * batch, sums + (channels + hidden if hidden else 0)))
+    columns = sums(channels, hidden)
+    partial = statistics.new_empty((levels * batch, columns + (channels + hidden if hidden else 0)))
     grad_statistics = torch.empty_like(statistics)
-    _backward_launch((grad, grad_statistics), saved, partial, groups, eps).run()
+    backward_launch((grad, grad_statistics), saved, partial, groups, eps).run()
     dtype = reduce(torch.promote_types, {x.dtype for x in parameters if x is not None})
-    grads = statistics.new_empty(5 * channels * hidden + sums, dtype=dtype)
-    _parameters_launch(partial, grads, channels, hidden).run()
+    grads = statistics.new_empty(5 * channels * hidden + columns, dtype=dtype)
+    parameters_launch(partial, grads, channels, hidden).run()
 
     # As the kernel has them: the two matrices, then the sums; here in the order of the parameters.
     sizes = [channels] * (3 * BRANCHES + 1) + ([4 * channels, hidden] if hidden else [0, 0]) + [1]
@@ -149,7 +148,7 @@ def _config(saved: Saved, groups: int, eps: float, lines: int) -> kernels.Config
     )
 
 
-def _forward_launch(saved: Saved, groups: int, eps: float) -> Launch:
+def forward_launch(saved: Saved, groups: int, eps: float) -> Launch:
     levels, batch, kinds, channels = saved.coefficients.shape
     config = _config(saved, groups, eps, _LINES)
     expand_bias = saved.parameters[-1]
@@ -158,14 +157,12 @@ def _forward_launch(saved: Saved, groups: int, eps: float) -> Launch:
     return Launch(kernels.forward_kernel, grid, arguments, {"K": config}, _WARPS)
 
 
-def _sums(channels: int, hidden: int) -> int:
+def sums(channels: int, hidden: int) -> int:
     """Columns of a row of partial sums that are only to be added up."""
     return kernels.LINES.value * channels + (4 * channels + hidden if hidden else 0) + 1
 
 
-def _backward_launch(
-    gradients: tuple[Tensor, Tensor], saved: Saved, partial: Tensor, groups: int, eps: float
-) -> Launch:
+def backward_launch(gradients: tuple[Tensor, Tensor], saved: Saved, partial: Tensor, groups: int, eps: float) -> Launch:
     """`gradients` are those of the coefficients, which are there, and of the statistics, which are to be written."""
     config = _config(saved, groups, eps, 4 * triton.next_power_of_2(saved.statistics.shape[-1]))
     arguments = _common(saved) | {"grad": gradients[0], "grad_statistics": gradients[1], "partial": partial}
@@ -175,13 +172,13 @@ def _backward_launch(
     return Launch(kernels.backward_kernel, (partial.shape[0],), arguments, constants, warps)
 
 
-def _parameters_launch(partial: Tensor, grads: Tensor, channels: int, hidden: int) -> Launch:
+def parameters_launch(partial: Tensor, grads: Tensor, channels: int, hidden: int) -> Launch:
     slots, columns = partial.shape
-    sums, blocks = _sums(channels, hidden), [triton.cdiv(n, _COLUMNS) for n in (4 * channels, channels, hidden)]
+    blocks = [triton.cdiv(n, _COLUMNS) for n in (4 * channels, channels, hidden)]
     constants = {
         "C": channels,
         "R": hidden,
-        "SUMS": sums,
+        "SUMS": sums(channels, hidden),
         "COLUMNS": columns,
         "MATRICES": 5 * channels * hidden,
         "STEPS": steps(slots, _SLOTS),
@@ -189,34 +186,5 @@ def _parameters_launch(partial: Tensor, grads: Tensor, channels: int, hidden: in
         "BLOCK": _COLUMNS,
         "REAL": triton_real(partial.dtype),
     }
-    grid = ((blocks[0] + blocks[1]) * blocks[2] + triton.cdiv(sums, _COLUMNS),)
+    grid = ((blocks[0] + blocks[1]) * blocks[2] + triton.cdiv(sums(channels, hidden), _COLUMNS),)
     return Launch(kernels.parameters_kernel, grid, {"partial": partial, "grads": grads, "slots": slots}, constants)
-
-
-def compile_specs() -> list[CompileSpec]:
-    """The kernels as they run on five levels, batch 8, with 256 channels; `dtype` is that of the parameters."""
-    specs = []
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-
-        def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        vector, meta = new(256), {"dtype": real(dtype)}
-        statistics, share, pooled = new(3, 5, 3, 8, 256, **meta), new(5, 3, 1, 1, **meta), new(5, 8, 256, **meta)
-        gate, network = (new(1, 256), new(1)), (new(64, 256), new(64), new(1024, 64), new(1024))
-        unbiased = *[vector] * 6, None, None, None
-        variants: dict[str, tuple[Tensor | None, ...]] = {"": (*unbiased, *gate, *network)}
-        # The others are nearly the same code or less of it, and differ by type in their loads alone.
-        if dtype == torch.float32:
-            variants |= {" biased": (*[vector] * 9, *gate, *network), " relu": (*unbiased, *gate, *[None] * 4)}
-        for name, parameters in variants.items():
-            hidden = 0 if parameters[-1] is None else 64
-            coefficients = new(5, 8, 8 if hidden else 4, 256, **meta)
-            saved = Saved(coefficients, pooled, statistics, share, parameters)
-            partial = new(40, _sums(256, hidden) + (256 + hidden if hidden else 0), **meta)
-            specs.append(_forward_launch(saved, 16, 1e-5).spec(f"block coefficients forward{name}", dtype))
-            launch = _backward_launch((coefficients, statistics), saved, partial, 16, 1e-5)
-            specs.append(launch.spec(f"block coefficients backward{name}", dtype))
-        launch = _parameters_launch(new(40, _sums(256, 64) + 320, **meta), vector, 256, 64)
-        specs.append(launch.spec("block coefficients parameters", dtype))
-    return specs

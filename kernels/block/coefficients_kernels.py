@@ -198,7 +198,8 @@ def forward_kernel(
 ):
     """Grid (slots, blocks of the 4C lines): `statistics` is (3, L, 3, N, C), kinds `stride` apart; `share` (L, 3).
 
-    `same`, `finer` and `coarser` are the `Norm` of a level itself, its finer and its coarser neighbour; `bias` is (4C,).
+    `same`, `finer` and `coarser` are the `Norm` of a level itself, its finer and its coarser neighbour,
+    `bias` (4C,) that of the last layer.
     """
     slot = tl.program_id(0)
     level, image = slot // batch, slot % batch

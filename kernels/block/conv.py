@@ -12,13 +12,12 @@ from torch.autograd.function import once_differentiable
 
 from kernels.block import conv_backward_kernels
 from kernels.block.conv_kernels import Config, Tables, forward_kernel
-from kernels.block.layout import BRANCHES, Layout, layout
+from kernels.block.layout import BRANCHES, Layout
 from kernels.block.parameters import TAPS
 from kernels.block.sums import add_runs
 from kernels.deform_conv.inverse import index, map_bins
 from kernels.deform_conv.launch import FORWARD
-from kernels.runtime.compile_spec import CompileSpec
-from kernels.runtime.launch import Launch, real, triton_real
+from kernels.runtime.launch import Launch, triton_real
 from kernels.runtime.tiles import Table, Tiles, fit, precision
 
 # In 16 bits a tile of 128 pixels spills on NVIDIA: a thread's 128 sums, and the sums for the statistics on top.
@@ -353,21 +352,3 @@ def launches(pyramid: Tensor, predicted: Tensor, sampled: Tensor, layout: Layout
         **dict(zip(("backward finest level", "backward other levels"), levels, strict=False)),
         "backward weight": weight,
     }
-
-
-def compile_specs() -> list[CompileSpec]:
-    """The kernels as they run on the levels of 800x1333 pixels, batch 8, with 256 channels."""
-    specs = []
-    sizes = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        device = torch.device("meta")
-        tiles = tile(dtype, device, 256)
-        tables = layout(sizes, 8, device, real(dtype), (tiles.height, tiles.width))
-        pyramid, sampled = (
-            torch.empty((n, 256), dtype=dtype, device=device) for n in (tables.rows, tables.sampled_rows)
-        )
-        predicted = torch.empty((tables.rows, 27), dtype=dtype, device=device)
-        for name, launch in launches(pyramid, predicted, sampled, tables).items():
-            multiplies = "BLOCK_O" in launch.constants
-            specs.append(launch.spec(f"block convolutions {name}", dtype, uses_dot=multiplies))
-    return specs

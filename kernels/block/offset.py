@@ -14,9 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from kernels.backend import INTERPRET
 from kernels.block import offset_kernels as kernels
-from kernels.block.layout import Layout, layout
-from kernels.runtime.compile_spec import CompileSpec
-from kernels.runtime.launch import Launch, real, triton_real
+from kernels.block.layout import Layout
+from kernels.runtime.launch import Launch, triton_real
 from kernels.runtime.tiles import Table, Tiles, fit, precision
 
 # Of the backward tables, `o` is the block of columns of the unfolded gradient.
@@ -170,16 +169,3 @@ def launches(pyramid: Tensor, predicted: Tensor, layout: Layout) -> dict[str, La
         "backward input": _input_launch(predicted, packed, pyramid, layout),
         "backward weight": weight,
     }
-
-
-def compile_specs() -> list[CompileSpec]:
-    """The kernels as they run on the levels of 800x1333 pixels, batch 8, with 256 channels."""
-    specs = []
-    sizes = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        device = torch.device("meta")
-        tables = layout(sizes, 8, device, real(dtype))
-        pyramid, predicted = (torch.empty((tables.rows, n), dtype=dtype, device=device) for n in (256, 27))
-        for name, launch in launches(pyramid, predicted, tables).items():
-            specs.append(launch.spec(f"block offsets {name}", dtype, uses_dot=True))
-    return specs

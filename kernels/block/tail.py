@@ -23,10 +23,9 @@ from torch.autograd.function import once_differentiable
 from kernels.backend import INTERPRET
 from kernels.block import coefficients
 from kernels.block import tail_kernels as kernels
-from kernels.block.layout import Layout, layout
+from kernels.block.layout import Layout
 from kernels.block.sums import add_launch, add_runs
-from kernels.runtime.compile_spec import CompileSpec
-from kernels.runtime.launch import Launch, real, steps, triton_real
+from kernels.runtime.launch import Launch, steps, triton_real
 
 # Elements of one program. The interpreter's time is that of its programs' number, hardly of their size.
 _FORWARD, _SUMS, _MAPS = (8192, 4096, 8192) if INTERPRET else (2048, 1024, 2048)
@@ -258,21 +257,3 @@ def launches(pyramid: Tensor, sampled: Tensor, layout: Layout, kinds: int, recti
         "add": add_launch(sums, lines, *_sums_bounds(channels, layout)),
         "tail backward maps": _maps_launch(pyramid, sampled, lines, statistics, statistics, sampled, layout),
     }
-
-
-def compile_specs() -> list[CompileSpec]:
-    """The kernels as they run on the levels of 800x1333 pixels, batch 8, with 256 channels."""
-    specs = []
-    sizes = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        tables = layout(sizes, 8, torch.device("meta"), real(dtype))
-        pyramid, sampled = (
-            torch.empty((n, 256), dtype=dtype, device="meta") for n in (tables.rows, tables.sampled_rows)
-        )
-        for name, launch in launches(pyramid, sampled, tables, 8, False).items():
-            # These see sums alone, which have one type.
-            if dtype == torch.float32 or name not in ("merge", "add"):
-                specs.append(launch.spec(f"block {name}", dtype))
-        relu = launches(pyramid, sampled, tables, 4, True)
-        specs += [relu[name].spec(f"block {name} relu", dtype) for name in ("tail forward", "tail backward sums")]
-    return specs

@@ -10,7 +10,6 @@ from torch import Tensor
 from kernels.deform_conv import inverse as deform_conv_inverse
 from kernels.deform_conv import kernels
 from kernels.deform_conv.level import Level, strided
-from kernels.runtime.compile_spec import CompileSpec
 from kernels.runtime.launch import Launch, real
 from kernels.runtime.tiles import Table, Tiles
 
@@ -37,7 +36,7 @@ _POINTS_PIECES = Table(
 _WEIGHT_PROGRAMS = 512
 
 
-def _levels(inputs, offsets, masks, weight, stride, padding, dilation) -> list[Level]:
+def levels(inputs, offsets, masks, weight, stride, padding, dilation) -> list[Level]:
     masks = masks or [None] * len(inputs)
     return [
         Level(x.permute(0, 2, 3, 1).contiguous(), offset, mask, weight, stride, padding, dilation)
@@ -45,7 +44,7 @@ def _levels(inputs, offsets, masks, weight, stride, padding, dilation) -> list[L
     ]
 
 
-def _forward_launch(level: Level, packed: Tensor, bias: Tensor | None, out: Tensor) -> Launch:
+def forward_launch(level: Level, packed: Tensor, bias: Tensor | None, out: Tensor) -> Launch:
     config, tiles = level.config(FORWARD, out)
     arguments = level.arguments() | {"weight": packed, "bias": packed if bias is None else bias, "out": strided(out)}
     grid = (level.tile_count(tiles), level.groups * triton.cdiv(config.OUT, tiles.o))
@@ -53,7 +52,7 @@ def _forward_launch(level: Level, packed: Tensor, bias: Tensor | None, out: Tens
     return Launch(kernels.forward_kernel, grid, arguments, constants, tiles.warps, tiles.stages)
 
 
-def _points_launch(
+def points_launch(
     level: Level, packed: Tensor, grad: Tensor, to_x: Tensor | None, to_offset: Tensor | None, to_mask: Tensor | None
 ) -> Launch:
     whole = level.groups == 1 and level.weight.shape[0] <= POINTS["32"].o
@@ -73,7 +72,7 @@ def _points_launch(
     return Launch(kernels.backward_points_kernel, grid, arguments, {"K": config, **wanted}, tiles.warps, tiles.stages)
 
 
-def _weight_launch(level: Level, grad: Tensor) -> Launch:
+def weight_launch(level: Level, grad: Tensor) -> Launch:
     """The launch lacks `partial`, whose length is the last number of its grid."""
     config, tiles = level.config(WEIGHT, grad)
     steps = level.taps * (config.C // config.SPAN) * triton.cdiv(config.SPAN, tiles.c)
@@ -91,8 +90,8 @@ def forward(outputs, inputs, offsets, masks, weight, bias, stride, padding, dila
     """Write the output (N, O, Ho, Wo) of every level; arguments as in `kernels.deform_conv.operator`, checked there."""
     packed = weight.permute(0, 2, 3, 1).contiguous()
     bias = None if bias is None else bias.contiguous()
-    for level, out in zip(_levels(inputs, offsets, masks, weight, stride, padding, dilation), outputs, strict=True):
-        _forward_launch(level, packed, bias, out).run()
+    for level, out in zip(levels(inputs, offsets, masks, weight, stride, padding, dilation), outputs, strict=True):
+        forward_launch(level, packed, bias, out).run()
 
 
 def backward(results, grads, inputs, offsets, masks, weight, stride, padding, dilation) -> None:
@@ -103,21 +102,21 @@ def backward(results, grads, inputs, offsets, masks, weight, stride, padding, di
     it is that of `kernels.deform_conv.inverse`.
     """
     to_inputs, to_offsets, to_masks, to_weight, to_bias = results
-    levels = _levels(inputs, offsets, masks, weight, stride, padding, dilation)
+    maps = levels(inputs, offsets, masks, weight, stride, padding, dilation)
     rows = [grad.permute(0, 2, 3, 1).contiguous() for grad in grads]
-    packed = weight.unflatten(0, (levels[0].groups, -1)).permute(0, 3, 4, 2, 1).contiguous()
+    packed = weight.unflatten(0, (maps[0].groups, -1)).permute(0, 3, 4, 2, 1).contiguous()
     if to_inputs and torch.are_deterministic_algorithms_enabled():
-        deform_conv_inverse.input_gradients(to_inputs, rows, levels, packed)
+        deform_conv_inverse.input_gradients(to_inputs, rows, maps, packed)
         to_inputs = []
     if to_inputs or to_offsets or to_masks:
-        none = [None] * len(levels)
-        for i, (level, grad) in enumerate(zip(levels, rows, strict=True)):
+        none = [None] * len(maps)
+        for i, (level, grad) in enumerate(zip(maps, rows, strict=True)):
             to_x = torch.zeros_like(level.x, dtype=real(weight.dtype)) if to_inputs else None
-            _points_launch(level, packed, grad, to_x, (to_offsets or none)[i], (to_masks or none)[i]).run()
+            points_launch(level, packed, grad, to_x, (to_offsets or none)[i], (to_masks or none)[i]).run()
             if to_inputs:
                 to_inputs[i].copy_(to_x.permute(0, 3, 1, 2))
     if to_weight:
-        launches = [_weight_launch(level, grad) for level, grad in zip(levels, rows, strict=True)]
+        launches = [weight_launch(level, grad) for level, grad in zip(maps, rows, strict=True)]
         counts = [launch.grid[-1] for launch in launches]
         partial = torch.empty((sum(counts), weight.numel()), dtype=real(weight.dtype), device=weight.device)
         for launch, part in zip(launches, partial.split(counts), strict=True):
@@ -127,29 +126,3 @@ def backward(results, grads, inputs, offsets, masks, weight, stride, padding, di
         to_weight[0].copy_(packed.permute(0, 3, 1, 2))
     if to_bias:
         to_bias[0].copy_(sum(grad.sum((0, 1, 2), dtype=real(weight.dtype)) for grad in rows))
-
-
-def compile_specs() -> list[CompileSpec]:
-    """The kernels as they run on P3 of 800x1333 pixels, batch 8, channels last, with 256 and (pieces) 512 outputs."""
-    specs = []
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-
-        def new(*shape, dtype=dtype):
-            return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
-
-        for outputs, suffix in ((256, ""), (512, " in pieces")):
-            weight, out = new(outputs, 256, 3, 3), new(8, outputs, 100, 168)
-            x, offset, mask = new(8, 256, 100, 168), new(8, 18, 100, 168), new(8, 9, 100, 168)
-            level = _levels([x], [offset], [mask], weight, [1, 1], [1, 1], [1, 1])[0]
-            points = _points_launch(level, weight, out, level.x.to(real(dtype)), offset, mask)
-            specs.append(points.spec(f"deform_conv2d backward points{suffix}", dtype, uses_dot=True))
-            bins, gather = deform_conv_inverse.compile_launches(level, weight, out.permute(0, 2, 3, 1))
-            specs.append(gather.spec(f"deform_conv2d inverse gather{suffix}", dtype, uses_dot=True))
-        specs.append(bins.spec("deform_conv2d inverse bins", dtype))
-        weight, out = new(256, 256, 3, 3), new(8, 256, 100, 168)
-        level = _levels([x], [offset], [mask], weight, [1, 1], [1, 1], [1, 1])[0]
-        specs.append(_forward_launch(level, weight, weight, out).spec("deform_conv2d forward", dtype, uses_dot=True))
-        sums = _weight_launch(level, out)
-        sums.arguments["partial"] = torch.empty(1, dtype=real(dtype), device="meta")
-        specs.append(sums.spec("deform_conv2d backward weight", dtype, uses_dot=True))
-    return specs

@@ -4,8 +4,19 @@ Names: `i_` index, `o_` offsets, `m_` mask, `b_` a block of values; `n` image, `
 one), `c` channel.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Rows(NamedTuple):
+    """A map as (N, P, C): its pointer, and the strides in elements."""
+
+    pointer: Any
+    n: Any
+    p: Any
+    c: Any
 
 
 @triton.jit
@@ -23,6 +34,11 @@ def _tile(tiles_p, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def _places(rows, i_n, o_p, o_c):
+    return rows.pointer + (i_n * rows.n + o_p[:, None] * rows.p + o_c[None, :] * rows.c)
+
+
+@triton.jit
 def _load_coefficients(coefficients, i_n, o_c, channels, REAL: tl.constexpr):
     base = coefficients + i_n * 4 * channels + o_c
     m_c = o_c < channels
@@ -35,57 +51,37 @@ def _load_coefficients(coefficients, i_n, o_c, channels, REAL: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    x,  # (N, P, C) through its strides
-    coefficients,  # (N, 4, C) contiguous
-    y,  # (N, P, C) through its strides
-    pixels,
-    channels,
-    x_stride_n,
-    x_stride_p,
-    x_stride_c,
-    y_stride_n,
-    y_stride_p,
-    y_stride_c,
-    tiles_p,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    REAL: tl.constexpr,
+    x, coefficients, y, pixels, channels, tiles_p, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr
 ):
+    """Grid (images * blocks of pixels * blocks of channels,). `x` and `y` are `Rows`, `coefficients` (N, 4, C)."""
     i_n, _, o_p, o_c = _tile(tiles_p, channels, BLOCK_P, BLOCK_C)
     m_pc = (o_p < pixels)[:, None] & (o_c < channels)[None, :]
     b_a1, b_b1, b_a2, b_b2 = _load_coefficients(coefficients, i_n, o_c, channels, REAL)
-    o_x = i_n * x_stride_n + o_p[:, None] * x_stride_p + o_c[None, :] * x_stride_c
-    o_y = i_n * y_stride_n + o_p[:, None] * y_stride_p + o_c[None, :] * y_stride_c
-    b_x = tl.load(x + o_x, mask=m_pc, other=0.0).to(REAL)
+    b_x = tl.load(_places(x, i_n, o_p, o_c), mask=m_pc, other=0.0).to(REAL)
     # A NaN in either line must reach the loss, as it does through torch.maximum.
     b_y = tl.maximum(b_a1 * b_x + b_b1, b_a2 * b_x + b_b2, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(y + o_y, b_y.to(y.dtype.element_ty), mask=m_pc)
+    tl.store(_places(y, i_n, o_p, o_c), b_y.to(y.pointer.dtype.element_ty), mask=m_pc)
 
 
 @triton.jit
 def backward_kernel(
-    grad_y,  # (N, P, C) through its strides
-    x,  # (N, P, C) through its strides
-    coefficients,  # (N, 4, C) contiguous
-    grad_x,  # (N, P, C) through its strides
-    partial,  # (N, chunks, 4, C) contiguous: sums over the pixels of one chunk
+    grad_y,
+    x,
+    coefficients,
+    grad_x,
+    partial,
     pixels,
     channels,
-    grad_y_stride_n,
-    grad_y_stride_p,
-    grad_y_stride_c,
-    x_stride_n,
-    x_stride_p,
-    x_stride_c,
-    grad_x_stride_n,
-    grad_x_stride_p,
-    grad_x_stride_c,
     chunks,
     STEPS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     REAL: tl.constexpr,
 ):
+    """Grid (images * chunks * blocks of channels,): the gradient of x, and sums over the pixels of one chunk.
+
+    `grad_y`, `x` and `grad_x` are `Rows`, `coefficients` is (N, 4, C), `partial` (N, chunks, 4, C).
+    """
     i_n, i_chunk, o_p, o_c = _tile(chunks, channels, BLOCK_P, BLOCK_C)
     m_c = o_c < channels
     b_a1, b_b1, b_a2, b_b2 = _load_coefficients(coefficients, i_n, o_c, channels, REAL)
@@ -96,18 +92,15 @@ def backward_kernel(
     # A chunk is STEPS tiles, `chunks` apart: programs that run together then read neighbouring pixels.
     for _ in range(STEPS):
         m_pc = (o_p < pixels)[:, None] & m_c[None, :]
-        o_grad_y = i_n * grad_y_stride_n + o_p[:, None] * grad_y_stride_p + o_c[None, :] * grad_y_stride_c
-        o_x = i_n * x_stride_n + o_p[:, None] * x_stride_p + o_c[None, :] * x_stride_c
-        o_grad_x = i_n * grad_x_stride_n + o_p[:, None] * grad_x_stride_p + o_c[None, :] * grad_x_stride_c
-        b_grad_y = tl.load(grad_y + o_grad_y, mask=m_pc, other=0.0).to(REAL)
-        b_x = tl.load(x + o_x, mask=m_pc, other=0.0).to(REAL)
+        b_grad_y = tl.load(_places(grad_y, i_n, o_p, o_c), mask=m_pc, other=0.0).to(REAL)
+        b_x = tl.load(_places(x, i_n, o_p, o_c), mask=m_pc, other=0.0).to(REAL)
         b_d = (b_a1 - b_a2) * b_x + (b_b1 - b_b2)
         # Where the difference is NaN both lines get all of the gradient, as from torch.maximum.
         b_grad_y = tl.where(b_d == 0, b_grad_y * 0.5, b_grad_y)
         b_first = tl.where(b_d < 0, 0.0, b_grad_y)
         b_second = tl.where(b_d > 0, 0.0, b_grad_y)
         b_grad_x = b_first * b_a1 + b_second * b_a2
-        tl.store(grad_x + o_grad_x, b_grad_x.to(grad_x.dtype.element_ty), mask=m_pc)
+        tl.store(_places(grad_x, i_n, o_p, o_c), b_grad_x.to(grad_x.pointer.dtype.element_ty), mask=m_pc)
         sum_a1 += b_first * b_x
         sum_b1 += b_first
         sum_a2 += b_second * b_x

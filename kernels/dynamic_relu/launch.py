@@ -1,4 +1,4 @@
-"""Launching the Triton kernels of the dynamic ReLU: layouts, blocks, memory, and what is compiled.
+"""Launching the Triton kernels of the dynamic ReLU: layouts, blocks, memory.
 
 A launch is prepared as data and run afterwards, so that the ahead-of-time compilation describes exactly what runs.
 """
@@ -10,7 +10,6 @@ import triton
 from torch import Tensor
 
 from kernels.dynamic_relu import kernels
-from kernels.runtime.compile_spec import CompileSpec
 from kernels.runtime.launch import Launch, real, triton_real
 
 # Elements of a block.
@@ -21,24 +20,14 @@ _WARPS, _STAGES = 4, 3
 _BACKWARD_PROGRAMS = 1024
 
 
-class _Rows(NamedTuple):
-    """A map (N, C, H, W) as (N, H * W, C): the tensor, and its strides in this order."""
-
-    x: Tensor
-    strides: tuple[int, int, int]
-
-    def arguments(self, name: str) -> dict[str, Any]:
-        return {name: self.x} | {f"{name}_stride_{axis}": n for axis, n in zip("npc", self.strides, strict=True)}
-
-
-def _rows(x: Tensor) -> _Rows:
-    """A copy only where rows and columns are not one evenly spaced sequence."""
+def _rows(x: Tensor) -> kernels.Rows:
+    """A map (N, C, H, W) as (N, H * W, C); a copy only where rows and columns are not one evenly spaced sequence."""
     stride_n, stride_c, stride_h, stride_w = x.stride()
     _, _, height, width = x.shape
     if width == 1:
-        return _Rows(x, (stride_n, stride_h, stride_c))
+        return kernels.Rows(x, stride_n, stride_h, stride_c)
     if height == 1 or stride_h == width * stride_w:
-        return _Rows(x, (stride_n, stride_w, stride_c))
+        return kernels.Rows(x, stride_n, stride_w, stride_c)
     return _rows(x.contiguous(memory_format=torch.channels_last if stride_c == 1 else torch.contiguous_format))
 
 
@@ -63,23 +52,23 @@ def _blocks(elements: int, pixels: int, channels: int, pixels_innermost: bool) -
     return _Blocks(block_p, block_c, triton.cdiv(pixels, block_p), triton.cdiv(channels, block_c))
 
 
-def _forward_launch(output: Tensor, input: Tensor, coefficients: Tensor) -> Launch:
+def forward_launch(output: Tensor, input: Tensor, coefficients: Tensor) -> Launch:
     n, channels, height, width = input.shape
     pixels = height * width
     x, y = _rows(input), _rows(output)
-    blocks = _blocks(_FORWARD_TILE, pixels, channels, y.strides[1] == 1)
-    arguments = x.arguments("x") | y.arguments("y") | {"coefficients": coefficients.contiguous()}
+    blocks = _blocks(_FORWARD_TILE, pixels, channels, y.p == 1)
+    arguments: dict[str, Any] = {"x": x, "y": y, "coefficients": coefficients.contiguous()}
     arguments |= {"pixels": pixels, "channels": channels, "tiles_p": blocks.along_pixels}
     grid = (n * blocks.along_pixels * blocks.along_channels,)
     return Launch(kernels.forward_kernel, grid, arguments, blocks.constants(input), _WARPS, _STAGES)
 
 
-def _backward_launch(grad_input: Tensor, grad_output: Tensor, input: Tensor, coefficients: Tensor) -> Launch:
+def backward_launch(grad_input: Tensor, grad_output: Tensor, input: Tensor, coefficients: Tensor) -> Launch:
     """`partial` of its arguments (N, chunks, 4, C) is what it sums for the coefficients."""
     n, channels, height, width = input.shape
     pixels = height * width
     grad_y, x, grad_x = _rows(grad_output), _rows(input), _rows(grad_input)
-    blocks = _blocks(_BACKWARD_TILE, pixels, channels, grad_x.strides[1] == 1)
+    blocks = _blocks(_BACKWARD_TILE, pixels, channels, grad_x.p == 1)
     tiles_p, tiles_c = blocks.along_pixels, blocks.along_channels
     # From the shape alone, never from the device: the order of summation is then the same everywhere. A power of two,
     # so that few variants are compiled; a constant there, because Triton 3.6 interprets no other range under NumPy 2.4.
@@ -87,7 +76,7 @@ def _backward_launch(grad_input: Tensor, grad_output: Tensor, input: Tensor, coe
     steps = 2 ** (steps.bit_length() - 1)
     chunks = triton.cdiv(tiles_p, steps)
     partial = torch.empty((n, chunks, 4, channels), dtype=real(input.dtype), device=input.device)
-    arguments = grad_y.arguments("grad_y") | x.arguments("x") | grad_x.arguments("grad_x")
+    arguments: dict[str, Any] = {"grad_y": grad_y, "x": x, "grad_x": grad_x}
     arguments |= {"coefficients": coefficients.contiguous(), "partial": partial}
     arguments |= {"pixels": pixels, "channels": channels, "chunks": chunks}
     constants = blocks.constants(input) | {"STEPS": steps}
@@ -97,26 +86,14 @@ def _backward_launch(grad_input: Tensor, grad_output: Tensor, input: Tensor, coe
 def forward(output: Tensor, input: Tensor, coefficients: Tensor) -> None:
     """Write the dynamic ReLU of `input` to `output`, which is contiguous or channels_last."""
     if input.numel():
-        _forward_launch(output, input, coefficients).run()
+        forward_launch(output, input, coefficients).run()
 
 
 def backward(grad_input: Tensor, grad_output: Tensor, input: Tensor, coefficients: Tensor) -> Tensor:
     """Write the gradient of `input` to `grad_input` and return that of the coefficients."""
     if not input.numel():
         return torch.zeros_like(coefficients, memory_format=torch.contiguous_format)
-    launch = _backward_launch(grad_input, grad_output, input, coefficients)
+    launch = backward_launch(grad_input, grad_output, input, coefficients)
     launch.run()
     partial: Tensor = launch.arguments["partial"]
     return partial.sum(1).to(coefficients.dtype)
-
-
-def compile_specs() -> list[CompileSpec]:
-    """The kernels as they run on P3 of 800x1333 pixels, batch 8, 256 channels, in both layouts and every precision."""
-    specs = []
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        coefficients = torch.empty((8, 4, 256), dtype=dtype, device="meta")
-        for layout, name in ((torch.channels_last, "channels_last"), (torch.contiguous_format, "contiguous")):
-            x = torch.empty((8, 256, 100, 168), dtype=dtype, device="meta", memory_format=layout)
-            specs.append(_forward_launch(x, x, coefficients).spec(f"dynamic_relu forward {name}", dtype))
-            specs.append(_backward_launch(x, x, x, coefficients).spec(f"dynamic_relu backward {name}", dtype))
-    return specs

@@ -3,13 +3,11 @@
 A program takes one of the four borders of some boxes and some of its channels.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.regions.bilinear_kernels import accumulator, channels_innermost, divide, neighbours
-from kernels.runtime.compile_spec import CompileSpec
 from kernels.runtime.launch import Launch, triton_real
 
 # Boxes times channels of a program, and the most channels.
@@ -170,7 +168,7 @@ def backward_kernel(
     tl.atomic_add(grad_x + p11, lower * across, mask=known, sem="relaxed")
 
 
-def _launch(kernel, tensors: dict[str, Tensor], x: Tensor, boxes: Tensor, pool_size: int) -> Launch:
+def launch(kernel, tensors: dict[str, Tensor], x: Tensor, boxes: Tensor, pool_size: int) -> Launch:
     """`x` is the one of the tensors that is (N, 4 * C, H, W)."""
     images, channels, height, width = x.shape
     count, channels = boxes.shape[1], channels // 4
@@ -190,7 +188,7 @@ def forward(output: Tensor, chosen: Tensor, features: Tensor, boxes: Tensor, poo
     if not output.numel():
         return
     x = channels_innermost(features)
-    _launch(forward_kernel, {"x": x, "out": output, "chosen": chosen}, x, boxes.contiguous(), pool_size).run()
+    launch(forward_kernel, {"x": x, "out": output, "chosen": chosen}, x, boxes.contiguous(), pool_size).run()
 
 
 def backward(grad: Tensor, chosen: Tensor, boxes: Tensor, shape: tuple[int, ...], pool_size: int) -> Tensor:
@@ -199,25 +197,5 @@ def backward(grad: Tensor, chosen: Tensor, boxes: Tensor, shape: tuple[int, ...]
     if not grad.numel():
         return result
     tensors = {"grad": grad.permute(0, 2, 3, 1).contiguous(), "chosen": chosen, "grad_x": result}
-    _launch(backward_kernel, tensors, result, boxes.contiguous(), pool_size).run()
+    launch(backward_kernel, tensors, result, boxes.contiguous(), pool_size).run()
     return result
-
-
-def compile_specs() -> list[CompileSpec]:
-    """The kernels as they run on P3 of 800x1333 pixels, batch 8, with a box for each cell and 256 channels a border."""
-    specs = []
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-
-        def new(*shape, dtype=dtype):
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        # The features are four of five parts of a map.
-        x = new(8, 100, 168, 1280).permute(0, 3, 1, 2)[:, :1024]
-        boxes = new(8, 16800, 4, dtype=torch.float32)
-        out, chosen = new(8, 16800, 4, 256), new(8, 16800, 4, 256, dtype=torch.uint8)
-        launch = _launch(forward_kernel, {"x": x, "out": out, "chosen": chosen}, x, boxes, 10)
-        specs.append(launch.spec("border_align forward", dtype))
-        gradient = new(8, 100, 168, 1024, dtype=torch.float32).permute(0, 3, 1, 2)
-        launch = _launch(backward_kernel, {"grad": out, "chosen": chosen, "grad_x": gradient}, gradient, boxes, 10)
-        specs.append(launch.spec("border_align backward", dtype))
-    return specs

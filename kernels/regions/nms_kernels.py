@@ -9,7 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.regions.bilinear_kernels import divide
-from kernels.runtime.compile_spec import CompileSpec
 from kernels.runtime.launch import Launch, triton_real
 
 # Words of the matrix that the walk reads at a time. More of them, or fewer warps, spill on gfx942.
@@ -89,7 +88,7 @@ def walk_kernel(matrix, order, kept, count, n, words, limit, WORDS: tl.constexpr
     tl.store(count, tl.minimum(found, limit))
 
 
-def _launches(boxes: Tensor, order: Tensor, labels: Tensor | None, iou_threshold: float, limit: int) -> list[Launch]:
+def launches(boxes: Tensor, order: Tensor, labels: Tensor | None, iou_threshold: float, limit: int) -> list[Launch]:
     """Both launches; the last one writes to its arguments `kept` and `count`."""
     n, device = len(order), order.device
     words = triton.cdiv(n, 64)
@@ -129,25 +128,8 @@ def _launches(boxes: Tensor, order: Tensor, labels: Tensor | None, iou_threshold
 
 def greedy(boxes: Tensor, order: Tensor, labels: Tensor | None, iou_threshold: float, limit: int) -> Tensor:
     """Indices of up to `limit` boxes that are kept, in `order` (n,) int64, which lists all of them by falling score."""
-    overlap, walk = _launches(boxes, order, labels, iou_threshold, limit)
+    overlap, walk = launches(boxes, order, labels, iou_threshold, limit)
     overlap.run()
     walk.run()
     # The one place where the host waits for the GPU.
     return walk.arguments["kept"][: int(walk.arguments["count"])]
-
-
-def compile_specs() -> list[CompileSpec]:
-    """The kernels for 5,000 boxes with labels, and the walk over as many as there may be."""
-    specs = []
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for n, suffix in ((5000, ""), (2**15, " of many")):
-            meta = torch.device("meta")
-            boxes = torch.empty(n, 4, dtype=dtype, device=meta)
-            order = torch.empty(n, dtype=torch.int64, device=meta)
-            overlap, walk = _launches(boxes, order, order, 0.5, 1000)
-            if not suffix:
-                specs.append(overlap.spec("nms overlaps", dtype))
-            # The walk has no tensor of this type.
-            if dtype == torch.float32:
-                specs.append(walk.spec(f"nms walk{suffix}", dtype))
-    return specs

@@ -3,14 +3,12 @@
 A program computes a row of bins of one box: all samples of a bin one after the other, all bins of the row at once.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.regions.bilinear_kernels import accumulator, channels_innermost, divide, neighbours
-from kernels.runtime.compile_spec import CompileSpec
-from kernels.runtime.launch import Launch, real, triton_real
+from kernels.runtime.launch import Launch, triton_real
 
 # Bins times channels of a program.
 _TILE = 1024
@@ -191,7 +189,7 @@ def _add(row, column, c, stride_w, value, known):
     tl.atomic_add(row + (column * stride_w)[:, None] + c[None, :], value, mask=known, sem="relaxed")
 
 
-def _launch(kernel, maps: dict[str, Tensor], results: dict[str, Tensor], x, boxes, images, output_size, ratio, aligned):
+def launch(kernel, maps: dict[str, Tensor], results: dict[str, Tensor], x, boxes, images, output_size, ratio, aligned):
     """`x` is the one of the tensors that is (N, C, H, W)."""
     n, channels, height, width = x.shape
     p, q = output_size
@@ -222,7 +220,7 @@ def forward(output: Tensor, features: Tensor, boxes: Tensor, images: Tensor, rat
         return
     x = channels_innermost(features)
     size = output.shape[2:]
-    _launch(forward_kernel, {"x": x}, {"out": output}, x, boxes, images, size, ratio, aligned).run()
+    launch(forward_kernel, {"x": x}, {"out": output}, x, boxes, images, size, ratio, aligned).run()
 
 
 def backward(grad: Tensor, boxes: Tensor, images: Tensor, shape: tuple[int, ...], ratio: int, aligned: bool) -> Tensor:
@@ -232,29 +230,5 @@ def backward(grad: Tensor, boxes: Tensor, images: Tensor, shape: tuple[int, ...]
         return result
     rows = grad.permute(0, 2, 3, 1).contiguous()
     size = grad.shape[2:]
-    _launch(backward_kernel, {"grad": rows}, {"grad_x": result}, result, boxes, images, size, ratio, aligned).run()
+    launch(backward_kernel, {"grad": rows}, {"grad_x": result}, result, boxes, images, size, ratio, aligned).run()
     return result
-
-
-def compile_specs() -> list[CompileSpec]:
-    """The kernels as they run on P2 of 800x1333 pixels, 256 channels: 7x7 bins of 512 boxes for each of 8 images."""
-    specs = []
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-
-        def new(*shape, dtype=dtype):
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        x = new(8, 200, 336, 256).permute(0, 3, 1, 2)
-        boxes, images = new(4096, 4, dtype=real(dtype)), new(4096, dtype=torch.int32)
-        rows = new(4096, 7, 7, 256, dtype=real(dtype))
-        gradient = new(8, 200, 336, 256, dtype=real(dtype)).permute(0, 3, 1, 2)
-        size = (7, 7)
-        launch = _launch(forward_kernel, {"x": x}, {"out": rows}, x, boxes, images, size, 0, True)
-        specs.append(launch.spec("roi_align forward", dtype))
-        # Gradients have the type of the output, which is float32 for all three.
-        if dtype == torch.float32:
-            launch = _launch(
-                backward_kernel, {"grad": rows}, {"grad_x": gradient}, gradient, boxes, images, size, 0, True
-            )
-            specs.append(launch.spec("roi_align backward", dtype))
-    return specs

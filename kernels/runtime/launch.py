@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backend import INTERPRET
 from kernels.runtime.compile_spec import CompileSpec, Slot
 
 _NAMES = {
@@ -97,7 +98,9 @@ class Launch:
                 yield (name,), value
 
     def _constexprs(self) -> dict[str, Any]:
-        # A field that is no `tl.constexpr` would lose in the kernel that it is known at compilation.
+        # Interpreted, a kernel is plain Python. Compiled, a field that is no `tl.constexpr` would no longer be known.
+        if INTERPRET:
+            return self.constants
         return {
             name: type(value)(*map(tl.constexpr, value)) if hasattr(value, "_fields") else value
             for name, value in self.constants.items()

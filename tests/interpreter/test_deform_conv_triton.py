@@ -7,6 +7,7 @@ from torch.library import opcheck
 
 from kernels import deform_conv2d, deform_conv2d_levels, use_backend
 from kernels.deform_conv import launch as deform_conv_launch
+from kernels.deform_conv import level
 from kernels.deform_conv.operator import reference
 
 # The interpreter's time is that of the number of programs; these are the files that need few.
@@ -57,7 +58,7 @@ def test_many_splits_of_the_weight_gradient(monkeypatch):
 
 
 def test_64_bit_places_within_an_image(monkeypatch):
-    monkeypatch.setattr(deform_conv_launch, "_extent", lambda tensor: 2**31)
+    monkeypatch.setattr(level, "_extent", lambda tensor: 2**31)
     check(deform_conv2d, CASES[9], torch.float64)
 
 

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -15,8 +14,9 @@ from compiled import compiled, find
 from places import ROOT
 
 import kernels.bench.compile
-from kernels.bench.compile import TARGETS, all_specs, compile_spec
+from kernels.bench.compile import TARGETS, compile_spec
 from kernels.bench.fingerprint import fingerprint
+from kernels.bench.specs import all_specs
 from kernels.regions import roi_align_kernels as roi_align_triton
 from kernels.runtime.compile_spec import CompileSpec
 
@@ -144,7 +144,7 @@ def test_a_spill_is_a_problem(target, size):
 
 def test_a_problem_is_named_and_fails_the_command(monkeypatch, capsys):
     specs = [replace(SPILLING, constexprs={"SIZE": 128}), SPILLING]
-    monkeypatch.setattr(kernels.bench.compile, "TRITON_MODULES", [SimpleNamespace(compile_specs=lambda: specs)])
+    monkeypatch.setattr(kernels.bench.compile, "all_specs", lambda: specs)
     assert kernels.bench.compile.main(["--target", "sm_90", "--processes", "1"]) == 1
     assert "2 compiled, 1 with a problem\ntoo many values fp32 sm_90: spills" in capsys.readouterr().out
 
@@ -178,7 +178,7 @@ def test_roi_align_of_a_single_bin_compiles(kernel):
     images = torch.empty(1, dtype=torch.int32, device="meta")
     forward = kernel is roi_align_triton.forward_kernel
     maps, results = ({"x": x}, {"out": rows}) if forward else ({"grad": rows}, {"grad_x": x})
-    launch = roi_align_triton._launch(kernel, maps, results, x, boxes, images, (1, 1), 0, True)
+    launch = roi_align_triton.launch(kernel, maps, results, x, boxes, images, (1, 1), 0, True)
     assert compile_spec(launch.spec("single bin", torch.float32), "sm_80").problem == ""
 
 

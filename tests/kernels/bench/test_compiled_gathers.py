@@ -10,7 +10,8 @@ from compiled import compiled, find
 
 from kernels.bench.compile import TARGETS, _source, compile_spec
 from kernels.bench.roofline import float32_products
-from kernels.deform_conv.launch import Launch, _forward_launch, _levels
+from kernels.deform_conv.kernels import Strided
+from kernels.deform_conv.launch import Launch, forward_launch, levels
 
 
 def wide_loads(row) -> int:
@@ -23,9 +24,9 @@ def test_corners_are_loaded_16_bytes_at_a_time_and_not_copied(name, dtype):
     spec = find(f"deform_conv2d {name}", dtype)
     row = compiled(spec.name, dtype, "sm_90")
     # Of a step's corners each thread holds this many pieces of 16 bytes; they are loaded before the loop and in it.
-    pixels = spec.constexprs["TILE_H"] * spec.constexprs["TILE_W"]
+    pixels = spec.settings["TILE_H"] * spec.settings["TILE_W"]
     size = 4 if dtype == "fp32" else 2
-    pieces = 4 * pixels * spec.constexprs["BLOCK_C"] * size // (16 * 32 * spec.num_warps)
+    pieces = 4 * pixels * spec.settings["BLOCK_C"] * size // (16 * 32 * spec.num_warps)
     assert wide_loads(row) - row.async_copies >= 2 * pieces
 
 
@@ -39,8 +40,8 @@ def test_what_is_copied_past_the_l1_cache_is_the_weights(dtype, target):
         Counter(re.findall(rf"{operation} [^\n]*?tensor<(\d+x\d+)x!tt.ptr", code))
         for operation in ("ttg.async_copy_global_to_local", "tt.load")
     )
-    pixels = spec.constexprs["TILE_H"] * spec.constexprs["TILE_W"]
-    c, o = spec.constexprs["BLOCK_C"], spec.constexprs["BLOCK_O"]
+    pixels = spec.settings["TILE_H"] * spec.settings["TILE_W"]
+    c, o = spec.settings["BLOCK_C"], spec.settings["BLOCK_O"]
     assert set(copies) == {f"{c}x{o}"}
     # The four corners, before the loop and in it.
     assert loads == {f"{pixels}x{c}": 8}
@@ -50,9 +51,9 @@ def test_what_is_copied_past_the_l1_cache_is_the_weights(dtype, target):
 def test_the_gather_loads_rows_16_bytes_at_a_time_and_copies_none(dtype):
     spec = find("deform_conv2d inverse gather", dtype)
     row = compiled(spec.name, dtype, "sm_90")
-    pieces = (4 if dtype == "fp32" else 2) * spec.constexprs["BLOCK_O"] / (16 * 32 * spec.num_warps)
+    pieces = (4 if dtype == "fp32" else 2) * spec.settings["BLOCK_O"] / (16 * 32 * spec.num_warps)
     # The gradients' rows, before the loop and in it, and the weights.
-    assert wide_loads(row) == pieces * (2 * spec.constexprs["ENTRIES"] + spec.constexprs["BLOCK_C"])
+    assert wide_loads(row) == pieces * (2 * spec.settings["ENTRIES"] + spec.settings["BLOCK_C"])
     assert row.async_copies == 0
 
 
@@ -60,26 +61,27 @@ def test_the_gather_loads_rows_16_bytes_at_a_time_and_copies_none(dtype):
 def test_the_gather_of_exact_products_does_not_spill(target):
     with float32_products("ieee"):
         spec = find("deform_conv2d inverse gather", "fp32")
-    assert spec.constexprs["PRECISION"] == "ieee"
+    assert spec.settings["PRECISION"] == "ieee"
     assert compile_spec(spec, target).spill_bytes == 0
 
 
 def test_strides_of_one_are_compiled_in():
     # A launch with a channels-last offset compiles its channel stride in; the specification must say the same.
     spec = find("deform_conv2d forward", "fp32")
-    assert spec.constexprs["offset_c"] == spec.constexprs["mask_c"] == spec.constexprs["out_c"] == 1
-    assert "offset_h" in spec.signature and "out_w" in spec.divisible
+    channel, width = Strided._fields.index("c"), Strided._fields.index("w")
+    assert {("offset", channel), ("mask", channel), ("out", channel)} <= {slot for slot, _ in spec.compiled_in}
+    assert spec.signature["offset"].h == "i32" and ("out", width) in spec.divisible
 
 
 def test_large_images_take_64_bit_places():
     def launch(height: int) -> Launch:
         new = lambda channels: torch.empty(1, channels, height, 4096, dtype=torch.bfloat16, device="meta")  # noqa: E731
         weight = torch.empty(64, 64, 3, 3, dtype=torch.bfloat16, device="meta")
-        (level,) = _levels([new(64)], [new(18)], [new(9)], weight, [1, 1], [1, 1], [1, 1])
-        return _forward_launch(level, weight, None, new(64))
+        (level,) = levels([new(64)], [new(18)], [new(9)], weight, [1, 1], [1, 1], [1, 1])
+        return forward_launch(level, weight, None, new(64))
 
-    assert str(launch(1024).constants["INDEX"]) == "int32"
-    assert str(launch(8192).constants["INDEX"]) == "int64"
+    assert str(launch(1024).constants["K"].INDEX) == "int32"
+    assert str(launch(8192).constants["K"].INDEX) == "int64"
 
 
 @pytest.mark.parametrize(("name", "gathers"), [("points", 4), ("weight", 8), ("finest level", 1)])
@@ -87,7 +89,7 @@ def test_backward_of_a_blocks_convolutions_gathers_16_bytes_at_a_time(name, gath
     spec = find(f"block convolutions backward {name}", "bf16")
     row = compiled(spec.name, "bf16", "sm_90")
     # What a thread gathers for a tile and block of channels: corners, also ahead of the loop; or gradients of entries.
-    sizes = spec.constexprs
+    sizes = spec.settings
     if name == "finest level":
         elements = sizes["ENTRIES"] * sizes["BLOCK_O"]
     else:

@@ -2,7 +2,8 @@
 
 from functools import cache
 
-from kernels.bench.compile import Row, all_specs, compile_spec
+from kernels.bench.compile import Row, compile_spec
+from kernels.bench.specs import all_specs
 from kernels.runtime.compile_spec import CompileSpec
 
 

@@ -1,0 +1,177 @@
+"""Every kernel in every configuration that is shipped, for ahead-of-time compilation: launches on `meta` tensors.
+
+Sizes are those of images of 800x1333 pixels, batch 8, with 256 channels.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernels.block import coefficients, conv, offset, tail
+from kernels.block.layout import Layout, layout
+from kernels.deform_conv import inverse
+from kernels.deform_conv import launch as deform_conv
+from kernels.dynamic_relu import launch as dynamic_relu
+from kernels.regions import border_align_kernels as border_align
+from kernels.regions import nms_kernels as nms
+from kernels.regions import roi_align_kernels as roi_align
+from kernels.runtime.compile_spec import CompileSpec
+from kernels.runtime.launch import real
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# P3 to P7, padded to a multiple of 32.
+SIZES = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
+BATCH, CHANNELS = 8, 256
+
+
+def all_specs() -> list[CompileSpec]:
+    """The kernels of every operator."""
+    specs = [spec for dtype in DTYPES for spec in _deform_conv(dtype)]
+    specs += [spec for dtype in (*DTYPES, torch.float64) for spec in _dynamic_relu(dtype)]
+    for family in (_tail, _coefficients, _convolutions, _offsets, _roi_align, _border_align, _nms):
+        specs += [spec for dtype in DTYPES for spec in family(dtype)]
+    return specs
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _deform_conv(dtype: torch.dtype) -> Iterator[CompileSpec]:
+    """On P3, channels last, with 256 and (in pieces) 512 outputs."""
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+    height, width = SIZES[0]
+    x, offset, mask = (new(BATCH, channels, height, width) for channels in (CHANNELS, 18, 9))
+    for outputs, suffix in ((256, ""), (512, " in pieces")):
+        weight, out = new(outputs, CHANNELS, 3, 3), new(BATCH, outputs, height, width)
+        (level,) = deform_conv.levels([x], [offset], [mask], weight, [1, 1], [1, 1], [1, 1])
+        points = deform_conv.points_launch(level, weight, out, level.x.to(real(dtype)), offset, mask)
+        yield points.spec(f"deform_conv2d backward points{suffix}", dtype, uses_dot=True)
+        bins, gather = inverse.compile_launches(level, weight, out.permute(0, 2, 3, 1))
+        yield gather.spec(f"deform_conv2d inverse gather{suffix}", dtype, uses_dot=True)
+        if outputs == 256:
+            yield bins.spec("deform_conv2d inverse bins", dtype)
+            forward = deform_conv.forward_launch(level, weight, weight, out)
+            yield forward.spec("deform_conv2d forward", dtype, uses_dot=True)
+            sums = deform_conv.weight_launch(level, out)
+            sums.arguments["partial"] = _meta(1, dtype=real(dtype))
+            yield sums.spec("deform_conv2d backward weight", dtype, uses_dot=True)
+
+
+def _dynamic_relu(dtype: torch.dtype) -> Iterator[CompileSpec]:
+    """On P3, in both layouts."""
+    coefficients = _meta(BATCH, 4, CHANNELS, dtype=dtype)
+    for layout, name in ((torch.channels_last, "channels_last"), (torch.contiguous_format, "contiguous")):
+        x = torch.empty((BATCH, CHANNELS, *SIZES[0]), dtype=dtype, device="meta", memory_format=layout)
+        yield dynamic_relu.forward_launch(x, x, coefficients).spec(f"dynamic_relu forward {name}", dtype)
+        yield dynamic_relu.backward_launch(x, x, x, coefficients).spec(f"dynamic_relu backward {name}", dtype)
+
+
+def _pyramid(dtype: torch.dtype, *tile: tuple[int, int]) -> tuple[Layout, Tensor, Tensor, Tensor]:
+    """The layout of a block's levels; matrices of the levels, of the sampled maps and of the predictions."""
+    rows = layout(SIZES, BATCH, torch.device("meta"), real(dtype), *tile)
+    sizes = ((rows.rows, CHANNELS), (rows.sampled_rows, CHANNELS), (rows.rows, 27))
+    pyramid, sampled, predicted = (_meta(*size, dtype=dtype) for size in sizes)
+    return rows, pyramid, sampled, predicted
+
+
+def _tail(dtype: torch.dtype) -> Iterator[CompileSpec]:
+    rows, pyramid, sampled, _ = _pyramid(dtype)
+    for name, launch in tail.launches(pyramid, sampled, rows, 8, False).items():
+        # These see sums alone, which have one type.
+        if dtype == torch.float32 or name not in ("merge", "add"):
+            yield launch.spec(f"block {name}", dtype)
+    relu = tail.launches(pyramid, sampled, rows, 4, True)
+    for name in ("tail forward", "tail backward sums"):
+        yield relu[name].spec(f"block {name} relu", dtype)
+
+
+def _coefficients(dtype: torch.dtype) -> Iterator[CompileSpec]:
+    """`dtype` is that of the parameters."""
+
+    def new(*shape: int) -> Tensor:
+        return _meta(*shape, dtype=dtype)
+
+    def sums(*shape: int) -> Tensor:
+        return _meta(*shape, dtype=real(dtype))
+
+    levels, hidden = len(SIZES), CHANNELS // 4
+    slots = levels * BATCH
+    vector, statistics, share = new(CHANNELS), sums(3, levels, 3, BATCH, CHANNELS), sums(levels, 3, 1, 1)
+    gate = new(1, CHANNELS), new(1)
+    network = new(hidden, CHANNELS), new(hidden), new(4 * CHANNELS, hidden), new(4 * CHANNELS)
+    unbiased = *[vector] * 6, None, None, None
+    variants: dict[str, tuple[Tensor | None, ...]] = {"": (*unbiased, *gate, *network)}
+    # The others are nearly the same code or less of it, and differ by type in their loads alone.
+    if dtype == torch.float32:
+        variants |= {" biased": (*[vector] * 9, *gate, *network), " relu": (*unbiased, *gate, *[None] * 4)}
+    for name, parameters in variants.items():
+        units = 0 if parameters[-1] is None else hidden
+        lines, pooled = sums(levels, BATCH, 8 if units else 4, CHANNELS), sums(levels, BATCH, CHANNELS)
+        saved = coefficients.Saved(lines, pooled, statistics, share, parameters)
+        partial = sums(slots, coefficients.sums(CHANNELS, units) + (CHANNELS + units if units else 0))
+        yield coefficients.forward_launch(saved, 16, 1e-5).spec(f"block coefficients forward{name}", dtype)
+        backward = coefficients.backward_launch((lines, statistics), saved, partial, 16, 1e-5)
+        yield backward.spec(f"block coefficients backward{name}", dtype)
+    partial = sums(slots, coefficients.sums(CHANNELS, hidden) + CHANNELS + hidden)
+    yield coefficients.parameters_launch(partial, vector, CHANNELS, hidden).spec("block coefficients parameters", dtype)
+
+
+def _convolutions(dtype: torch.dtype) -> Iterator[CompileSpec]:
+    tiles = conv.tile(dtype, torch.device("meta"), CHANNELS)
+    rows, pyramid, sampled, predicted = _pyramid(dtype, (tiles.height, tiles.width))
+    for name, launch in conv.launches(pyramid, predicted, sampled, rows).items():
+        multiplies = name not in ("backward predicted", "backward bins")
+        yield launch.spec(f"block convolutions {name}", dtype, uses_dot=multiplies)
+
+
+def _offsets(dtype: torch.dtype) -> Iterator[CompileSpec]:
+    rows, pyramid, _, predicted = _pyramid(dtype)
+    for name, launch in offset.launches(pyramid, predicted, rows).items():
+        yield launch.spec(f"block offsets {name}", dtype, uses_dot=True)
+
+
+def _roi_align(dtype: torch.dtype) -> Iterator[CompileSpec]:
+    """On P2: 7x7 bins of 512 boxes for each image."""
+    x, gradient = (_meta(BATCH, 200, 336, CHANNELS, dtype=kind).permute(0, 3, 1, 2) for kind in (dtype, real(dtype)))
+    boxes, images = _meta(4096, 4, dtype=real(dtype)), _meta(4096, dtype=torch.int32)
+    rows, size = _meta(4096, 7, 7, CHANNELS, dtype=real(dtype)), (7, 7)
+    forward = roi_align.launch(roi_align.forward_kernel, {"x": x}, {"out": rows}, x, boxes, images, size, 0, True)
+    yield forward.spec("roi_align forward", dtype)
+    # Gradients have the type of the output, which is float32 for all three.
+    if dtype == torch.float32:
+        maps, results = {"grad": rows}, {"grad_x": gradient}
+        backward = roi_align.launch(roi_align.backward_kernel, maps, results, gradient, boxes, images, size, 0, True)
+        yield backward.spec("roi_align backward", dtype)
+
+
+def _border_align(dtype: torch.dtype) -> Iterator[CompileSpec]:
+    """On P3, with a box for each cell and 256 channels a border."""
+    height, width = SIZES[0]
+    boxes = height * width
+    # The features are four of five parts of a map.
+    x = _meta(BATCH, height, width, 5 * CHANNELS, dtype=dtype).permute(0, 3, 1, 2)[:, : 4 * CHANNELS]
+    corners = _meta(BATCH, boxes, 4, dtype=torch.float32)
+    out, chosen = (_meta(BATCH, boxes, 4, CHANNELS, dtype=kind) for kind in (dtype, torch.uint8))
+    tensors = {"x": x, "out": out, "chosen": chosen}
+    yield border_align.launch(border_align.forward_kernel, tensors, x, corners, 10).spec("border_align forward", dtype)
+    gradient = _meta(BATCH, height, width, 4 * CHANNELS, dtype=torch.float32).permute(0, 3, 1, 2)
+    tensors = {"grad": out, "chosen": chosen, "grad_x": gradient}
+    backward = border_align.launch(border_align.backward_kernel, tensors, gradient, corners, 10)
+    yield backward.spec("border_align backward", dtype)
+
+
+def _nms(dtype: torch.dtype) -> Iterator[CompileSpec]:
+    """5,000 boxes with labels, and the walk over as many as there may be."""
+    for n, suffix in ((5000, ""), (2**15, " of many")):
+        boxes, order = _meta(n, 4, dtype=dtype), _meta(n, dtype=torch.int64)
+        overlap, walk = nms.launches(boxes, order, order, 0.5, 1000)
+        if not suffix:
+            yield overlap.spec("nms overlaps", dtype)
+        # The walk has no tensor of this type.
+        if dtype == torch.float32:
+            yield walk.spec(f"nms walk{suffix}", dtype)
