@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import triton
@@ -115,7 +116,7 @@ def _source(spec: CompileSpec) -> ASTSource:
     )
 
 
-def _problem(spec: CompileSpec, target: Target, found: dict) -> str:
+def _problem(spec: CompileSpec, target: Target, found: dict[str, Any]) -> str:
     problems = []
     if found["spill_bytes"]:
         problems.append(f"spills {found['spill_bytes']} bytes")
@@ -126,13 +127,13 @@ def _problem(spec: CompileSpec, target: Target, found: dict) -> str:
     return "; ".join(problems)
 
 
-def _read_nvidia(cubin: bytes) -> dict:
+def _read_nvidia(cubin: bytes) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text).groups())
+    registers, stack, local = map(int, _found(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text))
     widths = Counter(
         int(width.removeprefix("U").removeprefix("S"))
         for opcode in re.findall(r"\b(?:LDG|LDGSTS)\.[A-Z0-9.]+", text)
@@ -147,9 +148,16 @@ def _read_nvidia(cubin: bytes) -> dict:
     }
 
 
-def _read_amd(assembly: str) -> dict:
+def _found(pattern: str, text: str) -> tuple[str, ...]:
+    match = re.search(pattern, text)
+    if match is None:
+        raise RuntimeError(f"the compiler's report has nothing like {pattern}")
+    return match.groups()
+
+
+def _read_amd(assembly: str) -> dict[str, Any]:
     def count(field: str) -> int:
-        return int(re.search(rf"\.{field}:\s+(\d+)", assembly).group(1))
+        return int(_found(rf"\.{field}:\s+(\d+)", assembly)[0])
 
     bits = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16, "ubyte": 8}
     widths = Counter(
@@ -166,7 +174,7 @@ def _read_amd(assembly: str) -> dict:
     }
 
 
-def _loads(widths: Counter) -> str:
+def _loads(widths: Counter[int]) -> str:
     return " ".join(f"{width}x{widths[width]}" for width in sorted(widths, reverse=True))
 
 
@@ -193,7 +201,9 @@ def _write(directory: Path, header: str, table: pd.DataFrame) -> None:
 
 
 def _markdown(table: pd.DataFrame) -> str:
-    return tabulate(table, headers=[name.replace("_", " ") for name in table], tablefmt="github", showindex=False)
+    rows = table.to_dict("records")
+    headers = {name: str(name).replace("_", " ") for name in table}
+    return tabulate(rows, headers=headers, tablefmt="github")
 
 
 def main(arguments: list[str] | None = None) -> int:

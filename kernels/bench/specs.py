@@ -65,8 +65,8 @@ def _deform_conv(dtype: torch.dtype) -> Iterator[CompileSpec]:
 def _dynamic_relu(dtype: torch.dtype) -> Iterator[CompileSpec]:
     """On P3, in both layouts."""
     coefficients = _meta(BATCH, 4, CHANNELS, dtype=dtype)
-    for layout, name in ((torch.channels_last, "channels_last"), (torch.contiguous_format, "contiguous")):
-        x = torch.empty((BATCH, CHANNELS, *SIZES[0]), dtype=dtype, device="meta", memory_format=layout)
+    for memory, name in ((torch.channels_last, "channels_last"), (torch.contiguous_format, "contiguous")):
+        x = torch.empty((BATCH, CHANNELS, *SIZES[0]), dtype=dtype, device="meta", memory_format=memory)
         yield dynamic_relu.forward_launch(x, x, coefficients).spec(f"dynamic_relu forward {name}", dtype)
         yield dynamic_relu.backward_launch(x, x, x, coefficients).spec(f"dynamic_relu backward {name}", dtype)
 

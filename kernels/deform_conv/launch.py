@@ -3,6 +3,8 @@
 A launch is prepared as data and run afterwards, so that the ahead-of-time compilation describes exactly what runs.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
@@ -36,11 +38,20 @@ _POINTS_PIECES = Table(
 _WEIGHT_PROGRAMS = 512
 
 
-def levels(inputs, offsets, masks, weight, stride, padding, dilation) -> list[Level]:
-    masks = masks or [None] * len(inputs)
+def levels(
+    inputs: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> list[Level]:
+    """The maps of a call; `masks` may be empty."""
+    every: Sequence[Tensor | None] = masks or [None] * len(inputs)
     return [
         Level(x.permute(0, 2, 3, 1).contiguous(), offset, mask, weight, stride, padding, dilation)
-        for x, offset, mask in zip(inputs, offsets, masks, strict=True)
+        for x, offset, mask in zip(inputs, offsets, every, strict=True)
     ]
 
 
@@ -86,7 +97,17 @@ def weight_launch(level: Level, grad: Tensor) -> Launch:
     return Launch(kernels.backward_weight_kernel, grid, arguments, constants, tiles.warps, tiles.stages)
 
 
-def forward(outputs, inputs, offsets, masks, weight, bias, stride, padding, dilation) -> None:
+def forward(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> None:
     """Write the output (N, O, Ho, Wo) of every level; arguments as in `kernels.deform_conv.operator`, checked there."""
     packed = weight.permute(0, 2, 3, 1).contiguous()
     bias = None if bias is None else bias.contiguous()
@@ -94,7 +115,17 @@ def forward(outputs, inputs, offsets, masks, weight, bias, stride, padding, dila
         forward_launch(level, packed, bias, out).run()
 
 
-def backward(results, grads, inputs, offsets, masks, weight, stride, padding, dilation) -> None:
+def backward(
+    results: Sequence[list[Tensor]],
+    grads: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> None:
     """Write the gradients for `grads`, one (N, O, Ho, Wo) a level.
 
     `results` are five lists: for inputs, offsets, masks, weight and bias; an empty one is not wanted. The gradient of
@@ -109,11 +140,11 @@ def backward(results, grads, inputs, offsets, masks, weight, stride, padding, di
         deform_conv_inverse.input_gradients(to_inputs, rows, maps, packed)
         to_inputs = []
     if to_inputs or to_offsets or to_masks:
-        none = [None] * len(maps)
+        none: list[Tensor | None] = [None] * len(maps)
         for i, (level, grad) in enumerate(zip(maps, rows, strict=True)):
             to_x = torch.zeros_like(level.x, dtype=real(weight.dtype)) if to_inputs else None
             points_launch(level, packed, grad, to_x, (to_offsets or none)[i], (to_masks or none)[i]).run()
-            if to_inputs:
+            if to_x is not None:
                 to_inputs[i].copy_(to_x.permute(0, 3, 1, 2))
     if to_weight:
         launches = [weight_launch(level, grad) for level, grad in zip(maps, rows, strict=True)]

@@ -34,8 +34,8 @@ def _tile(tiles_p, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _places(rows, i_n, o_p, o_c):
-    return rows.pointer + (i_n * rows.n + o_p[:, None] * rows.p + o_c[None, :] * rows.c)
+def _offsets(rows, i_n, o_p, o_c):
+    return i_n * rows.n + o_p[:, None] * rows.p + o_c[None, :] * rows.c
 
 
 @triton.jit
@@ -57,10 +57,11 @@ def forward_kernel(
     i_n, _, o_p, o_c = _tile(tiles_p, channels, BLOCK_P, BLOCK_C)
     m_pc = (o_p < pixels)[:, None] & (o_c < channels)[None, :]
     b_a1, b_b1, b_a2, b_b2 = _load_coefficients(coefficients, i_n, o_c, channels, REAL)
-    b_x = tl.load(_places(x, i_n, o_p, o_c), mask=m_pc, other=0.0).to(REAL)
+    o_x, o_y = _offsets(x, i_n, o_p, o_c), _offsets(y, i_n, o_p, o_c)
+    b_x = tl.load(x.pointer + o_x, mask=m_pc, other=0.0).to(REAL)
     # A NaN in either line must reach the loss, as it does through torch.maximum.
     b_y = tl.maximum(b_a1 * b_x + b_b1, b_a2 * b_x + b_b2, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(_places(y, i_n, o_p, o_c), b_y.to(y.pointer.dtype.element_ty), mask=m_pc)
+    tl.store(y.pointer + o_y, b_y.to(y.pointer.dtype.element_ty), mask=m_pc)
 
 
 @triton.jit
@@ -92,15 +93,17 @@ def backward_kernel(
     # A chunk is STEPS tiles, `chunks` apart: programs that run together then read neighbouring pixels.
     for _ in range(STEPS):
         m_pc = (o_p < pixels)[:, None] & m_c[None, :]
-        b_grad_y = tl.load(_places(grad_y, i_n, o_p, o_c), mask=m_pc, other=0.0).to(REAL)
-        b_x = tl.load(_places(x, i_n, o_p, o_c), mask=m_pc, other=0.0).to(REAL)
+        o_grad_y, o_x = _offsets(grad_y, i_n, o_p, o_c), _offsets(x, i_n, o_p, o_c)
+        o_grad_x = _offsets(grad_x, i_n, o_p, o_c)
+        b_grad_y = tl.load(grad_y.pointer + o_grad_y, mask=m_pc, other=0.0).to(REAL)
+        b_x = tl.load(x.pointer + o_x, mask=m_pc, other=0.0).to(REAL)
         b_d = (b_a1 - b_a2) * b_x + (b_b1 - b_b2)
         # Where the difference is NaN both lines get all of the gradient, as from torch.maximum.
         b_grad_y = tl.where(b_d == 0, b_grad_y * 0.5, b_grad_y)
         b_first = tl.where(b_d < 0, 0.0, b_grad_y)
         b_second = tl.where(b_d > 0, 0.0, b_grad_y)
         b_grad_x = b_first * b_a1 + b_second * b_a2
-        tl.store(_places(grad_x, i_n, o_p, o_c), b_grad_x.to(grad_x.pointer.dtype.element_ty), mask=m_pc)
+        tl.store(grad_x.pointer + o_grad_x, b_grad_x.to(grad_x.pointer.dtype.element_ty), mask=m_pc)
         sum_a1 += b_first * b_x
         sum_b1 += b_first
         sum_a2 += b_second * b_x

@@ -78,7 +78,9 @@ WRONG = {
     "no width": (box(5.0, 5, 5, 9), ValueError, "image 1, box 0: .*pixels"),
     "no height": (box(5.0, 5, 9, 5), ValueError, "image 1, box 0: "),
     "no height after rounding": (
-        second(boxes=torch.tensor([[5, 5, 9, 5 + 1e-9]], dtype=torch.float64)), ValueError, "image 1, box 0: ",
+        second(boxes=torch.tensor([[5, 5, 9, 5 + 1e-9]], dtype=torch.float64)),
+        ValueError,
+        "image 1, box 0: ",
     ),
     "right of the left": (box(9.0, 5, 5, 9), ValueError, "image 1, box 0: "),
     "upside down": (box(5.0, 9, 9, 5), ValueError, "image 1, box 0: "),
@@ -88,7 +90,7 @@ WRONG = {
     "a label too many": (second(labels=torch.tensor([CLASSES])), ValueError, "image 1, box 0: label 3 .*from 0"),
     "a small type": (second(labels=torch.tensor([255]).byte()), ValueError, "image 1, box 0: label 255 .*0 … 2"),
     "a label below": (second(labels=torch.tensor([-1])), ValueError, "image 1, box 0: label -1 .*from 0"),
-}  # fmt: skip
+}
 WRONG_MASKS = {
     "none": (second(masks=None), TypeError, "image 1 .*missing: masks"),
     "an array": (second(masks=np.zeros((1, *SIZES[1]))), TypeError, "masks of image 1 must be a tensor"),
@@ -109,7 +111,7 @@ WRONG_MASKS = {
     "tensors": (second(masks=[[torch.tensor(TRIANGLE)]]), ValueError, "image 1, box 0, "),
     "words": (second(masks=[[["x"] * 6]]), ValueError, "image 1, box 0, "),
     "nowhere": (second(masks=[[[*TRIANGLE[:5], NAN]]]), ValueError, "image 1, box 0, .*finite"),
-}  # fmt: skip
+}
 CASES = [(name, why) for why in WRONG for name in DETECTORS] + [("mask_rcnn", f"masks: {why}") for why in WRONG_MASKS]
 PICTURE = IMAGES[1]
 WRONG_IMAGES = {
@@ -288,11 +290,16 @@ BAD = st.tuples(FLOATS, FLOATS, FLOATS, FLOATS).filter(
     lambda b: not (b[2] > b[0] and b[3] > b[1] and np.isfinite(b).all())
 )
 JUNK = st.one_of(
-    st.none(), st.integers(), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=3), st.just({}),
+    st.none(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=3),
+    st.lists(st.integers(), max_size=3),
+    st.just({}),
     st.builds(torch.zeros, st.lists(st.integers(0, 3), max_size=4)),
     st.builds(lambda shape: torch.zeros(shape, dtype=torch.bool), st.lists(st.integers(0, 3), max_size=3)),
     st.builds(lambda shape: np.zeros(shape), st.lists(st.integers(0, 3), max_size=3)),
-)  # fmt: skip
+)
 
 
 @st.composite

@@ -117,8 +117,9 @@ def test_what_is_no_mask_is_a_problem_only_where_masks_are_needed(tmp_path, case
         with pytest.raises(DataError) as caught:
             attempt()
         assert [text.split(":")[0] for text in caught.value.problems] == [
-            "annotations[0] (id 101)", "annotations[3] (id 56)"
-        ]  # fmt: skip
+            "annotations[0] (id 101)",
+            "annotations[3] (id 56)",
+        ]
         assert fragment in caught.value.problems[0] and "masks need polygons or run lengths" in str(caught.value)
         assert caught.value.path == json_path(root)
     with pytest.raises(DataError, match=r"annotations\[0\]"):

@@ -74,7 +74,7 @@ SAME = {
     "mmengine, averages alone": {"ema_state_dict": counted(prefixed("module."), steps=90)},
     "mmcv": {"state_dict": {**STATE, **{f"ema_{key.replace('.', '_')}": value for key, value in OTHER.items()}}},
     "counters": {**STATE, **dict.fromkeys(COUNTERS, 3)},
-}  # fmt: skip
+}
 
 
 def parameters(checkpoint) -> dict[str, torch.Tensor]:

@@ -14,9 +14,22 @@ from kernels.deform_conv import cpu as deform_conv_cpu
 from kernels.deform_conv.operator import reference
 
 FILES = [
-    "c256_o32_10x14", "c32_20x28", "k1_p0", "s1_dg1", "s1_dg2", "s1_groups2_dil2", "s1_int", "s1_nobias", "s1_zero",
-    "s2_dg1", "s2_dg2_even", "s2_far_dg2", "s2_zero", "tiny_1x1", "tiny_2x2",
-]  # fmt: skip
+    "c256_o32_10x14",
+    "c32_20x28",
+    "k1_p0",
+    "s1_dg1",
+    "s1_dg2",
+    "s1_groups2_dil2",
+    "s1_int",
+    "s1_nobias",
+    "s1_zero",
+    "s2_dg1",
+    "s2_dg2_even",
+    "s2_far_dg2",
+    "s2_zero",
+    "tiny_1x1",
+    "tiny_2x2",
+]
 PLAIN = CASES[0]
 
 
