@@ -7,16 +7,17 @@ from typing import Literal
 
 import torch
 
+Backend = Literal["auto", "triton", "torch"]
 BACKENDS = ("auto", "triton", "torch")
 
 # Triton reads the variable when a kernel is decorated, so its value at import is the one that counts.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
-_selected = "auto"
+_selected: Backend = "auto"
 
 
 @contextmanager
-def use_backend(name: Literal["auto", "triton", "torch"]) -> Iterator[None]:
+def use_backend(name: Backend) -> Iterator[None]:
     """Select the implementation of every operator called inside the `with` block.
 
     `"auto"` takes Triton for tensors on a GPU and plain PyTorch for tensors on a CPU. `"triton"` on CPU tensors works
@@ -49,6 +50,6 @@ def resolve_backend(device: torch.device) -> Literal["triton", "torch"]:
     return _selected
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager:
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Autocast off for the operators inside; the meta device has none to switch off."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -1,6 +1,8 @@
 """What the kernels should reach, as ratios of rows measured in one run, so that no clock of one machine matters."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -24,15 +26,18 @@ class Quantity:
     row: Name
     over: Name | None = None
 
-    def measured(self, rows: dict[Name, dict]) -> float | None:
+    def measured(self, rows: dict[Name, dict[str, Any]]) -> float | None:
         """The number; None where a row is not there or does not have it."""
-        values = [rows.get(name, {}).get(self.field) for name in (self.row, self.over) if name]
-        if None in values:
-            return None
-        if self.over is None:
-            return values[0]
+        value = self._number(rows, self.row)
+        if value is None or self.over is None:
+            return value
+        over = self._number(rows, self.over)
         # Memory beyond the results may be none at all.
-        return values[0] / values[1] if values[1] > 0 else float("inf")
+        return None if over is None else value / over if over > 0 else float("inf")
+
+    def _number(self, rows: dict[Name, dict[str, Any]], name: Name) -> float | None:
+        number: float | None = rows.get(name, {}).get(self.field)
+        return number
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,9 @@ class Goal:
     quantities: tuple[Quantity, ...]
 
 
-def _conv(rival: str, mode: str, ours_mode: str, precision: str, levels=("P3",), field="ms_p50"):
+def _conv(
+    rival: str, mode: str, ours_mode: str, precision: str, levels: Sequence[str] = ("P3",), field: str = "ms_p50"
+) -> Iterator[Quantity]:
     """A rival's number over ours at every level; where the rival has no bfloat16, ours in bfloat16 beside it."""
     for own in dict.fromkeys((precision, "bf16")):
         for level in levels:
@@ -54,7 +61,7 @@ def _conv(rival: str, mode: str, ours_mode: str, precision: str, levels=("P3",),
             yield Quantity(level if own == precision else f"{level}, ours in bf16", field, theirs, ours)
 
 
-def _head(op: str, batch: int, mode: str, provider: str, rivals: tuple[str, ...]):
+def _head(op: str, batch: int, mode: str, provider: str, rivals: tuple[str, ...]) -> Iterator[Quantity]:
     labels = {"torchvision": "torchvision's operator", "eager": "plain PyTorch"}
     for rival in rivals:
         theirs = Name("cuda", op, f"c256-b{batch}", "fp16", mode, rival)
@@ -129,7 +136,7 @@ GOALS = (
 )
 
 
-def verdict(goal: Goal, rows: dict[Name, dict]) -> str:
+def verdict(goal: Goal, rows: dict[Name, dict[str, Any]]) -> str:
     """The goal's quantities as measured, each behind its label; "not measured" where a row is not there."""
     found = {quantity.label: quantity.measured(rows) for quantity in goal.quantities}
     if all(value is None for value in found.values()):

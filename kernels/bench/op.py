@@ -82,7 +82,7 @@ class Op:
         self,
         function: Callable[..., Tensor],
         inputs: dict[str, Tensor],
-        within: Callable[[], AbstractContextManager] = nullcontext,
+        within: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> dict[str, float]:
         """Largest error of the output and of every gradient, against the reference in float64.
 
@@ -115,10 +115,8 @@ class Op:
         for i in range(cotangent.shape[0]):
             image = {n: (x if n in self.shared else x[i : i + 1]).detach().double() for n, x in inputs.items()}
             parts.append(_results(self.reference, image, cotangent[i : i + 1].double()))
-        return {
-            name: sum(p[name] for p in parts) if name in self.shared else torch.cat([p[name] for p in parts])
-            for name in parts[0]
-        }
+        names = {name: [part[name] for part in parts] for name in parts[0]}
+        return {n: sum(xs[1:], xs[0]) if n in self.shared else torch.cat(xs) for n, xs in names.items()}
 
 
 def rounding(dtype: torch.dtype, terms: int) -> float:

@@ -11,9 +11,11 @@ what an earlier one has.
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -31,6 +33,7 @@ NUMBERS = {
     "error": "error",
     "peak_MB": "peak MB",
     "workspace_MB": "workspace MB",
+    "per_empty": "÷ empty",
 }
 OURS = ("ours", "graph")
 RIVALS = ("torchvision", "plain", "eager", "compiled", "dense")
@@ -40,6 +43,8 @@ NOTES = """\
 - TFLOP/s and GB/s count what must be computed and moved. % of roof: the least time, by this machine's copy bandwidth
   and its dense 3x3 convolution as measured in the same run, over the time.
 - peak MB: memory beyond what lies there before the call; workspace MB: that beyond the results, too. GPU only.
+- ÷ empty: the time over that of a custom operator that does nothing, measured in turn; what a call costs besides its
+  work, on the path in PyTorch and, as `launches`, down to Triton's own door.
 - torchvision ÷ and so on: the rival's time over ours, at the same shape, precision and mode; dense is a channels-last
   convolution without sampling, the bound and no rival. Deterministic modes stand beside the rivals' ordinary ones.
 """
@@ -56,7 +61,7 @@ class Measurement:
     machine: dict[str, object]
     commands: list[str]
     date: str
-    rows: dict[Name, dict]
+    rows: dict[Name, dict[str, Any]]
     missing: dict[Name, str]
     failed: list[str]
 
@@ -104,7 +109,7 @@ def merge(first: Measurement, second: Measurement, path: Path) -> Measurement:
     return Measurement(first.machine, commands, max(first.date, second.date), rows, missing, failed)
 
 
-def _name(row: dict) -> Name:
+def _name(row: dict[str, Any]) -> Name:
     return Name(**{field.name: row[field.name] for field in fields(Name)})
 
 
@@ -137,7 +142,7 @@ def to_markdown(found: Measurement) -> str:
     return "\n".join(parts)
 
 
-def _order(found: Measurement):
+def _order(found: Measurement) -> Callable[[Name], list[int]]:
     """By device, operator and so on, each in the order in which the benchmarks came to it."""
     names = [*found.rows, *found.missing]
     ranks = [list(dict.fromkeys(getattr(name, field.name) for name in names)) for field in fields(Name)]
@@ -181,7 +186,7 @@ def _markdown(lines: list[list[str]], headers: list[str]) -> str:
 
 
 def _absent(found: Measurement) -> str:
-    reasons = {}
+    reasons: dict[tuple[str, str], list[Name]] = {}
     for name, reason in found.missing.items():
         reasons.setdefault((name.provider, reason), []).append(name)
     notes = [f"- missing: {provider}, {len(rows)} rows: {reason}\n" for (provider, reason), rows in reasons.items()]

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -66,18 +67,20 @@ def search(start: Tiles, seconds: Callable[[Tiles], float | None]) -> tuple[Tile
     Raises:
         RuntimeError: `start` itself will not do.
     """
-    times: dict[Tiles, float | None] = {start: seconds(start)}
-    if times[start] is None:
+    at_start = seconds(start)
+    if at_start is None:
         raise RuntimeError(f"{start}, the tiles in use, do not run")
-    best, previous = start, None
+    times: dict[Tiles, float | None] = {start: at_start}
+    best, least, previous = start, at_start, None
     while best != previous:
         previous = best
         for tiles in neighbours(previous):
             if tiles not in times:
                 times[tiles] = seconds(tiles)
-            if times[tiles] is not None and times[tiles] < GAIN * times[best]:
-                best = tiles
-    return best, times[best], times[start]
+            time = times[tiles]
+            if time is not None and time < GAIN * least:
+                best, least = tiles, time
+    return best, least, at_start
 
 
 def judge(kernel: str, runs: list[Callable[[], list[Tensor]]], limit: float) -> Callable[[Tiles], float | None]:
@@ -98,7 +101,9 @@ def judge(kernel: str, runs: list[Callable[[], list[Tensor]]], limit: float) -> 
     return seconds
 
 
-def tune(table: Table, wanted: tuple[str, ...], precision: str, device: torch.device, shapes: list[Shape]) -> dict:
+def tune(
+    table: Table, wanted: tuple[str, ...], precision: str, device: torch.device, shapes: list[Shape]
+) -> dict[str, Any]:
     """Search the tiles of one kernel; returns a row of a tuned file, with the times of both in milliseconds."""
     op, dtype, channels = OPS["deform_conv2d"], DTYPES[precision], shapes[0].channels
     before = torch.are_deterministic_algorithms_enabled()
@@ -116,7 +121,7 @@ def tune(table: Table, wanted: tuple[str, ...], precision: str, device: torch.de
     return names | {"outputs": channels, "tiles": asdict(best), "ms": 1e3 * seconds, "ms_before": 1e3 * at_start}
 
 
-def write(path: Path, device_name: str, row: dict) -> None:
+def write(path: Path, device_name: str, row: dict[str, Any]) -> None:
     """Put a row into the file of a device, in place of the one with the same key."""
     # A file of another version of Triton counts as none.
     rows = json.loads(path.read_text())["rows"] if path.exists() and read_tuned(path, device_name) else []

@@ -11,6 +11,7 @@ points; K = T*C is the length of one row of the column matrix.
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -26,10 +27,14 @@ LONGEST = 1 << 26
 KEPT_POINTS = 1 << 17
 
 
+# Height and width.
+Pair = tuple[int, int]
+
+
 class Plan(NamedTuple):
     """What depends on shapes alone."""
 
-    sizes: tuple[tuple[int, int], ...]  # (H, W) of every level
+    sizes: tuple[Pair, ...]  # (H, W) of every level
     batch: int
     groups: int  # offset groups
     fan: int  # points of one output pixel
@@ -45,7 +50,7 @@ class Plan(NamedTuple):
 class Corners(NamedTuple):
     """Where the points sample, and how much of it they take."""
 
-    index: Tensor  # (4M,) table rows, in the order (y0, x0), (y0, x1), (y1, x0), (y1, x1)
+    row: Tensor  # (4M,) of the table, in the order (y0, x0), (y0, x1), (y1, x0), (y1, x1)
     weight: Tensor  # (4M,) bilinear weights times mask
     fraction: Tensor  # (2, M) distance from the upper left corner, y then x
     mask: Tensor | None  # (M,)
@@ -56,7 +61,9 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _level_points(size, batch, groups, kernel, stride, padding, dilation, device) -> tuple[Tensor, Tensor, Tensor]:
+def _level_points(
+    size: Pair, batch: int, groups: int, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of every point of a level: coordinates at offset zero (2, M), image (M,) and offset group (M,), all integer."""
     axes = zip(size, kernel, stride, padding, dilation, strict=True)
     height, width = (output_size(*axis) for axis in axes)
@@ -67,7 +74,17 @@ def _level_points(size, batch, groups, kernel, stride, padding, dilation, device
     return torch.stack((y, x)).view(2, -1), image.reshape(-1), group.reshape(-1)
 
 
-def _build_plan(sizes, batch, groups, kernel, stride, padding, dilation, dtype, device) -> Plan:
+def _build_plan(
+    sizes: tuple[Pair, ...],
+    batch: int,
+    groups: int,
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Plan:
     pitches = [width + 3 for _, width in sizes]
     areas = [(height + 3) * pitch for (height, _), pitch in zip(sizes, pitches, strict=True)]
     rows = batch * sum(areas)
@@ -79,23 +96,34 @@ def _build_plan(sizes, batch, groups, kernel, stride, padding, dilation, dtype, 
         above += batch * area
         high = torch.tensor(size, device=device, dtype=dtype)[:, None].expand_as(start)
         levels.append((start.to(dtype), high, torch.full_like(origin, pitch, dtype=integer), origin.to(integer)))
-    start, high, pitch, origin = (torch.cat(parts, -1) for parts in zip(*levels, strict=True))
+    start, high, line, origin = (torch.cat(parts, -1) for parts in zip(*levels, strict=True))
     owner = torch.arange(origin.numel(), device=device, dtype=integer).repeat_interleave(4)
     first = torch.arange(0, 4 * origin.numel() + 1, 4, device=device, dtype=integer)
     fan = kernel[0] * kernel[1] * groups
-    return Plan(sizes, batch, groups, fan, rows, start, high, pitch, origin, owner, first)
+    return Plan(sizes, batch, groups, fan, rows, start, high, line, origin, owner, first)
 
 
 _keep_plan = lru_cache(maxsize=32)(_build_plan)
 
 
-def _plan(inputs, offsets, weight, stride, padding, dilation, dtype) -> Plan:
-    kernel = tuple(weight.shape[2:])
+def _plan(
+    inputs: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    weight: Tensor,
+    geometry: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+) -> Plan:
+    kernel = _pair(weight.shape[2:])
     groups = offsets[0].shape[1] // (2 * kernel[0] * kernel[1])
     build = _keep_plan if sum(offset.numel() for offset in offsets) <= 2 * KEPT_POINTS else _build_plan
-    sizes = tuple(tuple(x.shape[2:]) for x in inputs)
-    geometry = (kernel, tuple(stride), tuple(padding), tuple(dilation))
-    return build(sizes, inputs[0].shape[0], groups, *geometry, dtype, inputs[0].device)
+    sizes = tuple(_pair(x.shape[2:]) for x in inputs)
+    stride, padding, dilation = (_pair(axes) for axes in geometry)
+    return build(sizes, inputs[0].shape[0], groups, kernel, stride, padding, dilation, dtype, inputs[0].device)
+
+
+def _pair(numbers: Sequence[int]) -> Pair:
+    height, width = numbers
+    return height, width
 
 
 def _maps(table: Tensor, plan: Plan) -> list[Tensor]:
@@ -168,7 +196,7 @@ def _find_corners(offsets: list[Tensor], masks: list[Tensor], plan: Plan) -> Cor
 def _bags(table: Tensor, corners: Corners, plan: Plan, points: slice) -> Tensor:
     """The columns (len(points), C/G) of a range of points."""
     ends = plan.first[: points.stop - points.start + 1]
-    index, weight = (t[4 * points.start : 4 * points.stop] for t in (corners.index, corners.weight))
+    index, weight = (t[4 * points.start : 4 * points.stop] for t in (corners.row, corners.weight))
     return torch.embedding_bag(table, index, ends, False, 0, False, weight, True)[0]
 
 
@@ -196,10 +224,18 @@ def _ungroup(columns: Tensor, taps: int, out: Tensor) -> None:
     view.copy_(columns.view(groups, pixels, taps, -1).permute(1, 2, 0, 3))
 
 
-def forward(outputs, inputs, offsets, masks, weight, bias, stride, padding, dilation) -> None:
+def forward(
+    outputs: list[Tensor],
+    inputs: list[Tensor],
+    offsets: list[Tensor],
+    masks: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    *geometry: Sequence[int],
+) -> None:
     """Write the output (N, O, Ho, Wo) of every level; arguments as in `kernels.deform_conv.operator`, checked there."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    plan = _plan(inputs, offsets, weight, stride, padding, dilation, dtype)
+    plan = _plan(inputs, offsets, weight, geometry, dtype)
     groups, taps = inputs[0].shape[1] // weight.shape[1], weight.shape[2] * weight.shape[3]
     packed = _pack(weight, groups, dtype)
     bias = None if bias is None else bias.to(dtype)
@@ -226,39 +262,57 @@ def _split(rows: Tensor, like: list[Tensor]) -> list[Tensor]:
     return [part.view(*shape, -1).permute(0, 3, 1, 2) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def backward(results, grads, inputs, offsets, masks, weight, stride, padding, dilation) -> None:
+def backward(
+    results: list[list[Tensor]],
+    grads: list[Tensor],
+    inputs: list[Tensor],
+    offsets: list[Tensor],
+    masks: list[Tensor],
+    weight: Tensor,
+    *geometry: Sequence[int],
+) -> None:
     """Write the gradients for `grads`, one (N, O, Ho, Wo) a level.
 
     `results` are five lists: for inputs, offsets, masks, weight and bias; an empty one is not wanted.
     """
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    to_weight, to_bias = results[3:]
+    to_inputs, to_offsets, to_masks, to_weight, to_bias = results
     pixels = sum(offset.shape[2] * offset.shape[3] for offset in offsets)
     step = max(1, LONGEST // (pixels * inputs[0].shape[1] * weight.shape[2] * weight.shape[3]))
-    batch, grad_weight = inputs[0].shape[0], None
+    images = _Images(to_inputs, to_offsets, to_masks, grads, inputs, offsets, masks)
+    batch, grad_weight = inputs[0].shape[0], weight.new_empty(0)
     for start in range(0, batch, step):
-        images = (results[:3], grads, inputs, offsets, masks)
+        some = images
         if step < batch:
-            images = _narrow(images, slice(start, start + step))
-        part = _backward_images(*images, weight, stride, padding, dilation, dtype, bool(to_weight))
-        grad_weight = part if grad_weight is None else grad_weight + part
+            some = _Images(*([x[start : start + step] for x in tensors] for tensors in images))
+        part = _backward_images(some, weight, geometry, dtype, bool(to_weight))
+        grad_weight = part if start == 0 else grad_weight + part
     if to_weight:
         shape = (weight.shape[0], *weight.shape[2:], weight.shape[1])
         to_weight[0].copy_(grad_weight.view(shape).permute(0, 3, 1, 2))
     if to_bias:
-        to_bias[0].copy_(sum(grad.sum((0, 2, 3), dtype=dtype) for grad in grads))
+        sums = [grad.sum((0, 2, 3), dtype=dtype) for grad in grads]
+        to_bias[0].copy_(sum(sums[1:], sums[0]))
 
 
-def _narrow(nested, images: slice):
-    return nested[images] if isinstance(nested, Tensor) else [_narrow(tensors, images) for tensors in nested]
+class _Images(NamedTuple):
+    """What belongs to some images: where their gradients go, and what those come from; a tensor for each level."""
+
+    to_inputs: list[Tensor]
+    to_offsets: list[Tensor]
+    to_masks: list[Tensor]
+    grads: list[Tensor]
+    inputs: list[Tensor]
+    offsets: list[Tensor]
+    masks: list[Tensor]
 
 
 def _backward_images(
-    results, grads, inputs, offsets, masks, weight, stride, padding, dilation, dtype, needs_weight
-) -> Tensor | None:
-    """Write the gradients of some images to the three lists `results`; return that of the packed weight."""
-    to_inputs, to_offsets, to_masks = results
-    plan = _plan(inputs, offsets, weight, stride, padding, dilation, dtype)
+    images: _Images, weight: Tensor, geometry: Sequence[Sequence[int]], dtype: torch.dtype, needs_weight: bool
+) -> Tensor:
+    """Write the gradients of some images; return that of the packed weight, or nothing in a tensor."""
+    to_inputs, to_offsets, to_masks, grads, inputs, offsets, masks = images
+    plan = _plan(inputs, offsets, weight, geometry, dtype)
     channels, taps = inputs[0].shape[1], weight.shape[2] * weight.shape[3]
     groups = channels // weight.shape[1]
     packed = _pack(weight, groups, dtype)
@@ -266,9 +320,9 @@ def _backward_images(
     corners = _find_corners(offsets, masks, plan)
     grad = torch.cat([g.permute(0, 2, 3, 1).reshape(-1, weight.shape[0]) for g in grads]).to(dtype)
     needs_columns, needs_dots = bool(to_inputs or to_offsets or to_masks), bool(to_offsets or to_masks)
-    grad_columns = table.new_empty((grad.shape[0], taps * channels)) if needs_columns else None
-    dots = table.new_empty(corners.weight.shape) if needs_dots else None
-    grad_weight = torch.zeros_like(packed) if needs_weight else None
+    grad_columns = table.new_empty((grad.shape[0] if needs_columns else 0, taps * channels))
+    dots = table.new_empty(corners.weight.shape if needs_dots else 0)
+    grad_weight = torch.zeros_like(packed if needs_weight else packed[:0])
     for pixels, points in _pieces(plan, taps * channels):
         piece = grad[pixels]
         grouped = piece.view(len(piece), groups, -1).transpose(0, 1)
@@ -300,14 +354,21 @@ def _corner_dots(grad_columns: Tensor, table: Tensor, corners: Corners, plan: Pl
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         grad_columns.view(count, -1),
         table,
-        corners.index[4 * points.start : 4 * points.stop],
+        corners.row[4 * points.start : 4 * points.stop],
         plan.first[:count],
         plan.owner[: 4 * count],
         0,
     )
 
 
-def _write_point_gradients(dots: Tensor, corners: Corners, offsets, plan: Plan, to_offsets, to_masks) -> None:
+def _write_point_gradients(
+    dots: Tensor,
+    corners: Corners,
+    offsets: list[Tensor],
+    plan: Plan,
+    to_offsets: list[Tensor],
+    to_masks: list[Tensor],
+) -> None:
     """Gradients of offsets and masks from those of the four corner weights."""
     dots = dots.view(-1, 2, 2).permute(1, 2, 0)
     y, x = corners.fraction
@@ -335,9 +396,9 @@ def _sum_into_table(grad_columns: Tensor, corners: Corners, plan: Plan) -> Tenso
     """Gradient of the table: of every row, the sum over the corners that lie on it, always in the same order."""
     rows = plan.groups * plan.rows
     # Radix sort: short keys take half the time.
-    keys = corners.index.to(torch.int16) if rows < 2**15 else corners.index
+    keys = corners.row.to(torch.int16) if rows < 2**15 else corners.row
     order = torch.sort(keys, stable=True).indices
     ends = torch.zeros(rows + 1, dtype=torch.int64, device=keys.device)
-    torch.cumsum(torch.bincount(corners.index, minlength=rows), 0, out=ends[1:])
+    torch.cumsum(torch.bincount(corners.row, minlength=rows), 0, out=ends[1:])
     weight = corners.weight.index_select(0, order)
     return torch.embedding_bag(grad_columns, order >> 2, ends, False, 0, False, weight, True)[0]

@@ -36,7 +36,16 @@ from kernels.deform_conv.checks import (
 from kernels.runtime.operator import Derivative, Implementation, Operator, remembered, signature
 
 
-def reference(input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), mask=None) -> Tensor:
+def reference(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    mask: Tensor | None = None,
+) -> Tensor:
     """`deform_conv2d` spelled out in differentiable PyTorch, for tests; arguments alike, but pairs instead of ints."""
     batch, channels, height, width = input.shape
     kernel = weight.shape[2:]
@@ -55,7 +64,7 @@ def reference(input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0), d
     low_y, low_x = y.detach().floor(), x.detach().floor()
     # (N, offset groups, channels of a group, H*W), and (N, offset groups, 1, T*Ho*Wo) for each corner
     pixels = input.reshape(batch, offset.shape[1], -1, height * width)
-    columns = 0
+    columns = pixels.new_zeros(())
     for corner_y, weight_y in ((low_y, 1 - (y - low_y)), (low_y + 1, y - low_y)):
         for corner_x, weight_x in ((low_x, 1 - (x - low_x)), (low_x + 1, x - low_x)):
             inside = (corner_y >= 0) & (corner_y < height) & (corner_x >= 0) & (corner_x < width)
@@ -101,9 +110,10 @@ def _forward(write: Callable[..., None], arguments: Sequence[Any]) -> list[Tenso
 
 def _backward(write: Callable[..., None], grads: list[Tensor], arguments: Sequence[Any]) -> list[Tensor]:
     *arguments, needs = arguments
-    results = _new_gradients(*arguments[:4], needs)
+    inputs, offsets, masks, weight, *_ = arguments
+    results = _new_gradients(inputs, offsets, masks, weight, needs)
     flat = [result for kind in results for result in kind]
-    if arguments[0][0].shape[0] > 0:
+    if inputs[0].shape[0] > 0:
         write(results, grads, *arguments)
     else:
         for result in flat:
@@ -139,8 +149,8 @@ def _fake_forward(
 
 
 def _fake_backward(grads: list[Tensor], *arguments: Any) -> list[Tensor]:
-    *_, needs, _ = arguments
-    return [result for kind in _new_gradients(*arguments[:4], needs) for result in kind]
+    inputs, offsets, masks, weight, *_, needs, _ = arguments
+    return [result for kind in _new_gradients(inputs, offsets, masks, weight, needs) for result in kind]
 
 
 # A deformable convolution counts as the dense convolution of its shape, the way PyTorch counts one.

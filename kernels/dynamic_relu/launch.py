@@ -95,5 +95,6 @@ def backward(grad_input: Tensor, grad_output: Tensor, input: Tensor, coefficient
         return torch.zeros_like(coefficients, memory_format=torch.contiguous_format)
     launch = backward_launch(grad_input, grad_output, input, coefficients)
     launch.run()
-    partial: Tensor = launch.arguments["partial"]
+    partial = launch.arguments["partial"]
+    assert isinstance(partial, Tensor)
     return partial.sum(1).to(coefficients.dtype)

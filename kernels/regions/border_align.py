@@ -51,7 +51,7 @@ class _Corners(NamedTuple):
     weights: tuple[Tensor, ...]
 
 
-def _corners(position: Tensor, inside: Tensor, size: tuple[int, int]) -> _Corners:
+def _corners(position: Tensor, inside: Tensor, size: Sequence[int]) -> _Corners:
     height, width = size
     last = position.new_tensor([width - 1, height - 1])
     # Where nothing is read is a place that exists, too.
@@ -69,10 +69,11 @@ def _sample(maps: Tensor, position: Tensor, inside: Tensor) -> Tensor:
     channels, count = maps.shape[1], position.shape[1]
     corners = _corners(position.flatten(1, 2), inside.flatten(1), maps.shape[2:])
     cells = maps.flatten(2)
-    found = sum(
+    samples = (
         cells.gather(2, cell[:, None].expand(-1, channels, -1)) * weight[:, None]
         for cell, weight in zip(*corners, strict=True)
     )
+    found = sum(samples, maps.new_zeros(()))
     return found.unflatten(2, (count, position.shape[2])).where(inside[:, None], 0)
 
 
@@ -111,9 +112,11 @@ def _forward_torch(features: Tensor, boxes: Tensor, pool_size: int) -> tuple[Ten
         value, index = sample(maps, position, _inside(position, (height, width))).max(-1)
         values.append(value.to(features.dtype))
         chosen.append(index.to(torch.uint8))
-    return tuple(
-        torch.cat(x, -1).view(images, 4, channels // 4, boxes.shape[1]).permute(0, 2, 3, 1) for x in (values, chosen)
-    )
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts, -1).view(images, 4, channels // 4, boxes.shape[1]).permute(0, 2, 3, 1)
+
+    return joined(values), joined(chosen)
 
 
 def _backward_torch(grad: Tensor, chosen: Tensor, boxes: Tensor, shape: Sequence[int], pool_size: int) -> Tensor:
@@ -147,7 +150,7 @@ def _forward_triton(features: Tensor, boxes: Tensor, pool_size: int) -> tuple[Te
     return output, chosen
 
 
-def _backward_triton(grad: Tensor, chosen: Tensor, boxes: Tensor, shape: Sequence[int], pool_size: int) -> Tensor:
+def _backward_triton(grad: Tensor, chosen: Tensor, boxes: Tensor, shape: tuple[int, ...], pool_size: int) -> Tensor:
     if torch.are_deterministic_algorithms_enabled():
         result = _backward_torch(grad, chosen, boxes, shape, pool_size)
         return result.contiguous(memory_format=torch.channels_last)

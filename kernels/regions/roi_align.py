@@ -190,7 +190,7 @@ def _backward_triton(
     rows: Tensor,
     columns: Tensor,
     counts: Sequence[int],
-    shape: Sequence[int],
+    shape: tuple[int, ...],
     sampling_ratio: int,
     aligned: bool,
 ) -> Tensor:

@@ -4,7 +4,7 @@ Of a box that reaches beyond the map only the samples on the map are visited; th
 So the work is bounded by the map, however large the box.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -101,7 +101,7 @@ class _Box(NamedTuple):
 
     y: _Axis
     x: _Axis
-    count: Tensor
+    samples: Tensor
 
 
 def _box(box: Tensor, output_size: Sequence[int], size: Sequence[int], sampling_ratio: int, aligned: bool) -> _Box:
@@ -115,7 +115,7 @@ def _box(box: Tensor, output_size: Sequence[int], size: Sequence[int], sampling_
     return _Box(axis(1, output_size[0]), axis(0, output_size[1]), grid.samples.prod(0)[0].clamp(min=1))
 
 
-def _corners(box: _Box, width: int):
+def _corners(box: _Box, width: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(cells as numbers in the map, weights), each (S_y, S_x), of the four corners of all samples."""
     for row, down in ((box.y.low, 1 - box.y.share), (box.y.high, box.y.share)):
         for column, across in ((box.x.low, 1 - box.x.share), (box.x.high, box.x.share)):
@@ -149,9 +149,10 @@ def reference(
         if 0 <= image < n:
             cells = features[image].to(boxes.dtype).flatten(1)
             place = _box(box, output_size, (height, width), sampling_ratio, aligned)
-            samples = sum(cells[:, at] * weight for at, weight in _corners(place, width))
+            first, *others = (cells[:, at] * weight for at, weight in _corners(place, width))
+            samples = sum(others, first)
             rows = samples.new_zeros(channels, output_size[0], samples.shape[2]).index_add(1, place.y.bin, samples)
-            pooled = pooled.index_add(2, place.x.bin, rows) / place.count
+            pooled = pooled.index_add(2, place.x.bin, rows) / place.samples
         out.append(pooled[None])
     return torch.cat(out)
 
@@ -163,7 +164,7 @@ def reference_backward(
     total = grad.new_zeros(grad.shape[1], size[0] * size[1])
     for share, box in zip(grad, boxes.split(1), strict=True):
         place = _box(box, grad.shape[2:], size, sampling_ratio, aligned)
-        share = (share / place.count)[:, place.y.bin[:, None], place.x.bin]
+        share = (share / place.samples)[:, place.y.bin[:, None], place.x.bin]
         for cells, weight in _corners(place, size[1]):
             total.index_add_(1, cells.flatten(), (share * weight).flatten(1))
     return total.view(-1, *size)

@@ -47,7 +47,9 @@ _on_trial: dict[str, Tiles] = {}
 
 def precision(dtype: torch.dtype, device: torch.device) -> str:
     """How products of float32 are made: as PyTorch's own convolutions are told to make them."""
-    if dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision != "tf32":
+    # The module is made when it is imported, which a type checker does not see.
+    products: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    if dtype != torch.float32 or products != "tf32":
         return "ieee"
     if torch.version.hip and not torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx94"):
         return "ieee"
