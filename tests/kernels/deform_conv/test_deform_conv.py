@@ -11,6 +11,7 @@ from torch.library import opcheck
 
 from kernels import deform_conv2d, deform_conv2d_levels
 from kernels.deform_conv import cpu as deform_conv_cpu
+from kernels.deform_conv import plan as deform_conv_plan
 from kernels.deform_conv.operator import reference
 
 FILES = [
@@ -82,7 +83,7 @@ def test_no_element_is_left_unwritten(case, poisoned):
 def test_pieces_and_cut_batches_change_nothing(case, monkeypatch):
     monkeypatch.setattr(deform_conv_cpu, "PIECE", 100)
     monkeypatch.setattr(deform_conv_cpu, "LONGEST", 1)
-    monkeypatch.setattr(deform_conv_cpu, "KEPT_POINTS", 0)
+    monkeypatch.setattr(deform_conv_plan, "KEPT_POINTS", 0)
     check(deform_conv2d, case, torch.float64)
 
 
