@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.block import conv_backward_kernels
 from kernels.block.conv_kernels import Config, Tables, forward_kernel
@@ -18,6 +17,7 @@ from kernels.block.sums import add_runs
 from kernels.deform_conv.inverse import index, map_bins
 from kernels.deform_conv.launch import FORWARD
 from kernels.runtime.launch import Launch, triton_real
+from kernels.runtime.operator import differentiable_once
 from kernels.runtime.tiles import Table, Tiles, fit, precision
 
 # In 16 bits a tile of 128 pixels spills on NVIDIA: a thread's 128 sums, and the sums for the statistics on top.
@@ -153,7 +153,7 @@ class _Convolve(torch.autograd.Function):
         return sampled, partial
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("dyhead_block")
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Any, ...]:
         pyramid, predicted, *weights = ctx.saved_tensors
         maps, wanted = Maps(pyramid, predicted.contiguous(), *ctx.settings), ctx.needs_input_grad

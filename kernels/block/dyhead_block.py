@@ -147,7 +147,7 @@ def dyhead_block(features: Sequence[Tensor], parameters: BlockParameters) -> lis
 
     All tensors have one device and one dtype (float16, bfloat16, float32, float64); under autocast they may have
     several dtypes, and maps are rounded to autocast's. Levels and parameters all have a gradient; with one level, the
-    parameters of its neighbours have none. There is no second derivative on a GPU.
+    parameters of its neighbours have none.
 
     Args:
         features: One (N, C, H_l, W_l) a level, finest first; every level has half the height and width of the one
@@ -160,6 +160,7 @@ def dyhead_block(features: Sequence[Tensor], parameters: BlockParameters) -> lis
     Raises:
         TypeError: An argument is of a wrong Python type.
         ValueError: A shape, dtype, device or setting does not fit the others; the message names it and what it must be.
+        NotImplementedError: A second derivative is asked for, on a GPU.
 
     Example:
         >>> import torch

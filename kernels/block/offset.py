@@ -10,12 +10,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.backend import INTERPRET
 from kernels.block import offset_kernels as kernels
 from kernels.block.layout import Layout
 from kernels.runtime.launch import Launch, triton_real
+from kernels.runtime.operator import differentiable_once
 from kernels.runtime.tiles import Table, Tiles, fit, precision
 
 # Of the backward tables, `o` is the block of columns of the unfolded gradient.
@@ -63,7 +63,7 @@ class _Predict(torch.autograd.Function):
         return predicted
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("dyhead_block")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pyramid, packed = ctx.saved_tensors
         grad = grad.contiguous()

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.backend import INTERPRET
 from kernels.block import coefficients
@@ -26,6 +25,7 @@ from kernels.block import tail_kernels as kernels
 from kernels.block.layout import Layout
 from kernels.block.sums import add_launch, add_runs
 from kernels.runtime.launch import Launch, steps, triton_real
+from kernels.runtime.operator import differentiable_once
 
 # Elements of one program. The interpreter's time is that of its programs' number, hardly of their size.
 _FORWARD, _SUMS, _MAPS = (8192, 4096, 8192) if INTERPRET else (2048, 1024, 2048)
@@ -86,7 +86,7 @@ class _Tail(torch.autograd.Function):
         return _forward(sampled, saved.coefficients, rectified, layout)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("dyhead_block")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (rectified, groups, eps), layout = ctx.settings, ctx.layout
         sampled, lines, pooled, merged, share, *parameters = ctx.saved_tensors

@@ -12,6 +12,7 @@ tensors, a FLOP formula, and gradients, which are an operator as well, `<name>_b
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -300,6 +301,23 @@ def once(name: str, run: Callable[[], Any], arguments: Sequence[Any]) -> Any:
         return run()
     found = _Refused.apply(name, run, *tensors)
     return found if isinstance(found, Tensor) else list(found)
+
+
+def differentiable_once(name: str) -> Callable[[Callable[..., Sequence[Any]]], Callable[..., tuple[Any, ...]]]:
+    """Decorate the `backward` of an autograd function, so that differentiating it raises a NotImplementedError.
+
+    Args:
+        name: Name of the operator, for the message.
+    """
+
+    def decorate(backward: Callable[..., Sequence[Any]]) -> Callable[..., tuple[Any, ...]]:
+        @wraps(backward)
+        def method(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            return tuple(once(name, lambda: backward(ctx, *grads), (*grads, *ctx.saved_tensors)))
+
+        return method
+
+    return decorate
 
 
 def _register(name: str, implementation: Implementation, casts: bool) -> Any:
