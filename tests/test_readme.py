@@ -1,0 +1,47 @@
+"""What the README and the pages under docs/ say is there, is there, and what they show runs."""
+
+import doctest
+import re
+
+import pytest
+from places import ROOT
+
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "results" / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+
+
+def test_the_readme_has_at_most_900_words():
+    assert len((ROOT / "README.md").read_text().split()) <= 900
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_examples_run(page):
+    failed, _ = doctest.testfile(str(page), module_relative=False)
+    assert failed == 0
+
+
+def test_the_readme_has_an_example():
+    assert ">>>" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
+    broken = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_files_and_modules_that_are_named_exist(page):
+    text = page.read_text()
+    files = re.findall(r"`((?:kernels|heads|ablations|tests|docs|results)/[\w/.{}*-]*)`", text)
+    modules = re.findall(r"python -m ((?:kernels|heads|ablations)[\w.]+)", text)
+    absent = [name for name in files if not name.startswith("kernels/tuned") and not any(ROOT.glob(name.rstrip("/")))]
+    absent += [name for name in modules if not (ROOT / (name.replace(".", "/") + ".py")).exists()]
+    assert not absent
