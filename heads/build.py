@@ -79,7 +79,8 @@ def build_detector(
     if backbone not in BACKBONES:
         raise ValueError(f"unknown backbone {backbone!r}; the backbones are {', '.join(BACKBONES)}")
     dyhead = None if attentions is None else DyHead(channels, depth, attentions, formulation, coarse_offsets)
-    parts = (BACKBONES[backbone](), num_classes, channels, dyhead)
+    # The pyramid of a two-stage detector begins with C2, that of the others with C3.
+    parts = (BACKBONES[backbone](finest=2 if name in TWO_STAGE else 3), num_classes, channels, dyhead)
     if name in TWO_STAGE:
         return DETECTORS[name](*parts, placement)
     if placement != PLACEMENTS[0]:

@@ -16,7 +16,7 @@ class DeformConv(SpecialParameters):
     Args:
         inputs, outputs: Channels.
         stride: 1 or 2.
-        groups: Of the convolution.
+        groups: Groups of the convolution; both channels are multiples of it.
     """
 
     offset_layers = ("conv_offset",)
@@ -31,9 +31,10 @@ class DeformConv(SpecialParameters):
     def reset(self) -> None:
         """Draw the weights anew."""
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.conv_offset.weight)
-        nn.init.zeros_(self.conv_offset.bias)
+        for parameter in self.conv_offset.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, outputs, H / stride, W / stride), rounded up."""
         offset, mask = self.conv_offset(x).split((18, 9), dim=1)
         return deform_conv2d(x, offset.contiguous(), self.weight, None, self.stride, 1, 1, mask.sigmoid())

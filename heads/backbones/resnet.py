@@ -9,19 +9,29 @@ images a batch; `tiny` trains its own. ResNeXt-101 64×4d (Xie et al. 2017) is a
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heads.backbones.deform import DeformConv
-from heads.backbones.swin import Swin, swin_l, swin_t
+from heads.backbones.swin import Swin, check_finest, swin_l, swin_t
 from heads.released.weights import bare_state, read_weights
+
+# Channels -> a norm of maps (N, C, H, W).
+Norm = Callable[[int], nn.Module]
 
 
 class FrozenBatchNorm2d(nn.Module):
     """BatchNorm with constant statistics and constant affine parameters: (N, C, H, W) in and out."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, channels: int, eps: float = 1e-5):
         super().__init__()
@@ -40,7 +50,7 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int, norm: type[nn.Module]):
+    def __init__(self, inputs: int, width: int, stride: int, norm: Norm):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
         self.bn1 = norm(width)
@@ -61,8 +71,9 @@ class Bottleneck(nn.Module):
     stride_in_1x1 = False
     groups = 1
     widening = 1
+    conv2: nn.Conv2d | DeformConv
 
-    def __init__(self, inputs: int, width: int, stride: int, norm: type[nn.Module]):
+    def __init__(self, inputs: int, width: int, stride: int, norm: Norm):
         super().__init__()
         outputs, width = width * self.expansion, width * self.widening
         first, second = (stride, 1) if self.stride_in_1x1 else (1, stride)
@@ -97,17 +108,20 @@ class ResNeXtBottleneck(Bottleneck):
 class DeformResNeXtBottleneck(ResNeXtBottleneck):
     """The same with a modulated deformable 3×3 convolution, under the same key."""
 
-    def __init__(self, inputs: int, width: int, stride: int, norm: type[nn.Module]):
+    def __init__(self, inputs: int, width: int, stride: int, norm: Norm):
         super().__init__(inputs, width, stride, norm)
         inner = width * self.widening
         self.conv2 = DeformConv(inner, inner, stride, self.groups)
 
 
-def shortcut(inputs: int, outputs: int, stride: int, norm: type[nn.Module]) -> nn.Sequential | None:
+def shortcut(inputs: int, outputs: int, stride: int, norm: Norm) -> nn.Sequential | None:
     """The projection of a residual block whose output has another size than its input, else None."""
     if stride == 1 and inputs == outputs:
         return None
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs))
+
+
+Block = type[BasicBlock] | type[Bottleneck]
 
 
 class ResNet(nn.Module):
@@ -118,48 +132,65 @@ class ResNet(nn.Module):
         layers: Blocks in each of the four stages.
         width: Channels of the stem and of the first stage's inner convolutions.
         norm: `FrozenBatchNorm2d` or `nn.BatchNorm2d`.
+        finest: The first map that `forward` returns: 3 for C3, or 2 for C2, for pyramids that begin with it.
+
+    Raises:
+        ValueError: `finest` is neither 2 nor 3.
 
     Attributes:
         unused_keys: Regular expression of the keys of an ImageNet release that a backbone has no use for.
         fresh_keys: Regular expression of the backbone's keys that an ImageNet release does not have.
-        finest: 3, or 2 for detectors whose pyramid begins with C2; set it before the pyramid reads `channels`.
+        channels: Channels of the maps that `forward` returns.
+
+    Example:
+        >>> import torch
+        >>> from heads import BACKBONES
+        >>> backbone = BACKBONES["tiny"]()
+        >>> [tuple(x.shape) for x in backbone(torch.rand(1, 3, 64, 96))]
+        [(1, 32, 8, 12), (1, 64, 4, 6), (1, 128, 2, 3)]
+        >>> BACKBONES["tiny"](finest=2).channels
+        (16, 32, 64, 128)
     """
 
     unused_keys = r"fc\..*"
     fresh_keys = r".*\.conv_offset\..*"
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
 
     def __init__(
         self,
-        block: type[nn.Module] | Sequence[type[nn.Module]],
+        block: Block | Sequence[Block],
         layers: tuple[int, ...],
         width: int,
-        norm: type[nn.Module],
+        norm: Norm,
+        *,
+        finest: int = 3,
     ):
         super().__init__()
+        check_finest(finest)
         kinds = [block] * 4 if isinstance(block, type) else block
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = norm(width)
         inputs = width
-        for stage, (block, blocks) in enumerate(zip(kinds, layers, strict=True)):
+        channels = []
+        for stage, (kind, blocks) in enumerate(zip(kinds, layers, strict=True)):
             inner = width * 2**stage
             stack = []
             for index in range(blocks):
-                stack.append(block(inputs, inner, 2 if stage and not index else 1, norm))
-                inputs = inner * block.expansion
+                stack.append(kind(inputs, inner, 2 if stage and not index else 1, norm))
+                inputs = inner * kind.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*stack))
-        self.stage_channels = tuple(width * 2**stage * block.expansion for stage in range(4))
-        self.finest = 3
+            channels.append(inputs)
+        self.finest = finest
+        self.channels = tuple(channels[finest - 2 :])
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         for module in self.modules():
             if isinstance(module, DeformConv):
                 module.reset()
-
-    @property
-    def channels(self) -> tuple[int, ...]:
-        """Channels of the maps that `forward` returns."""
-        return self.stage_channels[self.finest - 2 :]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N, 3, H, W) -> C3, C4, C5 of strides 8, 16, 32, and C2 of stride 4 before them where `finest` is 2."""
@@ -171,21 +202,32 @@ class ResNet(nn.Module):
 
     def freeze(self, stages: int) -> None:
         """Stop training the stem and the first `stages` stages, as detectors on ImageNet weights do (usually 1)."""
-        frozen = [self.conv1, self.bn1, *(getattr(self, f"layer{stage}") for stage in range(1, stages + 1))]
-        for module in frozen:
+        for module in (self.conv1, self.bn1, *(self.layer1, self.layer2, self.layer3, self.layer4)[:stages]):
             module.requires_grad_(False)
 
 
 Backbone = ResNet | Swin
 
-BACKBONES: dict[str, Callable[[], Backbone]] = {
-    "tiny": lambda: ResNet(BasicBlock, (1, 1, 1, 1), 16, nn.BatchNorm2d),
-    "resnet18": lambda: ResNet(BasicBlock, (2, 2, 2, 2), 64, FrozenBatchNorm2d),
-    "resnet50": lambda: ResNet(Bottleneck, (3, 4, 6, 3), 64, FrozenBatchNorm2d),
-    "resnet101": lambda: ResNet(Bottleneck, (3, 4, 23, 3), 64, FrozenBatchNorm2d),
-    "resnext101_64x4d": lambda: ResNet(ResNeXtBottleneck, (3, 4, 23, 3), 64, FrozenBatchNorm2d),
-    "resnext101_64x4d_dcn": lambda: ResNet(
-        [ResNeXtBottleneck] + 3 * [DeformResNeXtBottleneck], (3, 4, 23, 3), 64, FrozenBatchNorm2d
+
+class BackboneBuilder(Protocol):
+    """Makes a backbone with random weights, which returns C3 to C5, or C2 to C5 where `finest` is 2."""
+
+    def __call__(self, *, finest: int = 3) -> Backbone: ...
+
+
+def dcn(block: Block, deformable: Block) -> list[Block]:
+    """A kind of block for each stage, deformable in the last three."""
+    return [block, deformable, deformable, deformable]
+
+
+BACKBONES: dict[str, BackboneBuilder] = {
+    "tiny": partial(ResNet, BasicBlock, (1, 1, 1, 1), 16, nn.BatchNorm2d),
+    "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2), 64, FrozenBatchNorm2d),
+    "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3), 64, FrozenBatchNorm2d),
+    "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3), 64, FrozenBatchNorm2d),
+    "resnext101_64x4d": partial(ResNet, ResNeXtBottleneck, (3, 4, 23, 3), 64, FrozenBatchNorm2d),
+    "resnext101_64x4d_dcn": partial(
+        ResNet, dcn(ResNeXtBottleneck, DeformResNeXtBottleneck), (3, 4, 23, 3), 64, FrozenBatchNorm2d
     ),
     "swin_t": swin_t,
     "swin_l": swin_l,
@@ -224,13 +266,13 @@ def load_imagenet(backbone: Backbone, source: str | Path) -> None:
     else:
         state = read_weights(source)
     state = {k: v for k, v in bare_state(state).items() if not re.fullmatch(backbone.unused_keys, k)}
-    own = backbone.state_dict()
+    expected = backbone.state_dict()
     # Frozen statistics do not count batches.
-    unknown = sorted(key for key in state if key not in own and not key.endswith("num_batches_tracked"))
+    unknown = sorted(key for key in state if key not in expected and not key.endswith("num_batches_tracked"))
     fresh = re.compile(rf"{backbone.fresh_keys}|.*num_batches_tracked")
-    missing = sorted(key for key in own if key not in state and not fresh.fullmatch(key))
+    missing = sorted(key for key in expected if key not in state and not fresh.fullmatch(key))
     if unknown or missing:
         raise ValueError(
             f"{source} does not fit this backbone; missing: {missing or 'none'}; unknown: {unknown or 'none'}"
         )
-    backbone.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
+    backbone.load_state_dict({key: value for key, value in state.items() if key in expected}, strict=False)

@@ -9,6 +9,8 @@ backbone passes a LayerNorm of its own (`norm1` … `norm3`), which the ImageNet
 Deviation: no stochastic depth (the paper drops 0.1 to 0.3 of the blocks in training).
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,6 +51,7 @@ class WindowAttention(SpecialParameters):
     """Self-attention of the T = side² cells of each window: (N, windows, T, C) in and out."""
 
     position_biases = ("relative_position_bias_table",)
+    pair: Tensor
 
     def __init__(self, channels: int, heads: int, side: int):
         super().__init__()
@@ -97,11 +100,12 @@ class SwinBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         inner = F.pad(self.norm1(x), (0, 0, 0, -width % self.side, 0, -height % self.side))
-        padded, far = inner.shape[1:3], None
+        tall, wide = inner.shape[1:3]
+        far = None
         if self.shift:
             inner = inner.roll((-self.shift, -self.shift), (1, 2))
-            far = far_pairs(*padded, self.side, self.shift, x.device)
-        inner = unwindows(self.attn(windows(inner, self.side), far), self.side, *padded)
+            far = far_pairs(tall, wide, self.side, self.shift, x.device)
+        inner = unwindows(self.attn(windows(inner, self.side), far), self.side, tall, wide)
         if self.shift:
             inner = inner.roll((self.shift, self.shift), (1, 2))
         x = x + inner[:, :height, :width]
@@ -152,9 +156,13 @@ class Swin(nn.Module):
         depths: Blocks in each of the four stages.
         heads: Attention heads in each stage.
         side: Cells along a window.
+        finest: The first map that `forward` returns: 3 for C3, or 2 for C2, for pyramids that begin with it.
+
+    Raises:
+        ValueError: `finest` is neither 2 nor 3.
 
     Attributes:
-        finest: 3, or 2 for detectors whose pyramid begins with C2; set it before the pyramid reads `channels`.
+        channels: Channels of the maps that `forward` returns.
         unused_keys: Regular expression of the keys of an ImageNet release that a backbone has no use for.
         fresh_keys: Regular expression of the backbone's keys that an ImageNet release does not have.
     """
@@ -162,43 +170,31 @@ class Swin(nn.Module):
     unused_keys = r"(head|norm)\..*|.*\.relative_position_index|.*\.attn_mask"
     fresh_keys = r"norm\d\..*"
 
-    def __init__(self, width: int, depths: tuple[int, ...], heads: tuple[int, ...], side: int):
+    def __init__(self, width: int, depths: tuple[int, ...], heads: tuple[int, ...], side: int, *, finest: int = 3):
         super().__init__()
+        check_finest(finest)
         self.patch_embed = PatchEmbed(width)
-        self.stage_channels = tuple(width * 2**stage for stage in range(4))
-        settings = zip(self.stage_channels, depths, heads, strict=True)
+        channels = tuple(width * 2**stage for stage in range(4))
+        settings = zip(channels, depths, heads, strict=True)
         self.layers = nn.ModuleList(Stage(*setting, side, stage == 3) for stage, setting in enumerate(settings))
-        for stage in range(1, 4):
-            self.add_module(f"norm{stage}", nn.LayerNorm(self.stage_channels[stage]))
-        self._finest = 3
+        # C2's norm comes last: optimisers know parameters by their number.
+        for stage in (1, 2, 3, 0)[: 6 - finest]:
+            self.add_module(f"norm{stage}", nn.LayerNorm(channels[stage]))
+        self.finest = finest
+        self.channels = channels[finest - 2 :]
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    @property
-    def finest(self) -> int:
-        return self._finest
-
-    @finest.setter
-    def finest(self, level: int) -> None:
-        self._finest = level
-        if level == 2 and not hasattr(self, "norm0"):
-            self.norm0 = nn.LayerNorm(self.stage_channels[0])
-
-    @property
-    def channels(self) -> tuple[int, ...]:
-        """Channels of the maps that `forward` returns."""
-        return self.stage_channels[self.finest - 2 :]
-
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N, 3, H, W) -> C3, C4, C5 of strides 8, 16, 32, and C2 of stride 4 before them where `finest` is 2."""
         x, maps = self.patch_embed(x), []
-        for index, stage in enumerate(self.layers):
+        for index, stage in enumerate(cast(list[Stage], self.layers)):
             x = stage.blocks(x)
             if index >= self.finest - 2:
-                maps.append(getattr(self, f"norm{index}")(x).permute(0, 3, 1, 2))
+                maps.append(self.get_submodule(f"norm{index}")(x).permute(0, 3, 1, 2))
             if stage.downsample is not None:
                 x = stage.downsample(x)
         return maps
@@ -209,11 +205,17 @@ class Swin(nn.Module):
             module.requires_grad_(False)
 
 
-def swin_t() -> Swin:
-    """Swin-T."""
-    return Swin(96, (2, 2, 6, 2), (3, 6, 12, 24), 7)
+def swin_t(*, finest: int = 3) -> Swin:
+    """Swin-T with random weights; `finest` as in `Swin`."""
+    return Swin(96, (2, 2, 6, 2), (3, 6, 12, 24), 7, finest=finest)
 
 
-def swin_l() -> Swin:
-    """Swin-L with windows of 12, as its detectors use it."""
-    return Swin(192, (2, 2, 18, 2), (6, 12, 24, 48), 12)
+def swin_l(*, finest: int = 3) -> Swin:
+    """Swin-L with windows of 12, as its detectors use it, with random weights; `finest` as in `Swin`."""
+    return Swin(192, (2, 2, 18, 2), (6, 12, 24, 48), 12, finest=finest)
+
+
+def check_finest(finest: int) -> None:
+    """Refuse any other map than C2 or C3 as the finest of a backbone with a ValueError."""
+    if finest not in (2, 3):
+        raise ValueError(f"finest must be 3, for C3, or 2, for C2, got {finest!r}")

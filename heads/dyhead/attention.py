@@ -31,6 +31,10 @@ class Branch(nn.Module):
     """One 3×3 convolution, deformable or not, with its GroupNorm: the weights of one neighbour, shared by all levels.
 
     The released convolution has a bias before its GroupNorm, mmdetection's has none; `heads.load_released` adds it.
+
+    Args:
+        channels: C, a multiple of 16.
+        stride: 2 for the finer neighbour, else 1.
     """
 
     bias: nn.Parameter | None
@@ -49,19 +53,29 @@ class Branch(nn.Module):
         # nn.GroupNorm refuses a group of a single value, which a 1×1 map at 16 channels has.
         return [torch.group_norm(x, GROUPS, self.norm.weight, self.norm.bias, self.norm.eps) for x in sampled]
 
-    def convolve(self, maps, offsets, masks, bias: Tensor | None) -> list[Tensor]:
+    def convolve(
+        self, maps: list[Tensor], offsets: list[Tensor] | None, masks: list[Tensor] | None, bias: Tensor | None
+    ) -> list[Tensor]:
         """The convolution alone, of every map."""
         if offsets is None:
             return [F.conv2d(x, self.weight, bias, self.stride, padding=1) for x in maps]
         return deform_conv2d_levels(maps, offsets, self.weight, bias, self.stride, padding=1, masks=masks)
 
 
+def offset_convolution(channels: int) -> nn.Conv2d:
+    """The 3×3 convolution that predicts 18 offsets and 9 logits of the mask; it starts as zero."""
+    convolution = nn.Conv2d(channels, 3 * TAPS, 3, padding=1)
+    for parameter in convolution.parameters():
+        nn.init.zeros_(parameter)
+    return convolution
+
+
 class SpatialAttention(SpecialParameters):
     """S: each level gathers from itself, from the finer and from the coarser level, at positions it learned.
 
     The offsets (18 channels, dy and dx interleaved) and the mask (9 channels, through a sigmoid) come from the level
-    being produced and serve all three of its neighbours. `static=True` is the switched-off form: the same three
-    convolutions on the regular grid.
+    being produced and serve all three of its neighbours. Switched off, the same three convolutions read the regular
+    grid.
 
     Args:
         channels: C, a multiple of 16.
@@ -69,12 +83,15 @@ class SpatialAttention(SpecialParameters):
             `"crop"` takes the top left corner. `"prefix"` reads the first elements of the flattened tensor, as the
             released kernels do by mistake, and reproduces released checkpoints. `"resize"` interpolates bilinearly;
             offsets stay in pixels of the map that is sampled.
-        static: Leave out offsets and masks.
+        learned: Whether the attention is on, with offsets and masks.
+
+    Raises:
+        ValueError: `coarse_offsets` is unknown, or `channels` is no multiple of 16.
     """
 
     offset_layers = ("offset",)
 
-    def __init__(self, channels: int, coarse_offsets: str = "crop", static: bool = False):
+    def __init__(self, channels: int, coarse_offsets: str = "crop", *, learned: bool = True):
         super().__init__()
         if coarse_offsets not in COARSE_OFFSETS:
             raise ValueError(f"unknown coarse_offsets {coarse_offsets!r}; it is one of {', '.join(COARSE_OFFSETS)}")
@@ -84,13 +101,11 @@ class SpatialAttention(SpecialParameters):
         self.from_finer = Branch(channels, stride=2)
         self.from_same = Branch(channels, stride=1)
         self.from_coarser = Branch(channels, stride=1)
-        self.offset = None if static else nn.Conv2d(channels, 3 * TAPS, 3, padding=1)
-        if self.offset is not None:
-            nn.init.zeros_(self.offset.weight)
-            nn.init.zeros_(self.offset.bias)
+        self.offset = offset_convolution(channels) if learned else None
 
     @property
     def branches(self) -> tuple[Branch, Branch, Branch]:
+        """The branches of the same level, of the finer and of the coarser one."""
         return self.from_same, self.from_finer, self.from_coarser
 
     def forward(self, features: list[Tensor]) -> list[list[Tensor]]:
@@ -122,8 +137,9 @@ class SpatialAttention(SpecialParameters):
     def for_coarser(self, offsets: list[Tensor], masks: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Offsets and masks for the coarser neighbour of every level that has one."""
         sizes = [x.shape[-2:] for x in offsets[1:]]
-        coarse = ([self._for_coarser(x, size) for x, size in zip(m, sizes, strict=False)] for m in (offsets, masks))
-        return tuple(coarse)
+        # The coarsest level has no size to be brought to.
+        coarse_offsets = [self._for_coarser(x, size) for x, size in zip(offsets, sizes, strict=False)]
+        return coarse_offsets, [self._for_coarser(x, size) for x, size in zip(masks, sizes, strict=False)]
 
     def _for_coarser(self, x: Tensor, size: torch.Size) -> Tensor:
         height, width = size
@@ -139,12 +155,16 @@ class ScaleAttention(nn.Module):
     """L: one weight per sampled map, from its own average; the weighted maps of a level are averaged.
 
     Gate: global average pool → linear C→1 → ReLU → (x + 3) / 6 clamped to [0, 1], so it lies in [0.5, 1].
-    `static=True` is the switched-off form, the plain mean.
+    Switched off, it is the plain mean.
+
+    Args:
+        channels: C.
+        learned: Whether the attention is on.
     """
 
-    def __init__(self, channels: int, static: bool = False):
+    def __init__(self, channels: int, *, learned: bool = True):
         super().__init__()
-        self.gate = None if static else nn.Linear(channels, 1)
+        self.gate = nn.Linear(channels, 1) if learned else None
         if self.gate is not None:
             nn.init.normal_(self.gate.weight, std=0.01)
             nn.init.zeros_(self.gate.bias)
@@ -166,18 +186,27 @@ class ScaleAttention(nn.Module):
         return fused
 
 
-class TaskAttention(nn.Module):
-    """C: dynamic ReLU, max(a1·x + b1, a2·x + b2) per channel, with coefficients from the pooled level.
+class DynamicReLU(nn.Module):
+    """Dynamic ReLU, max(a1·x + b1, a2·x + b2) per channel, and the network that computes its coefficients.
 
-    Coefficient network, shared by the levels: global average pool → linear C→C/4 → ReLU → linear C/4→4C → hard
-    sigmoid y, then a1 = 2y, b1 = y − 1/2, a2 = 2y − 1, b2 = y − 1/2. At y = 1/2, where training starts, it is a ReLU.
-    `static=True` is the switched-off form, an ordinary ReLU.
+    Coefficient network: linear C→C/4 → ReLU → linear C/4→4C → hard sigmoid y, then a1 = 2y, b1 = y − 1/2, a2 = 2y − 1,
+    b2 = y − 1/2. At y = 1/2, where training starts, it is a ReLU. Switched off, it is always an ordinary ReLU.
+
+    A subclass says which averages the coefficients are computed from: `TaskAttention`, `PaperTaskAttention`.
+
+    Args:
+        channels: C.
+        learned: Whether the attention is on.
+        reduction: C divided by the width of the network.
     """
 
-    def __init__(self, channels: int, static: bool = False, reduction: int = 4):
+    slope: Tensor
+    shift: Tensor
+
+    def __init__(self, channels: int, *, learned: bool = True, reduction: int = 4):
         super().__init__()
-        self.static = static
-        if static:
+        self.learned = learned
+        if not learned:
             return
         self.reduce = nn.Linear(channels, channels // reduction)
         self.expand = nn.Linear(channels // reduction, 4 * channels)
@@ -192,9 +221,20 @@ class TaskAttention(nn.Module):
         y = F.hardsigmoid(self.expand(F.relu(self.reduce(pooled))))
         return torch.addcmul(self.shift.to(y.dtype), y.unflatten(-1, (4, -1)), self.slope.to(y.dtype))
 
+    def activate(self, x: Tensor) -> Tensor:
+        """Activate one map (N, C, H, W), each image with coefficients of its own average."""
+        raise NotImplementedError
+
+
+class TaskAttention(DynamicReLU):
+    """C: dynamic ReLU of every level, with coefficients from the level's own global average; one network for all."""
+
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """Activate every level: (N, C, H_l, W_l) -> the same shapes."""
-        if self.static:
+        if not self.learned:
             return [F.relu(x) for x in features]
         coefficients = self.coefficients(torch.stack([x.mean((2, 3)) for x in features]))
         return [dynamic_relu(x, c) for x, c in zip(features, coefficients.unbind(), strict=True)]
+
+    def activate(self, x: Tensor) -> Tensor:
+        return self([x])[0]

@@ -1,14 +1,15 @@
 """DyHead: any subset of scale (L), spatial (S) and task (C) attention, in the released or the paper's formulation."""
 
+import copy
+from typing import cast
+
 from torch import Tensor, nn
 
-from heads.dyhead import fused
-from heads.dyhead.attention import ScaleAttention, SpatialAttention, TaskAttention
-from heads.dyhead.paper import PaperScaleAttention, PaperSpatialAttention, PaperTaskAttention, from_median, to_median
-from kernels import dyhead_blocks
+from heads.dyhead.attention import DynamicReLU
+from heads.dyhead.blocks import BLOCKS
 
 ATTENTIONS = ("", "L", "S", "C", "LS", "LC", "SC", "LSC")
-FORMULATIONS = ("released", "paper")
+FORMULATIONS = tuple(BLOCKS)
 
 
 def canonical(attentions: str) -> str:
@@ -23,49 +24,8 @@ def canonical(attentions: str) -> str:
     return ordered
 
 
-class DyHeadBlock(nn.Module):
-    """One block: three attentions in a row, each replaced by its static counterpart where it is switched off.
-
-    L → plain mean (released) or identity (paper), S → ordinary 3×3 convolution, C → ReLU: shapes never change.
-
-    Args:
-        channels: C, a multiple of 16.
-        attentions: Subset of the letters L, S, C, as `canonical` returns it.
-        formulation: `"released"`: lists of maps, order S, L, C. `"paper"`: (N, L, C, H, W), order L, S, C.
-        coarse_offsets: See `SpatialAttention`; the paper's formulation has no use for it.
-        levels: Number of pyramid levels, which the paper's formulation has weights for.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        attentions: str = "LSC",
-        formulation: str = "released",
-        coarse_offsets: str = "crop",
-        levels: int = 5,
-    ):
-        super().__init__()
-        if formulation not in FORMULATIONS:
-            raise ValueError(f"unknown formulation {formulation!r}; it is one of {', '.join(FORMULATIONS)}")
-        self.formulation = formulation
-        if formulation == "released":
-            self.spatial = SpatialAttention(channels, coarse_offsets, static="S" not in attentions)
-            self.scale = ScaleAttention(channels, static="L" not in attentions)
-            self.task = TaskAttention(channels, static="C" not in attentions)
-        else:
-            self.scale = PaperScaleAttention(levels, static="L" not in attentions)
-            self.spatial = PaperSpatialAttention(channels, levels, static="S" not in attentions)
-            self.task = PaperTaskAttention(channels, static="C" not in attentions)
-
-    def forward(self, x: list[Tensor] | Tensor) -> list[Tensor] | Tensor:
-        """Shapes in are shapes out: a list of (N, C, H_l, W_l), or one (N, L, C, H, W) for the paper's formulation."""
-        if self.formulation == "released":
-            return self.task(self.scale(self.spatial(x)))
-        return self.task(self.spatial(self.scale(x)))
-
-
 class DyHead(nn.Module):
-    """A stack of DyHead blocks on a feature pyramid.
+    """A stack of DyHead blocks on a feature pyramid (Dai et al., "Dynamic Head", CVPR 2021).
 
     Args:
         channels: C of every level, a multiple of 16.
@@ -79,6 +39,14 @@ class DyHead(nn.Module):
 
     Raises:
         ValueError: An argument is none of the named values, or `channels` is no multiple of 16.
+
+    Example:
+        >>> import torch
+        >>> from heads import DyHead
+        >>> head = DyHead(channels=16, depth=2, attentions="LSC")
+        >>> pyramid = [torch.rand(1, 16, *size) for size in ((16, 24), (8, 12), (4, 6))]
+        >>> [tuple(x.shape) for x in head(pyramid)]
+        [(1, 16, 16, 24), (1, 16, 8, 12), (1, 16, 4, 6)]
     """
 
     def __init__(
@@ -91,26 +59,43 @@ class DyHead(nn.Module):
         levels: int = 5,
     ):
         super().__init__()
+        if formulation not in BLOCKS:
+            raise ValueError(f"unknown formulation {formulation!r}; it is one of {', '.join(FORMULATIONS)}")
         self.attentions = canonical(attentions)
         self.formulation = formulation
-        block = (channels, self.attentions, formulation, coarse_offsets, levels)
-        self.blocks = nn.ModuleList(DyHeadBlock(*block) for _ in range(depth))
+        block = BLOCKS[formulation]
+        self.blocks = nn.ModuleList(block(channels, self.attentions, coarse_offsets, levels) for _ in range(depth))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """Apply the blocks to a list of (N, C, H_l, W_l), finest level first; returns a list of the same shapes."""
-        if self.unfused_reason(features) is None:
-            return dyhead_blocks(features, [fused.parameters(block) for block in self.blocks])
-        sizes = [x.shape[-2:] for x in features]
-        x = features if self.formulation == "released" else to_median(features)
-        for block in self.blocks:
-            x = block(x)
-        return x if self.formulation == "released" else from_median(x, sizes)
+        """Apply the blocks to a pyramid.
+
+        Args:
+            features: One (N, C, H_l, W_l) a level, finest first, float32, float64 or a half-precision type.
+
+        Returns:
+            A list of the same shapes.
+        """
+        return BLOCKS[self.formulation].stack(self.blocks, features)
 
     def unfused_reason(self, features: list[Tensor]) -> str | None:
         """Why these levels go through the separate operators; None where each block is a few launches for all levels.
 
         Both ways give the same numbers. Hooks of modules inside the blocks are called by the separate operators only.
         """
-        if self.formulation != "released":
-            return "the paper's formulation has no fused kernels"
-        return fused.reason_against(self.blocks, features)
+        return BLOCKS[self.formulation].unfused_reason(self.blocks, features)
+
+    def split_last_task(self) -> tuple["DyHead", DynamicReLU]:
+        """Take the task attention out of the last block, for a detector that applies it behind RoIAlign.
+
+        Returns:
+            A copy of this DyHead without it, and a copy of the attention; this DyHead stays as it is.
+
+        Raises:
+            ValueError: There is no block.
+        """
+        if not self.blocks:
+            raise ValueError("a DyHead of depth 0 has no task attention")
+        trunk = copy.deepcopy(self)
+        last = trunk.blocks[-1]
+        task, last.task = cast(DynamicReLU, last.task), nn.Identity()
+        return trunk, task

@@ -40,12 +40,12 @@ def reason_against(blocks: nn.ModuleList, features: list[Tensor]) -> str | None:
 
 
 def parameters(block: nn.Module) -> BlockParameters:
-    """What `kernels.dyhead_blocks` takes of a `DyHeadBlock` in the released formulation."""
+    """What `kernels.dyhead_blocks` takes of a `ReleasedBlock`."""
     spatial, scale, task = block.spatial, block.scale, block.task
     assert isinstance(spatial, SpatialAttention) and isinstance(scale, ScaleAttention)
     branches = spatial.branches
     dynamic_relu = None
-    if isinstance(task, TaskAttention) and not task.static:
+    if isinstance(task, TaskAttention) and task.learned:
         dynamic_relu = (*_layer(task.reduce), *_layer(task.expand))
     return BlockParameters(
         weights=[branch.weight for branch in branches],

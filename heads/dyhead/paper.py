@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from heads.dyhead.attention import GROUPS, TAPS, TaskAttention
+from heads.dyhead.attention import GROUPS, TAPS, DynamicReLU, offset_convolution
 from heads.parameters import SpecialParameters
 from kernels import deform_conv2d, dynamic_relu
 
@@ -39,16 +39,21 @@ def resize(x: Tensor, size: torch.Size) -> Tensor:
     if x.shape[-2:] == size:
         return x
     if x.shape[-2] >= size[0] and x.shape[-1] >= size[1]:
-        return F.adaptive_avg_pool2d(x, size)
+        return F.adaptive_avg_pool2d(x, (size[0], size[1]))
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 class PaperScaleAttention(nn.Module):
-    """π_L: one weight in [0.5, 1] per level, from the averages of all levels. Off: the identity."""
+    """π_L: one weight in [0.5, 1] per level, from the averages of all levels. Switched off, it is the identity.
 
-    def __init__(self, levels: int, static: bool = False):
+    Args:
+        levels: L.
+        learned: Whether the attention is on.
+    """
+
+    def __init__(self, levels: int, *, learned: bool = True):
         super().__init__()
-        self.mix = None if static else nn.Linear(levels, levels)
+        self.mix = nn.Linear(levels, levels) if learned else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, L, C, H, W) -> (N, L, C, H, W)."""
@@ -62,22 +67,24 @@ class PaperScaleAttention(nn.Module):
 class PaperSpatialAttention(SpecialParameters):
     """π_S: a deformable 3×3 convolution per level, all with the median level's offsets and mask, then GroupNorm(16).
 
-    Off: the same convolutions on the regular grid.
+    Switched off, the same convolutions read the regular grid.
+
+    Args:
+        channels: C, a multiple of 16.
+        levels: L.
+        learned: Whether the attention is on, with offsets and a mask.
     """
 
     offset_layers = ("offset",)
 
-    def __init__(self, channels: int, levels: int, static: bool = False):
+    def __init__(self, channels: int, levels: int, *, learned: bool = True):
         super().__init__()
         self.levels = levels
         self.weight = nn.Parameter(torch.empty(levels * channels, channels, 3, 3))
         self.norm = nn.GroupNorm(GROUPS * levels, levels * channels)
         bound = (TAPS * channels) ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
-        self.offset = None if static else nn.Conv2d(channels, 3 * TAPS, 3, padding=1)
-        if self.offset is not None:
-            nn.init.zeros_(self.offset.weight)
-            nn.init.zeros_(self.offset.bias)
+        self.offset = offset_convolution(channels) if learned else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, L, C, H, W) -> (N, L, C, H, W)."""
@@ -92,14 +99,17 @@ class PaperSpatialAttention(SpecialParameters):
         return self.norm(sampled).view_as(x)
 
 
-class PaperTaskAttention(TaskAttention):
-    """π_C: dynamic ReLU with one set of coefficients for all levels, pooled over L×S. Off: ReLU."""
+class PaperTaskAttention(DynamicReLU):
+    """π_C: dynamic ReLU with one set of coefficients for all levels, pooled over L×S. Switched off, it is a ReLU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, L, C, H, W) -> (N, L, C, H, W)."""
-        if self.static:
+        if not self.learned:
             return F.relu(x)
         coefficients = self.coefficients(x.mean((1, 3, 4)))
         n, levels, channels, height, width = x.shape
         flat = x.transpose(1, 2).reshape(n, channels, levels * height, width)
         return dynamic_relu(flat, coefficients).view(n, channels, levels, height, width).transpose(1, 2)
+
+    def activate(self, x: Tensor) -> Tensor:
+        return self(x[:, None])[:, 0]

@@ -1,6 +1,8 @@
 """`python -m heads.dyhead.shapes`: the shape of the features around each attention, in both formulations."""
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -11,7 +13,10 @@ from heads.dyhead.dyhead import FORMULATIONS, DyHead
 NAMES = {"scale": "L  scale attention", "spatial": "S  spatial attention", "task": "C  task attention"}
 
 
-def describe(x: Tensor | list) -> str:
+Maps = Tensor | list[Tensor] | list[list[Tensor]]
+
+
+def describe(x: Maps) -> str:
     """The shape of a tensor, or of every tensor in a list of (lists of) tensors."""
     if isinstance(x, Tensor):
         return "×".join(map(str, x.shape))
@@ -19,10 +24,18 @@ def describe(x: Tensor | list) -> str:
 
 
 def trace(head: DyHead, features: list[Tensor]) -> list[tuple[str, str, str]]:
-    """(module, shapes in, shapes out) for the attentions of the first block, in the order in which they run."""
-    rows = []
+    """Shapes around the attentions of the first block, in the order in which they run.
 
-    def note(label):
+    Args:
+        head: Any DyHead with a block.
+        features: One (N, C, H_l, W_l) a level, finest first.
+
+    Returns:
+        Name, shapes in, shapes out, one row an attention, between a row for the pyramid in and one for it out.
+    """
+    rows: list[tuple[str, str, str]] = []
+
+    def note(label: str) -> Callable[[Any, tuple[Maps, ...], Maps], None]:
         return lambda _, inputs, output: rows.append((label, describe(inputs[0]), describe(output)))
 
     hooks = [getattr(head.blocks[0], name).register_forward_hook(note(label)) for name, label in NAMES.items()]
@@ -34,6 +47,7 @@ def trace(head: DyHead, features: list[Tensor]) -> list[tuple[str, str, str]]:
 
 
 def main() -> None:
+    """Print the shapes of both formulations."""
     parser = argparse.ArgumentParser(prog="python -m heads.dyhead.shapes", description=__doc__)
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1344), metavar=("H", "W"), help="image, in pixels")
     parser.add_argument("--channels", type=int, default=256)

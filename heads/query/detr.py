@@ -1,4 +1,4 @@
-"""DETR (Carion et al., ECCV 2020): a set of boxes from a transformer, without anchors and without suppression.
+"""DETR (Carion et al., ECCV 2020): a set of boxes from a transformer, without anchors and without NMS.
 
 Ingredients, as published (mmdetection 3.3's 150-epoch configuration):
 - C5 through a 1×1 convolution, six encoder layers, six decoder layers on 100 learned queries; 8 heads, layers of 2,048,
@@ -32,11 +32,13 @@ from torch import Tensor, nn
 from heads.backbones.fpn import FPN
 from heads.backbones.resnet import Backbone
 from heads.boxes.boxes import clip_boxes, giou, pairwise_giou
+from heads.boxes.selection import ImageDetections
 from heads.detector import Detector, PredictionHead
 from heads.dyhead.dyhead import DyHead
 from heads.precision import at_least_float32
 from heads.query.hungarian import least_cost_assignment
 from heads.query.transformer import DecoderLayer, EncoderLayer, padding_mask, sine_positions, xavier
+from heads.targets import Target
 
 DROPOUT = 0.1
 CLASS_COST, BOX_COST, GIOU_COST = 1.0, 5.0, 2.0
@@ -55,11 +57,11 @@ def to_centres(boxes: Tensor) -> Tensor:
 
 
 class DETROutputs(NamedTuple):
-    """What D decoder layers say of N images with Q queries.
+    """Predictions of D decoder layers for N images with Q queries.
 
     Attributes:
         logits: (D, N, Q, K + 1), background last.
-        boxes: (D, N, Q, 4), centre and sides in shares of the image.
+        boxes: (D, N, Q, 4), centre and sides as fractions of the image's.
     """
 
     logits: Tensor
@@ -94,28 +96,28 @@ def depth(channels: int) -> int:
 class SingleMap(nn.Module):
     """What plain DETR has for a pyramid: C5 through a 1×1 convolution."""
 
-    strides = (32,)
-
     def __init__(self, in_channels: int, channels: int):
         super().__init__()
         self.projection = nn.Conv2d(in_channels, channels, 1)
         nn.init.xavier_uniform_(self.projection.weight)
-        nn.init.zeros_(self.projection.bias)
+        if self.projection.bias is not None:
+            nn.init.zeros_(self.projection.bias)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """C3, C4, C5 -> [(N, C, H, W)] of C5."""
         return [self.projection(features[-1])]
 
 
-class DETRHead(PredictionHead):
+class DETRHead(PredictionHead[DETROutputs]):
     """Decoder and predictors; see the top of this file.
 
     Args:
-        in_channels: of the tokens.
+        in_channels: Channels of the tokens.
         num_classes: K, without background.
-        queries: boxes that an image can get; None for 100 at 256 channels, in proportion, but 25 at least.
-        layers: of the decoder; None for `depth(in_channels)`.
-        max_detections: per image.
+        queries: Number of learned queries, each of which predicts a box; None for 100 at 256 channels, in proportion,
+            but 25 at least.
+        layers: Layers of the decoder; None for `depth(in_channels)`.
+        max_detections: The most detections of an image.
     """
 
     def __init__(
@@ -140,7 +142,7 @@ class DETRHead(PredictionHead):
         xavier(self)
 
     def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> DETROutputs:
-        """Predict from tokens (N, T, C), their positions, and (N, T) which of them are padding."""
+        """Predict from tokens; arguments as in `Tokens`, and no mask where there is no padding."""
         queries = self.queries.weight.expand(len(tokens), -1, -1)
         x, states = torch.zeros_like(queries), []
         for layer in self.layers:
@@ -158,22 +160,22 @@ class DETRHead(PredictionHead):
 
     @torch.no_grad()
     def pairs(
-        self, outputs: DETROutputs, targets: list[dict], image_sizes: list[tuple[int, int]]
+        self, outputs: DETROutputs, targets: list[Target], image_sizes: list[tuple[int, int]]
     ) -> tuple[Tensor, Tensor]:
-        """Which prediction learns which box, paired at the least cost.
+        """Pair predictions with boxes at the least cost.
 
         Returns:
             (D * M,) int64 indices into the D * N * Q predictions and (D * M,) int64 indices into the boxes of the
             batch, decoder layer by decoder layer; M boxes of the batch are paired in each.
         """
         layers, images, queries, _ = outputs.boxes.shape
-        costs = [
-            sum(self.costs(outputs.logits[:, image], outputs.boxes[:, image], target, size))
-            for image, (target, size) in enumerate(zip(targets, image_sizes, strict=True))
-        ]
+        per_image = []
+        for image, (target, size) in enumerate(zip(targets, image_sizes, strict=True)):
+            parts = self.costs(outputs.logits[:, image], outputs.boxes[:, image], target, size)
+            per_image.append(parts[0] + parts[1] + parts[2])
         # One copy for the batch: each waits for the device. Weights that are not finite are found by the loss; here
         # they only must not end the run.
-        costs = torch.cat(costs, -1).nan_to_num(1e6, 1e6, -1e6).cpu().numpy()
+        costs = torch.cat(per_image, -1).nan_to_num(1e6, 1e6, -1e6).cpu().numpy()
         lasts = np.cumsum([len(target["boxes"]) for target in targets])
         predictions, boxes = [], []
         for layer in range(layers):
@@ -183,18 +185,22 @@ class DETRHead(PredictionHead):
                 predictions.append(rows + (layer * images + image) * queries)
                 boxes.append(columns + first)
         pairs = torch.from_numpy(np.stack([np.concatenate(predictions), np.concatenate(boxes)]))
-        return tuple(pairs.to(outputs.boxes.device))
+        prediction, box = pairs.to(outputs.boxes.device)
+        return prediction, box
 
     def costs(
-        self, logits: Tensor, boxes: Tensor, target: dict, size: tuple[int, int]
+        self, logits: Tensor, boxes: Tensor, target: Target, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of class, shares and pixels, what each query of one image would cost with each box: (D, Q, n) three times.
+        """Costs of pairing each query of one image with each of its n boxes.
 
         Args:
             logits: (D, Q, K + 1).
-            boxes: (D, Q, 4) in shares.
+            boxes: (D, Q, 4), centre and sides as fractions of the image's.
             target: `boxes` (n, 4) xyxy in pixels and `labels` (n,).
             size: (height, width) of the image.
+
+        Returns:
+            Cost of the class, of the L1 distance, and of the GIoU, (D, Q, n) each.
         """
         scale = boxes.new_tensor([size[1], size[0]] * 2)
         shares = to_centres(target["boxes"].to(boxes.dtype) / scale)
@@ -204,12 +210,14 @@ class DETRHead(PredictionHead):
             -GIOU_COST * pairwise_giou(to_corners(boxes) * scale, target["boxes"].to(boxes.dtype)),
         )
 
-    def loss(self, outputs: DETROutputs, targets: list[dict], image_sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
+    def loss(
+        self, outputs: DETROutputs, targets: list[Target], image_sizes: list[tuple[int, int]]
+    ) -> dict[str, Tensor]:
         """The three losses of each decoder layer, to be summed.
 
         Args:
-            outputs: of `forward`.
-            targets: one dict an image: `boxes` (n, 4) xyxy in pixels, `labels` (n,) int64 below K; n may be 0.
+            outputs: What `forward` returned.
+            targets: One dict an image: `boxes` (n, 4) xyxy in pixels, `labels` (n,) int64 below K; n may be 0.
             image_sizes: (height, width) of each image before padding.
 
         Returns:
@@ -240,11 +248,11 @@ class DETRHead(PredictionHead):
         return {f"{prefix}{name}": sums[name][layer] for layer, prefix in enumerate(prefixes) for name in sums}
 
     @torch.no_grad()
-    def predict(self, outputs: DETROutputs, image_sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
+    def predict(self, outputs: DETROutputs, image_sizes: list[tuple[int, int]]) -> list[ImageDetections]:
         """Detections, one dict an image, by falling score: `boxes` (K, 4) clipped, `scores` (K,), `labels` (K,)."""
         scores, labels = outputs.logits[-1].softmax(-1)[..., :-1].max(-1)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
-        results = []
+        results: list[ImageDetections] = []
         for image, (height, width) in enumerate(image_sizes):
             best = order[image, : self.max_detections]
             boxes = to_corners(outputs.boxes[-1, image, best])
@@ -253,43 +261,83 @@ class DETRHead(PredictionHead):
         return results
 
 
-class DETR(Detector):
-    """Backbone, one map or a pyramid, encoder or DyHead, and `DETRHead`; see the top of this file.
+class Tokens(NamedTuple):
+    """The cells of one or several maps in a row, T of them.
 
-    Args:
-        backbone: (N, 3, H, W) -> C3, C4, C5.
-        fpn: `SingleMap` with an `Encoder`, `FPN` with a `DyHead`.
-        trunk: `Encoder` or `DyHead`.
-        head: decoder and predictors.
-        channels: of the maps.
+    Attributes:
+        values: (N, T, C).
+        positions: (N, T, C), added to queries and keys.
+        mask: (N, T) bool, true in the padding.
     """
 
-    def __init__(self, backbone: nn.Module, fpn: FPN | SingleMap, trunk: nn.Module, head: DETRHead, channels: int):
-        super().__init__(backbone, fpn, trunk, head)
-        levels = len(fpn.strides)
-        self.levels = nn.Parameter(torch.zeros(levels, channels)) if levels > 1 else None
-        self.norm = nn.LayerNorm(channels) if isinstance(trunk, DyHead) else None
+    values: Tensor
+    positions: Tensor
+    mask: Tensor
+
+
+def tokens_of(
+    maps: list[Tensor], sizes: list[tuple[int, int]], padded: tuple[int, int], levels: Tensor | None = None
+) -> Tokens:
+    """The tokens of a batch.
+
+    Args:
+        maps: One (N, C, H_l, W_l) a level.
+        sizes: (height, width) of each image before padding.
+        padded: (height, width) of the batch.
+        levels: (L, C), added to the positions of each level; None for nothing.
+    """
+    masks = [padding_mask(sizes, padded, (m.shape[2], m.shape[3]), m.device) for m in maps]
+    positions = [sine_positions(mask, m.shape[1]).flatten(1, 2) for mask, m in zip(masks, maps, strict=True)]
+    if levels is not None:
+        positions = [p + level for p, level in zip(positions, levels, strict=True)]
+    return Tokens(
+        torch.cat([m.flatten(2).mT for m in maps], 1),
+        torch.cat(positions, 1),
+        torch.cat([mask.flatten(1) for mask in masks], 1),
+    )
+
+
+class DETR(Detector):
+    """Backbone, one map, encoder and `DETRHead`: the published detector; see the top of this file."""
 
     def raw(self, batch: Tensor, sizes: list[tuple[int, int]] | None = None) -> DETROutputs:
         """Head outputs for a normalised, padded batch (N, 3, H, W) of images of these sizes; None says all are full."""
-        padded = tuple(batch.shape[-2:])
+        padded = (batch.shape[2], batch.shape[3])
         sizes = [padded] * len(batch) if sizes is None else sizes
         maps = self.fpn(self.backbone(batch.contiguous(memory_format=torch.channels_last)))
-        if isinstance(self.trunk, DyHead):
-            maps = self.trunk(maps)
-        masks = [padding_mask(sizes, padded, tuple(m.shape[-2:]), m.device) for m in maps]
-        positions = [sine_positions(mask, m.shape[1]).flatten(1, 2) for mask, m in zip(masks, maps, strict=True)]
-        if self.levels is not None:
-            positions = [p + level for p, level in zip(positions, self.levels, strict=True)]
-        tokens, positions = torch.cat([m.flatten(2).mT for m in maps], 1), torch.cat(positions, 1)
-        mask = torch.cat([mask.flatten(1) for mask in masks], 1)
-        tokens = self.trunk(tokens, positions, mask) if self.norm is None else self.norm(tokens)
-        return self.head(tokens, positions, mask)
+        return self.head(*self.encode(maps, sizes, padded))
+
+    def encode(self, maps: list[Tensor], sizes: list[tuple[int, int]], padded: tuple[int, int]) -> Tokens:
+        """What the decoder attends to. Arguments as in `tokens_of`."""
+        tokens = tokens_of(maps, sizes, padded)
+        return tokens._replace(values=self.trunk(*tokens))
+
+
+class DyHeadDETR(DETR):
+    """DETR with a pyramid and a DyHead in place of the encoder; see the top of this file.
+
+    Args:
+        backbone: (N, 3, H, W) -> C3, C4, C5.
+        fpn: These maps -> a pyramid.
+        dyhead: Pyramid -> pyramid.
+        head: Decoder and predictors.
+        channels: Channels of the pyramid.
+    """
+
+    def __init__(self, backbone: nn.Module, fpn: FPN, dyhead: DyHead, head: DETRHead, channels: int):
+        super().__init__(backbone, fpn, dyhead, head)
+        self.levels = nn.Parameter(torch.zeros(len(fpn.strides), channels))
+        self.norm = nn.LayerNorm(channels)
+
+    def encode(self, maps: list[Tensor], sizes: list[tuple[int, int]], padded: tuple[int, int]) -> Tokens:
+        """What the decoder attends to: the cells of all levels. Arguments as in `tokens_of`."""
+        tokens = tokens_of(self.trunk(maps), sizes, padded, self.levels)
+        return tokens._replace(values=self.norm(tokens.values))
 
 
 def detr(backbone: Backbone, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:
     """DETR; see the top of this file."""
     head = DETRHead(in_channels=channels, num_classes=num_classes)
     if dyhead is None:
-        return DETR(backbone, SingleMap(backbone.channels[-1], channels), Encoder(channels), head, channels)
-    return DETR(backbone, FPN(backbone.channels, channels), dyhead, head, channels)
+        return DETR(backbone, SingleMap(backbone.channels[-1], channels), Encoder(channels), head)
+    return DyHeadDETR(backbone, FPN(backbone.channels, channels), dyhead, head, channels)

@@ -31,14 +31,13 @@ where an image shrinks; the images of COCO are at most 640 pixels long and nearl
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from heads.backbones.fpn import FPN
 from heads.backbones.resnet import BasicBlock, Bottleneck, CaffeBottleneck, FrozenBatchNorm2d, ResNet
 from heads.dense.atss import ATSSHead
-from heads.dense.towers import ConvTowers
 from heads.detector import MEAN, STD, Detector
 from heads.dyhead.dyhead import DyHead
 from heads.released.names import OFFICIAL, load_released, recognise, translate
@@ -95,7 +94,7 @@ def build_released(
     *,
     depth: int = 6,
     channels: int = 256,
-    body: ResNet | None = None,
+    backbone: ResNet | None = None,
 ) -> Detector:
     """ATSS with DyHead as one of the releases computes it, ready for `load_released`.
 
@@ -103,16 +102,16 @@ def build_released(
         name: One of `LAYOUTS`.
         num_classes: Object classes, without a background class.
         depth: DyHead blocks.
-        channels: Of the pyramid.
-        body: Backbone in the place of the layout's ResNet-50.
+        channels: Channels of the pyramid.
+        backbone: A backbone that returns C3 to C5; None for the layout's ResNet-50.
 
     Raises:
         ValueError: The name is unknown; the known ones are listed.
     """
     layout = layout_of(name)
-    if body is None:
-        block: type[nn.Module] = CaffeBottleneck if layout.stride_in_1x1 else Bottleneck
-        body = ResNet(block, (3, 4, 6, 3), 64, FrozenBatchNorm2d)
+    if backbone is None:
+        block = CaffeBottleneck if layout.stride_in_1x1 else Bottleneck
+        backbone = ResNet(block, (3, 4, 6, 3), 64, FrozenBatchNorm2d)
     head = ATSSHead(
         in_channels=channels,
         num_classes=num_classes,
@@ -122,13 +121,13 @@ def build_released(
         anchor_offset=layout.anchor_offset,
         pad_divisor=layout.divisor,
     )
-    fpn = FPN(body.channels, channels, relu_before_p7=layout.relu_before_p7)
+    fpn = FPN(backbone.channels, channels, relu_before_p7=layout.relu_before_p7)
     trunk = DyHead(channels, depth, coarse_offsets="prefix")
-    return Detector(body, fpn, trunk, head, layout.divisor, mean=MEAN, std=layout.std, bgr=layout.bgr)
+    return Detector(backbone, fpn, trunk, head, layout.divisor, mean=MEAN, std=layout.std, bgr=layout.bgr)
 
 
-def open_released(name: str, checkpoint: Mapping) -> Detector:
-    """The detector of a released checkpoint with its weights; sizes are read off the weights.
+def open_released(name: str, checkpoint: Mapping[str, Any]) -> Detector:
+    """The detector of a released checkpoint with its weights; depth, width and classes are read off the weights.
 
     Args:
         name: One of `LAYOUTS`.
@@ -151,7 +150,7 @@ def open_released(name: str, checkpoint: Mapping) -> Detector:
         return shapes[key][0] if key in shapes else default
 
     blocks = tuple(count(rf"backbone\.layer{stage}\.\d+\.") for stage in range(1, 5))
-    block: type[nn.Module] = BasicBlock
+    block: type[BasicBlock] | type[Bottleneck] = BasicBlock
     if count(r"backbone\.layer1\.0\.conv3\."):
         block = CaffeBottleneck if layout.stride_in_1x1 else Bottleneck
     detector = build_released(
@@ -159,25 +158,7 @@ def open_released(name: str, checkpoint: Mapping) -> Detector:
         width("head.cls_logits.weight", 80),
         depth=count(r"trunk\.blocks\.\d+\."),
         channels=width("fpn.lateral.0.weight", 256),
-        body=ResNet(block, blocks, width("backbone.conv1.weight", 64), FrozenBatchNorm2d),
+        backbone=ResNet(block, blocks, width("backbone.conv1.weight", 64), FrozenBatchNorm2d),
     )
     load_released(detector, state)
     return detector
-
-
-class DyHeadBeforeTowers(DyHead):
-    """DyHead with a detector's convolution towers behind it, as both releases of RetinaNet keep them.
-
-    Args:
-        channels, depth: Of the DyHead.
-        coarse_offsets: As in `DyHead`.
-        towers: 3×3 convolutions with ReLU of each tower.
-    """
-
-    def __init__(self, channels: int, depth: int = 6, *, coarse_offsets: str = "prefix", towers: int = 4):
-        super().__init__(channels, depth, coarse_offsets=coarse_offsets)
-        self.towers = ConvTowers(channels, towers, norm=False)
-
-    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """A list of (N, C, H_l, W_l) -> classification maps and regression maps of the same shapes."""
-        return self.towers(super().forward(features))

@@ -69,8 +69,8 @@ MMDETECTION = [
     (r"bbox_head\.retina_cls\.(weight|bias)", r"head.cls_score.\1"),
     (r"bbox_head\.retina_reg\.(weight|bias)", r"head.bbox_pred.\1"),
 ]
-# Bookkeeping of other frameworks that no computation of ours reads.
-IGNORED = re.compile(r".*num_batches_tracked|.*anchor_generator\.cell_anchors\..*")
+# Keys of other frameworks' bookkeeping that no computation of ours reads.
+BOOKKEEPING = re.compile(r".*num_batches_tracked|.*anchor_generator\.cell_anchors\..*")
 
 
 def load_released(module: DyHead | Detector, state_dict: Mapping[str, Tensor]) -> None:
@@ -96,7 +96,7 @@ def load_released(module: DyHead | Detector, state_dict: Mapping[str, Tensor]) -
 
     loaded, unmapped = {}, []
     for key, value in state_dict.items():
-        if IGNORED.fullmatch(key):
+        if BOOKKEEPING.fullmatch(key):
             continue
         own = translate(key, rules)
         if own is None or not own.startswith(prefix) or not isinstance(value, Tensor):

@@ -22,7 +22,7 @@ WRAPPERS = ("module", *COMPILED, "_forward_module", "model")
 COUNTERS = ("n_averaged", "steps", "step", "num_updates", "updates", "decay", "initted")
 
 
-def read_weights(path: str | Path) -> dict:
+def read_weights(path: str | Path) -> dict[str, Any]:
     """The contents of a file of weights, on the CPU.
 
     Args:
@@ -59,10 +59,10 @@ def read_weights(path: str | Path) -> dict:
         raise ValueError(f"{path} cannot be read as plain tensors: {reason}; {fix}") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dict of tensors")
-    return state
+    return dict(state)
 
 
-def bare_state(checkpoint: Mapping) -> dict[str, Any]:
+def bare_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The state dict of a checkpoint, without the containers around it and the prefixes that wrappers left.
 
     Containers (`TRAINED`, `EVALUATED`, `AVERAGED`) may be nested. A prefix (`WRAPPERS`) is taken off where all tensors
@@ -93,7 +93,8 @@ def bare_state(checkpoint: Mapping) -> dict[str, Any]:
     while prefix := _shared_prefix(state):
         state = _without_counters({key.removeprefix(prefix): value for key, value in state.items()})
 
-    bare, origin = {}, {}
+    bare: dict[str, Any] = {}
+    origin: dict[str, str] = {}
     for key, value in state.items():
         first, *others = key.split(".")
         name = ".".join([first, *(part for part in others if part not in COMPILED)])

@@ -17,17 +17,19 @@ Deviations: those of Faster R-CNN.
 
 import copy
 from functools import partial
-from typing import Literal
+from typing import Literal, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
 from heads.backbones.resnet import Backbone
 from heads.boxes.boxes import DeltaCoder, clip_boxes
+from heads.boxes.selection import ImageDetections
 from heads.detector import Detector
-from heads.dyhead.attention import TaskAttention
+from heads.dyhead.attention import DynamicReLU
 from heads.dyhead.dyhead import DyHead
-from heads.two_stage.faster_rcnn import TwoStageHead, TwoStageOutputs, two_stage
+from heads.targets import Target
+from heads.two_stage.faster_rcnn import TwoStageHead, TwoStageOutputs, TwoStageSettings, two_stage
 from heads.two_stage.roi import BoxHead, Regions, class_detections, sample_regions
 
 THRESHOLDS = (0.5, 0.6, 0.7)
@@ -39,10 +41,11 @@ class CascadeRCNNHead(TwoStageHead):
     """A region proposal network and three second stages in a row; see the top of this file.
 
     Args:
+        in_channels: Channels of the maps.
         num_classes: K, without background.
-        task: task attention of which each stage gets a copy in place of its two layers.
-        average: what of the three stages a detection's score is the mean of.
-        others: see `TwoStageHead`.
+        task: Task attention of which each stage gets a copy in place of its two layers.
+        average: Whether a detection's score is the mean of the stages' logits or of their probabilities.
+        settings: See `TwoStageHead`.
 
     Raises:
         ValueError: `average` is unknown.
@@ -53,11 +56,11 @@ class CascadeRCNNHead(TwoStageHead):
         *,
         in_channels: int,
         num_classes: int,
-        task: TaskAttention | None = None,
+        task: DynamicReLU | None = None,
         average: Literal["logits", "probabilities"] = "logits",
-        **others,
+        **settings: Unpack[TwoStageSettings],
     ):
-        super().__init__(in_channels=in_channels, **others)
+        super().__init__(in_channels=in_channels, **settings)
         if average not in ("logits", "probabilities"):
             raise ValueError(f"unknown average {average!r}; choose 'logits' or 'probabilities'")
         self.average = average
@@ -68,8 +71,8 @@ class CascadeRCNNHead(TwoStageHead):
         )
         self.coders = [DeltaCoder(stds=(centre, centre, side, side)) for centre, side in STDS]
 
-    def regions(self, stage: int, proposals: list[Tensor], targets: list[dict]) -> Regions:
-        """What a stage learns from. Arguments as in `sample_regions`."""
+    def regions(self, stage: int, proposals: list[Tensor], targets: list[Target]) -> Regions:
+        """Sample the regions that a stage learns from. Arguments as in `sample_regions`."""
         return sample_regions(
             proposals, targets, THRESHOLDS[stage], None, self.samples, self.positive_share, self.num_classes
         )
@@ -77,7 +80,7 @@ class CascadeRCNNHead(TwoStageHead):
     def refine(
         self, stage: int, deltas: Tensor, boxes: list[Tensor], image_sizes: list[tuple[int, int]]
     ) -> list[Tensor]:
-        """The boxes that a stage's deltas (R, 1, 4) lead to, clipped, for the next stage."""
+        """Decode a stage's deltas (R, 1, 4) to boxes for the next stage, clipped to the image."""
         parts = deltas.detach()[:, 0].split([len(b) for b in boxes])
         # Training stops at a loss that is not finite, but only after the stages to come have seen such boxes.
         return [
@@ -86,7 +89,7 @@ class CascadeRCNNHead(TwoStageHead):
         ]
 
     def loss(
-        self, outputs: TwoStageOutputs, targets: list[dict], image_sizes: list[tuple[int, int]]
+        self, outputs: TwoStageOutputs, targets: list[Target], image_sizes: list[tuple[int, int]]
     ) -> dict[str, Tensor]:
         """The losses of all stages, weighted, to be summed. Arguments as in `FasterRCNNHead.loss`.
 
@@ -100,30 +103,31 @@ class CascadeRCNNHead(TwoStageHead):
         self,
         outputs: TwoStageOutputs,
         proposals: list[Tensor],
-        targets: list[dict],
+        targets: list[Target],
         image_sizes: list[tuple[int, int]],
     ) -> dict[str, Tensor]:
         """The second stages' losses from given proposals, for each image (k, 4)."""
-        losses = {}
-        for number, (stage, coder, weight) in enumerate(zip(self.stages, self.coders, WEIGHTS, strict=True)):
+        losses: dict[str, Tensor] = {}
+        stages = cast(list[BoxHead], self.stages)
+        for number, (stage, coder, weight) in enumerate(zip(stages, self.coders, WEIGHTS, strict=True)):
             regions = self.regions(number, proposals, targets)
             logits, deltas = stage(self.pool(outputs, regions.boxes))
             classification, boxes = stage.loss(logits, deltas, regions, coder, beta=1.0)
             losses |= {f"s{number}.loss_cls": weight * classification, f"s{number}.loss_bbox": weight * boxes}
             if stage is not self.stages[-1]:
                 proposals = self.refine(number, deltas, regions.boxes, image_sizes)
-                own = regions.given.split([len(b) for b in proposals])
-                proposals = [b[~given] for b, given in zip(proposals, own, strict=True)]
+                given = regions.given.split([len(b) for b in proposals])
+                proposals = [b[~g] for b, g in zip(proposals, given, strict=True)]
         return losses
 
     @torch.no_grad()
-    def predict(self, outputs: TwoStageOutputs, image_sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
+    def predict(self, outputs: TwoStageOutputs, image_sizes: list[tuple[int, int]]) -> list[ImageDetections]:
         """Detections, one dict an image, by falling score: `boxes` (K, 4) clipped, `scores` (K,), `labels` (K,)."""
         return self.detect(outputs, self.proposals(outputs, image_sizes), image_sizes)
 
     def detect(
         self, outputs: TwoStageOutputs, proposals: list[Tensor], image_sizes: list[tuple[int, int]]
-    ) -> list[dict[str, Tensor]]:
+    ) -> list[ImageDetections]:
         """Detections from given proposals, for each image (k, 4)."""
         boxes, deltas, logits = self.cascade(outputs, proposals, image_sizes)
         if self.average == "logits":
@@ -142,14 +146,19 @@ class CascadeRCNNHead(TwoStageHead):
     def cascade(
         self, outputs: TwoStageOutputs, proposals: list[Tensor], image_sizes: list[tuple[int, int]]
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """What the last stage starts from, for each image (k, 4), its deltas (R, 1, 4), all logits (3, R, K + 1)."""
-        said = []
+        """Run all stages.
+
+        Returns:
+            The boxes that the last stage refines, one (k, 4) an image; its deltas (R, 1, 4); and the logits of all
+            stages (3, R, K + 1).
+        """
+        all_logits = []
         for number, stage in enumerate(self.stages):
             logits, deltas = stage(self.pool(outputs, proposals))
-            said.append(logits)
+            all_logits.append(logits)
             if stage is not self.stages[-1]:
                 proposals = self.refine(number, deltas, proposals, image_sizes)
-        return proposals, deltas, torch.stack(said)
+        return proposals, deltas, torch.stack(all_logits)
 
     def full_image(self, outputs: TwoStageOutputs) -> None:
         """Compute what the stages compute for as many proposals as an image may have, to count operations."""

@@ -8,8 +8,8 @@ Ingredients, as published (mmdetection 3.3's 1x configuration):
   (`heads/two_stage/roi.py`);
 - cross-entropy over classes and background, and L1 on class-specific deltas (weights 10, 10, 5, 5) of the positive
   regions, both divided by the number of regions;
-- detections: 1,000 candidates a level and 1,000 proposals; probability above 0.05, suppression at IoU 0.5 within a
-  class, 100 boxes.
+- detections: 1,000 candidates a level and 1,000 proposals; probability above 0.05, NMS at IoU 0.5 within a class,
+  100 boxes.
 
 Where DyHead sits: `placement="trunk"`, between pyramid and region proposal network, as the authors released it; both
 stages stay as they are. `placement="around_roi"`, the paper's Fig. 2(c): the task attention of the last block moves
@@ -19,23 +19,25 @@ The baseline has nothing between pyramid and heads.
 Deviations: at 256 channels of the pyramid all numbers are the published ones; below, the width of the layers and the
 number of anchors in the first stage's sample fall with the channels, and the numbers of candidates, proposals and
 regions with their square, down to 64 proposals and 32 regions, so that the second stage of a small model costs no more
-than the rest of it. Boxes that clipping leaves without area are dropped. Suppression compares labels instead of
-shifting boxes by class. The sample is drawn from random keys (`heads/boxes/sample.py`).
+than the rest of it. Boxes that clipping leaves without area are dropped. NMS compares labels instead of shifting boxes
+by class. The sample is drawn from random keys (`heads/boxes/sample.py`).
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from heads.backbones.fpn_p2 import FPNFromC2
+from heads.backbones.fpn import FPNFromC2
 from heads.backbones.resnet import Backbone
 from heads.boxes.boxes import DeltaCoder
+from heads.boxes.selection import ImageDetections
 from heads.detector import Detector, PredictionHead
-from heads.dyhead.attention import TaskAttention
+from heads.dyhead.attention import DynamicReLU
 from heads.dyhead.dyhead import DyHead
+from heads.targets import Target
 from heads.two_stage.roi import BINS, BoxHead, Regions, class_detections, pool, sample_regions
 from heads.two_stage.rpn import RPNHead, RPNOutputs
 
@@ -43,22 +45,37 @@ PLACEMENTS = ("trunk", "around_roi")
 
 
 class TwoStageOutputs(NamedTuple):
-    """What does not depend on proposals: the pyramid (N, C, H_l, W_l) and what the first stage says of it."""
+    """What does not depend on proposals.
+
+    Attributes:
+        features: One map (N, C, H_l, W_l) a level of the pyramid, finest first.
+        rpn: Predictions of the first stage.
+    """
 
     features: list[Tensor]
     rpn: RPNOutputs
 
 
-class TwoStageHead(PredictionHead):
+class TwoStageSettings(TypedDict, total=False):
+    """The keyword arguments of `TwoStageHead` beside `in_channels`, with its defaults."""
+
+    strides: Sequence[int]
+    anchor_offset: float
+    score_threshold: float
+    iou_threshold: float
+    max_detections: int
+
+
+class TwoStageHead(PredictionHead[TwoStageOutputs]):
     """A region proposal network, and the numbers of boxes that pass between the two stages.
 
     Args:
-        in_channels: of the maps; with fewer than 256 fewer boxes pass, see the top of this file.
-        strides: pixels per cell, by level; the last level is the first stage's only.
-        anchor_offset: see `RPNHead`.
-        score_threshold: probability that a detection must exceed.
-        iou_threshold: of the suppression within a class.
-        max_detections: per image.
+        in_channels: Channels of the maps; with fewer than 256, fewer boxes pass, see the top of this file.
+        strides: Pixels per cell of each level; the second stage does not use the last level.
+        anchor_offset: See `RPNHead`.
+        score_threshold: Class probability that a detection must exceed.
+        iou_threshold: IoU above which NMS drops the lower of two boxes of a class.
+        max_detections: The most detections of an image.
     """
 
     def __init__(
@@ -89,12 +106,12 @@ class TwoStageHead(PredictionHead):
         return TwoStageOutputs(features, self.rpn(features))
 
     def proposals(self, outputs: TwoStageOutputs, image_sizes: list[tuple[int, int]]) -> list[Tensor]:
-        """For each image (k, 4) boxes, with training's limits while training."""
-        found = self.rpn.proposals(outputs.rpn, image_sizes, self.per_level[self.training], self.per_image)
-        return [boxes for boxes, _ in found]
+        """Proposals, one (k, 4) an image in pixels, as many as training or evaluation takes."""
+        proposals = self.rpn.proposals(outputs.rpn, image_sizes, self.per_level[self.training], self.per_image)
+        return [boxes for boxes, _ in proposals]
 
     def pool(self, outputs: TwoStageOutputs, boxes: Sequence[Tensor], bins: int = BINS) -> Tensor:
-        """What the pyramid shows of the boxes: (R, C, bins, bins)."""
+        """RoIAlign of the boxes, one (r, 4) an image: (R, C, bins, bins)."""
         return pool(outputs.features[: len(self.strides)], self.strides, boxes, bins)
 
     def regions_of_a_full_image(self, outputs: TwoStageOutputs, count: int, bins: int = BINS) -> Tensor:
@@ -107,31 +124,39 @@ class FasterRCNNHead(TwoStageHead):
     """Faster R-CNN's two stages; see the top of this file.
 
     Args:
+        in_channels: Channels of the maps.
         num_classes: K, without background.
-        task: task attention in place of the two layers behind RoIAlign.
-        others: see `TwoStageHead`.
+        task: Task attention in place of the two layers behind RoIAlign.
+        settings: See `TwoStageHead`.
     """
 
-    def __init__(self, *, in_channels: int, num_classes: int, task: TaskAttention | None = None, **others):
-        super().__init__(in_channels=in_channels, **others)
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        num_classes: int,
+        task: DynamicReLU | None = None,
+        **settings: Unpack[TwoStageSettings],
+    ):
+        super().__init__(in_channels=in_channels, **settings)
         self.num_classes = num_classes
         self.box = BoxHead(in_channels, num_classes, 4 * in_channels, task)
         self.coder = DeltaCoder(stds=(0.1, 0.1, 0.2, 0.2))
 
-    def regions(self, proposals: list[Tensor], targets: list[dict]) -> Regions:
-        """What the second stage learns from. Arguments as in `sample_regions`."""
+    def regions(self, proposals: list[Tensor], targets: list[Target]) -> Regions:
+        """Sample the regions that the second stage learns from. Arguments as in `sample_regions`."""
         return sample_regions(
             proposals, targets, 0.5, "moves", self.samples, self.positive_share, background=self.num_classes
         )
 
     def loss(
-        self, outputs: TwoStageOutputs, targets: list[dict], image_sizes: list[tuple[int, int]]
+        self, outputs: TwoStageOutputs, targets: list[Target], image_sizes: list[tuple[int, int]]
     ) -> dict[str, Tensor]:
         """The losses of both stages, to be summed.
 
         Args:
-            outputs: of `forward`.
-            targets: one dict an image: `boxes` (n, 4) xyxy in pixels, `labels` (n,) int64 below K; n may be 0.
+            outputs: What `forward` returned.
+            targets: One dict an image: `boxes` (n, 4) xyxy in pixels, `labels` (n,) int64 below K; n may be 0.
             image_sizes: (height, width) of each image before padding.
 
         Returns:
@@ -147,13 +172,13 @@ class FasterRCNNHead(TwoStageHead):
         return {"loss_cls": classification, "loss_bbox": boxes}
 
     @torch.no_grad()
-    def predict(self, outputs: TwoStageOutputs, image_sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
+    def predict(self, outputs: TwoStageOutputs, image_sizes: list[tuple[int, int]]) -> list[ImageDetections]:
         """Detections, one dict an image, by falling score: `boxes` (K, 4) clipped, `scores` (K,), `labels` (K,)."""
         return self.detect(outputs, self.proposals(outputs, image_sizes), image_sizes)
 
     def detect(
         self, outputs: TwoStageOutputs, proposals: list[Tensor], image_sizes: list[tuple[int, int]]
-    ) -> list[dict[str, Tensor]]:
+    ) -> list[ImageDetections]:
         """Detections from given proposals, for each image (k, 4)."""
         logits, deltas = self.box(self.pool(outputs, proposals))
         counts = [len(p) for p in proposals]
@@ -166,7 +191,7 @@ class FasterRCNNHead(TwoStageHead):
         ]
 
     def full_image(self, outputs: TwoStageOutputs) -> None:
-        """Compute what the second stage computes for as many proposals as an image may have, to count operations."""
+        """Run the second stage on as many proposals as an image may have, to count its operations."""
         self.box(self.regions_of_a_full_image(outputs, self.per_image))
 
 
@@ -176,25 +201,29 @@ def two_stage(
     """Put a two-stage detector together.
 
     Args:
-        backbone: the backbone.
-        channels: of the pyramid.
-        dyhead: the trunk, or None for the baseline, which has none.
-        placement: one of `PLACEMENTS`; see the top of this file.
-        make_head: called with `in_channels` and `task`, the task attention that moves behind RoIAlign, or None.
+        backbone: Backbone that returns C2 to C5 (`finest=2`).
+        channels: Channels of the pyramid.
+        dyhead: The trunk, or None for the baseline, which has none.
+        placement: One of `PLACEMENTS`; see the top of this file.
+        make_head: Called with `in_channels` and `task`, the task attention that moves behind RoIAlign, or None.
 
     Raises:
-        ValueError: the placement is unknown, or there is no block whose task attention could move.
+        ValueError: The placement is unknown, there is no block whose task attention could move, or the backbone does
+            not begin with C2.
     """
     if placement not in PLACEMENTS:
         raise ValueError(f"unknown placement {placement!r}; the placements are {', '.join(PLACEMENTS)}")
+    if len(backbone.channels) != 4:
+        raise ValueError(
+            f"a two-stage detector needs the maps C2 to C5: make the backbone with finest=2, not {backbone.finest}"
+        )
     task = None
     if placement == "around_roi":
         if dyhead is None or not len(dyhead.blocks):
             raise ValueError(
                 "placement 'around_roi' splits the last block of a DyHead: it needs attentions and depth >= 1"
             )
-        task, dyhead.blocks[-1].task = dyhead.blocks[-1].task, nn.Identity()
-    backbone.finest = 2
+        dyhead, task = dyhead.split_last_task()
     head = make_head(in_channels=channels, task=task)
     return Detector(backbone, FPNFromC2(backbone.channels, channels), dyhead or nn.Identity(), head)
 

@@ -15,53 +15,55 @@ Deviations: those of Faster R-CNN; the convolutions are as wide as the pyramid, 
 """
 
 from functools import partial
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from heads.backbones.resnet import Backbone
+from heads.boxes.selection import ImageDetections
 from heads.detector import Detector
 from heads.dyhead.dyhead import DyHead
-from heads.two_stage.faster_rcnn import FasterRCNNHead, TwoStageOutputs, two_stage
-from heads.two_stage.masks import BINS, MaskHead, mask_targets, paste
+from heads.targets import Target
+from heads.two_stage.faster_rcnn import FasterRCNNHead, TwoStageOutputs, TwoStageSettings, two_stage
+from heads.two_stage.masks import MASK_BINS, MaskHead, mask_targets, paste
 from heads.two_stage.roi import Regions
 
 
 class MaskRCNNHead(FasterRCNNHead):
     """Faster R-CNN's head with masks; see the top of this file. Arguments as for `FasterRCNNHead`."""
 
-    # Targets must have `masks`.
     needs_masks = True
 
-    def __init__(self, *, in_channels: int, num_classes: int, **others):
-        super().__init__(in_channels=in_channels, num_classes=num_classes, **others)
+    def __init__(self, *, in_channels: int, num_classes: int, **settings: Unpack[TwoStageSettings]):
+        super().__init__(in_channels=in_channels, num_classes=num_classes, **settings)
         self.mask = MaskHead(in_channels, num_classes)
 
     def loss(
-        self, outputs: TwoStageOutputs, targets: list[dict], image_sizes: list[tuple[int, int]]
+        self, outputs: TwoStageOutputs, targets: list[Target], image_sizes: list[tuple[int, int]]
     ) -> dict[str, Tensor]:
         """The losses of Faster R-CNN and `loss_mask`; targets have `masks` (`heads.two_stage.masks.mask_targets`)."""
         regions = self.regions(self.proposals(outputs, image_sizes), targets)
         losses = self.rpn.loss(outputs.rpn, targets, image_sizes) | self.box_loss(outputs, regions)
         return losses | {"loss_mask": self.mask_loss(outputs, regions, targets)}
 
-    def mask_loss(self, outputs: TwoStageOutputs, regions: Regions, targets: list[dict]) -> Tensor:
+    def mask_loss(self, outputs: TwoStageOutputs, regions: Regions, targets: list[Target]) -> Tensor:
         """Binary cross-entropy of the positive regions' masks."""
         boxes, matched = regions.positives([len(t["boxes"]) for t in targets])
-        logits = self.mask(self.pool(outputs, boxes, BINS))
+        logits = self.mask(self.pool(outputs, boxes, MASK_BINS))
         logits = logits[torch.arange(len(logits), device=logits.device), regions.labels[regions.positive]]
         goals = mask_targets(targets, boxes, matched).to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits, goals, reduction="sum") / max(logits.numel(), 1)
 
     @torch.no_grad()
-    def predict(self, outputs: TwoStageOutputs, image_sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
+    def predict(self, outputs: TwoStageOutputs, image_sizes: list[tuple[int, int]]) -> list[ImageDetections]:
         """Detections as Faster R-CNN's, with `masks` (K, height, width) bool of the image's size.
 
         `mask_probabilities` (K, 28, 28) are the same before `heads.two_stage.masks.paste`, for images of another size.
         """
         results = super().predict(outputs, image_sizes)
-        logits = self.mask(self.pool(outputs, [r["boxes"] for r in results], BINS))
+        logits = self.mask(self.pool(outputs, [r["boxes"] for r in results], MASK_BINS))
         labels = torch.cat([r["labels"] for r in results])
         probabilities = logits[torch.arange(len(logits), device=logits.device), labels].sigmoid()
         for result, own, size in zip(
@@ -73,7 +75,7 @@ class MaskRCNNHead(FasterRCNNHead):
     def full_image(self, outputs: TwoStageOutputs) -> None:
         """As in Faster R-CNN, and masks for as many detections as an image may have."""
         super().full_image(outputs)
-        self.mask(self.regions_of_a_full_image(outputs, self.max_detections, BINS))
+        self.mask(self.regions_of_a_full_image(outputs, self.max_detections, MASK_BINS))
 
 
 def mask_rcnn(

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heads.precision import at_least_float32
+from heads.targets import Target
 from kernels import roi_align
 
 # Bins of a region that the mask head sees, and the side of the masks that it predicts.
-BINS = 14
+MASK_BINS = 14
 SIDE = 28
 # Pixels of all pasted masks together that are computed at a time.
 _CHUNK = 1 << 25
@@ -21,9 +22,9 @@ class MaskHead(nn.Module):
     """Four 3×3 convolutions with ReLU, one 2×2 transposed one that doubles the side, and one mask for every class.
 
     Args:
-        in_channels: of the pooled regions, and of the convolutions.
+        in_channels: Channels of the pooled regions.
         num_classes: K, without background.
-        width: outputs of the convolutions; None for `in_channels`.
+        width: Channels of the convolutions; None for `in_channels`.
     """
 
     def __init__(self, in_channels: int, num_classes: int, width: int | None = None):
@@ -45,12 +46,12 @@ class MaskHead(nn.Module):
 
 
 def targets_from_bitmaps(masks: Tensor, boxes: Tensor, matched: Tensor) -> Tensor:
-    """What of an object's mask lies in a box, as 28×28 cells: those that RoIAlign finds at least half covered.
+    """Masks of objects inside boxes as 28×28 cells: those that RoIAlign finds at least half covered.
 
     Args:
         masks: (n, H, W) of 0 and 1, any type, of one image.
         boxes: (P, 4) in pixels.
-        matched: (P,) int64, whose mask it is for each box.
+        matched: (P,) int64, the object of each box.
 
     Returns:
         (P, 28, 28) float32 of 0 and 1.
@@ -62,11 +63,17 @@ def targets_from_bitmaps(masks: Tensor, boxes: Tensor, matched: Tensor) -> Tenso
 
 
 def targets_from_polygons(polygons: Sequence[Sequence[np.ndarray]], boxes: Tensor, matched: Tensor) -> Tensor:
-    """The same from outlines, drawn by COCO's own rules in a grid of 28×28 that is laid over each box.
+    """The same from polygons, drawn by COCO's own rules in a grid of 28×28 that is laid over each box.
 
     Args:
-        polygons: for each of n objects a list of (2m,) arrays x, y, x, y, … in pixels.
-        boxes, matched: as for `targets_from_bitmaps`.
+        polygons: One list an object of (2m,) arrays x, y, x, y, … in pixels.
+        boxes, matched: As for `targets_from_bitmaps`.
+
+    Returns:
+        (P, 28, 28) float32 of 0 and 1.
+
+    Raises:
+        ImportError: pycocotools, which draws them, is not installed.
     """
     try:
         from pycocotools import mask as rle
@@ -75,26 +82,33 @@ def targets_from_polygons(polygons: Sequence[Sequence[np.ndarray]], boxes: Tenso
             "masks given as polygons are drawn by pycocotools: pip install 'dyhead-lab[ablations]', or give bitmaps"
         ) from error
     cells = np.zeros((len(boxes), SIDE, SIDE), np.float32)
-    for cell, (x1, y1, x2, y2), own in zip(cells, boxes.double().tolist(), matched.tolist(), strict=True):
+    for cell, (x1, y1, x2, y2), index in zip(cells, boxes.double().tolist(), matched.tolist(), strict=True):
         corner, scale = np.array([x1, y1]), SIDE / np.maximum([x2 - x1, y2 - y1], 0.1)
-        outlines = [((np.reshape(p, (-1, 2)) - corner) * scale).ravel() for p in polygons[own]]
+        outlines = [((np.reshape(p, (-1, 2)) - corner) * scale).ravel() for p in polygons[index]]
         cell[:] = rle.decode([rle.merge(rle.frPyObjects(outlines, SIDE, SIDE))])[..., 0]
     return torch.from_numpy(cells).to(boxes.device)
 
 
-def mask_targets(targets: Sequence[dict], boxes: Sequence[Tensor], matched: Sequence[Tensor]) -> Tensor:
-    """The targets (P, 28, 28) of a batch, image by image.
+def mask_targets(targets: Sequence[Target], boxes: Sequence[Tensor], matched: Sequence[Tensor]) -> Tensor:
+    """Mask targets of a batch, image by image.
 
     Args:
-        targets: for each image a dict with `masks`: a tensor (n, H, W), or for each of n objects a list of polygons.
-        boxes: for each image (p_i, 4) in pixels.
-        matched: for each image (p_i,) int64, index of an object of that image.
+        targets: One dict an image with `masks`: a tensor (n, H, W), or a list of polygons for each of n objects.
+        boxes: One (p_i, 4) an image, in pixels.
+        matched: One (p_i,) int64 an image, index of an object of that image.
+
+    Returns:
+        (P, 28, 28) float32 of 0 and 1.
     """
     pieces = []
     for target, b, m in zip(targets, boxes, matched, strict=True):
         masks = target["masks"]
-        make = targets_from_bitmaps if isinstance(masks, Tensor) else targets_from_polygons
-        pieces.append(make(masks, b, m) if len(b) else b.new_zeros(0, SIDE, SIDE))
+        if not len(b):
+            pieces.append(b.new_zeros(0, SIDE, SIDE))
+        elif isinstance(masks, Tensor):
+            pieces.append(targets_from_bitmaps(masks, b, m))
+        else:
+            pieces.append(targets_from_polygons(masks, b, m))
     return torch.cat(pieces)
 
 
@@ -105,7 +119,7 @@ def paste(probabilities: Tensor, boxes: Tensor, size: tuple[int, int], threshold
         probabilities: (K, h, w); its cells cover the box evenly.
         boxes: (K, 4) in pixels; they may leave the image.
         size: (height, width) of the image.
-        threshold: from which on a pixel belongs to the object; None returns the interpolated probabilities.
+        threshold: Probability from which a pixel belongs to the object; None returns the interpolated probabilities.
 
     Returns:
         (K, height, width) bool, or floating point without a threshold.

@@ -1,4 +1,4 @@
-"""The second stage of two-stage detectors: which boxes it learns from, what it sees of them, what it says of them."""
+"""The second stage of two-stage detectors: sampling of regions, RoIAlign by level, box head, and detections."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -12,14 +12,14 @@ from heads.boxes.boxes import DeltaCoder
 from heads.boxes.losses import smooth_l1_loss
 from heads.boxes.matched import labels_of
 from heads.boxes.sample import sample
-from heads.boxes.selection import detections
-from heads.dyhead.attention import TaskAttention
-from heads.dyhead.paper import PaperTaskAttention
+from heads.boxes.selection import ImageDetections, detections
+from heads.dyhead.attention import DynamicReLU
 from heads.precision import at_least_float32
+from heads.targets import Target
 from kernels import roi_align
 
 BINS = 7
-# The side of a box that the finest level serves up to twice of, in pixels.
+# Boxes whose sqrt(area) is less than twice this many pixels are pooled from the finest level.
 _FINEST_SIDE = 56
 
 
@@ -27,12 +27,12 @@ class Regions(NamedTuple):
     """The boxes of a batch that a second stage learns from: by image, first the positive ones, then background.
 
     Attributes:
-        boxes: for each image (r_i, 4) in pixels; R in all.
-        labels: (R,) int64, C for background.
+        boxes: One (r_i, 4) an image, in pixels; R boxes in all.
+        labels: (R,) int64, K for background.
         positive: (P,) int64, indices into the R boxes.
-        targets: (P, 4), the boxes that the positive ones answer for.
-        matched: (P,) int64, index of that box in the whole batch.
-        given: (R,) bool, the ground truth itself, which is added to the candidates.
+        targets: (P, 4), the ground truth of the positive boxes.
+        matched: (P,) int64, index of that ground truth in the whole batch.
+        given: (R,) bool, whether a box is the ground truth itself, which is added to the candidates.
     """
 
     boxes: list[Tensor]
@@ -43,10 +43,13 @@ class Regions(NamedTuple):
     given: Tensor
 
     def positives(self, counts: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-        """The positive boxes (p_i, 4) of each image, and which of its own boxes (p_i,) each answers for.
+        """The positive boxes of each image and their ground truth.
 
         Args:
-            counts: how many boxes each image has in the ground truth.
+            counts: Number of boxes of the ground truth of each image.
+
+        Returns:
+            One (p_i, 4) an image, in pixels, and one (p_i,) int64 an image, indices into the image's ground truth.
         """
         sizes = torch.tensor([len(b) for b in self.boxes], device=self.positive.device)
         image = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)[self.positive]
@@ -58,7 +61,7 @@ class Regions(NamedTuple):
 
 def sample_regions(
     proposals: Sequence[Tensor],
-    targets: Sequence[dict],
+    targets: Sequence[Target],
     threshold: float,
     low_quality: Literal["moves"] | None,
     count: int,
@@ -68,12 +71,13 @@ def sample_regions(
     """Match ground truth and proposals with the ground truth, and draw up to `count` an image.
 
     Args:
-        proposals: for each image (k_i, 4) in pixels.
-        targets: for each image a dict with `boxes` (n_i, 4) and `labels` (n_i,); n_i may be 0.
+        proposals: One (k_i, 4) an image, in pixels.
+        targets: One dict an image with `boxes` (n_i, 4) and `labels` (n_i,); n_i may be 0.
         threshold: IoU from which a candidate is positive.
-        low_quality: see `assign_max_iou`.
-        count, positive_share: see `sample`.
-        background: the label of background.
+        low_quality: See `assign_max_iou`.
+        count: Most regions of an image.
+        positive_share: Most of them that may be positive, as a fraction of `count`.
+        background: Label of the background.
     """
     candidates = [torch.cat([t["boxes"], p]) for t, p in zip(targets, proposals, strict=True)]
     stacked = nn.utils.rnn.pad_sequence(candidates, batch_first=True)
@@ -102,19 +106,19 @@ def sample_regions(
 
 
 def levels_of(boxes: Tensor, levels: int) -> Tensor:
-    """Which level serves each of (R, 4) boxes: floor(log2(root of area / 56)), 0 for the finest (Lin et al., 2017)."""
+    """Level of each of (R, 4) boxes: floor(log2(sqrt(area) / 56)), 0 for the finest (Lin et al., CVPR 2017, eq. 1)."""
     width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
     return ((width * height).sqrt() / _FINEST_SIDE + 1e-6).log2().floor().clamp(0, levels - 1).long()
 
 
 def pool(features: Sequence[Tensor], strides: Sequence[int], boxes: Sequence[Tensor], bins: int) -> Tensor:
-    """RoIAlign of each box on the level that its size calls for.
+    """RoIAlign of each box on the level that `levels_of` gives it.
 
     Args:
-        features: maps (N, C, H_l, W_l).
-        strides: pixels per cell, by level.
-        boxes: for each image (r_i, 4) in pixels.
-        bins: of a region, along each side.
+        features: One map (N, C, H_l, W_l) a level, finest first.
+        strides: Pixels per cell of each level.
+        boxes: One (r_i, 4) an image, in pixels.
+        bins: Bins of a region along each side.
 
     Returns:
         (sum r_i, C, bins, bins), image by image.
@@ -136,17 +140,17 @@ def pool(features: Sequence[Tensor], strides: Sequence[int], boxes: Sequence[Ten
 
 
 class BoxHead(nn.Module):
-    """Class and box of every region, from what RoIAlign saw of it.
+    """Class and box of every pooled region.
 
-    Two fully connected layers with ReLU, then one linear layer for the classes and one for the boxes. With `task` the
-    two layers are gone: the paper's Fig. 2(c) puts the task attention of DyHead in their place.
+    Two fully connected layers with ReLU, then one linear layer for the classes and one for the boxes. `task` replaces
+    the two layers: the paper's Fig. 2(c) puts the task attention of DyHead in their place.
 
     Args:
         in_channels: C of the pooled regions.
         num_classes: K, without background.
-        hidden: outputs of the two layers; 1,024 at 256 channels.
-        task: task attention that takes the place of the two layers.
-        class_agnostic: one box for all classes instead of one for each.
+        hidden: Outputs of the two layers; 1,024 at 256 channels.
+        task: Task attention that replaces the two layers.
+        class_agnostic: Whether there is one box for all classes instead of one for each.
     """
 
     def __init__(
@@ -154,7 +158,7 @@ class BoxHead(nn.Module):
         in_channels: int,
         num_classes: int,
         hidden: int,
-        task: TaskAttention | None = None,
+        task: DynamicReLU | None = None,
         class_agnostic: bool = False,
     ):
         super().__init__()
@@ -175,13 +179,10 @@ class BoxHead(nn.Module):
 
     def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
         """(R, C, 7, 7) -> logits (R, K + 1), background last, and deltas (R, K, 4), or (R, 1, 4) class-agnostic."""
-        if isinstance(self.task, PaperTaskAttention):
-            regions = self.task(regions[:, None])[:, 0]
-        elif self.task is not None:
-            regions = self.task([regions])[0]
-        x = regions.flatten(1)
-        if self.task is None:
-            x = F.relu(self.fc2(F.relu(self.fc1(x))))
+        x = (regions if self.task is None else self.task.activate(regions)).flatten(1)
+        for layer in (self.fc1, self.fc2):
+            if layer is not None:
+                x = F.relu(layer(x))
         logits, deltas = at_least_float32(self.cls_score(x)), at_least_float32(self.bbox_pred(x))
         return logits, deltas.unflatten(1, (-1, 4))
 
@@ -205,14 +206,18 @@ def class_detections(
     score_threshold: float,
     iou_threshold: float,
     max_detections: int,
-) -> dict[str, Tensor]:
-    """One image's detections from what a `BoxHead` says of its regions.
+) -> ImageDetections:
+    """Detections of one image from a `BoxHead`'s predictions.
 
     Args:
         probabilities: (R, K + 1), background last.
-        deltas: (R, K or 1, 4).
-        boxes: (R, 4), which the deltas start from.
+        deltas: (R, K, 4), or (R, 1, 4) class-agnostic.
+        boxes: (R, 4) in pixels, to which the deltas are applied.
+        coder: Decodes deltas to boxes.
         size: (height, width) of the image.
+        score_threshold: Class probability that a detection must exceed.
+        iou_threshold: IoU above which NMS drops the lower of two boxes of a class.
+        max_detections: The most detections of the image.
     """
     region, label = (probabilities[:, :-1] > score_threshold).nonzero(as_tuple=True)
     column = label if deltas.shape[1] > 1 else 0

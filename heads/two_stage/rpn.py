@@ -5,11 +5,11 @@ Ingredients, as published (mmdetection 3.3's configuration):
 - positive from IoU 0.7, background below 0.3, and every box's best anchors from 0.3; 256 sampled an image, at most half
   of them positive; anchors in the padding take no part;
 - binary cross-entropy and L1 on deltas, both divided by the sum over images of max(positives, 1) + max(negatives, 1);
-- proposals: the best of every level by score, decoded and clipped, those without area dropped, suppression at IoU 0.7
-  within a level, the best of an image; no score is too low.
+- proposals: the best of every level by score, decoded and clipped, those without area dropped, NMS at IoU 0.7 within
+  a level, the best of an image; no score is too low.
 
 Deviations: the sample is drawn for the whole batch at once from random keys, not by permuting; the 1.2e-7 that
-mmdetection adds to every normaliser is left out; suppression compares levels instead of shifting boxes by level.
+mmdetection adds to every normaliser is left out; NMS compares levels instead of shifting boxes by level.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,7 @@ from heads.boxes.boxes import DeltaCoder
 from heads.boxes.losses import smooth_l1_loss
 from heads.boxes.rows import predict_rows
 from heads.boxes.sample import sample
+from heads.targets import Target
 from kernels import batched_nms
 
 
@@ -32,7 +33,7 @@ class RPNOutputs(NamedTuple):
     """One row per anchor: A anchors, levels in order, row by row, ratio by ratio.
 
     Attributes:
-        logits: (N, A), of being an object.
+        logits: (N, A), of the anchor being an object.
         deltas: (N, A, 4) dx, dy, dw, dh.
         sizes: (height, width) of each level's map.
     """
@@ -43,18 +44,18 @@ class RPNOutputs(NamedTuple):
 
 
 class RPNHead(nn.Module):
-    """Says of every anchor whether an object is there, and where exactly; see the top of this file.
+    """Predicts for every anchor whether it is an object, and the object's box; see the top of this file.
 
     Args:
-        in_channels: of the maps.
-        strides: pixels per cell, by level.
-        anchor_scale: side of a square anchor in strides.
-        ratios: height to width of the anchors of a cell.
-        anchor_offset: where in its cell an anchor is centred, in cells: 0 (mmdetection) or 0.5.
-        pad_divisor: see `outside_padding`.
-        samples: anchors of an image that the losses see.
-        least_side: proposals must be wider and higher than this many pixels.
-        iou_threshold: of the suppression.
+        in_channels: Channels of the maps.
+        strides: Pixels per cell of each level.
+        anchor_scale: Side of a square anchor in strides.
+        ratios: Height to width of the anchors of a cell.
+        anchor_offset: Centre of an anchor in its cell, in cells: 0 (mmdetection) or 0.5.
+        pad_divisor: See `outside_padding`.
+        samples: Anchors of an image that the losses see.
+        least_side: Pixels that a proposal must exceed in width and height.
+        iou_threshold: IoU above which NMS drops the lower of two proposals of a level.
     """
 
     def __init__(
@@ -84,7 +85,8 @@ class RPNHead(nn.Module):
         self.bbox_pred = nn.Conv2d(in_channels, 4 * len(ratios), 1)
         for layer in (self.conv, self.objectness, self.bbox_pred):
             nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
     def forward(self, features: list[Tensor]) -> RPNOutputs:
         """Predict from maps (N, C, H_l, W_l)."""
@@ -96,7 +98,7 @@ class RPNHead(nn.Module):
         """The anchors of `outputs`, in the order of its rows."""
         return anchor_grid(outputs.sizes, self.strides, self.cells, self.anchor_offset, outputs.deltas.device)
 
-    def match(self, grid: Grid, targets: list[dict], image_sizes: list[tuple[int, int]]) -> Tensor:
+    def match(self, grid: Grid, targets: list[Target], image_sizes: list[tuple[int, int]]) -> Tensor:
         """(N, A) int64: for each anchor the index of a box in the whole batch, or `BACKGROUND`, or `IGNORED`."""
         _, valid = outside_padding(grid, image_sizes, self.pad_divisor)
         boxes = [t["boxes"] for t in targets]
@@ -106,17 +108,20 @@ class RPNHead(nn.Module):
     def loss(
         self,
         outputs: RPNOutputs,
-        targets: list[dict],
+        targets: list[Target],
         image_sizes: list[tuple[int, int]],
         chosen: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """`loss_rpn_cls` and `loss_rpn_bbox`, scalars to be summed.
+        """`loss_rpn_cls` and `loss_rpn_bbox`, to be summed.
 
         Args:
-            outputs: of `forward`.
-            targets: one dict an image with `boxes` (n, 4) xyxy in pixels; n may be 0.
+            outputs: What `forward` returned.
+            targets: One dict an image with `boxes` (n, 4) xyxy in pixels; n may be 0.
             image_sizes: (height, width) of each image before padding.
-            chosen: (N, A) bool, the sampled anchors; None draws them.
+            chosen: (N, A) bool, the sampled anchors; None samples them.
+
+        Returns:
+            Two scalars by name.
         """
         grid = self.grid(outputs)
         matched = self.match(grid, targets, image_sizes)
@@ -143,18 +148,21 @@ class RPNHead(nn.Module):
     def proposals(
         self, outputs: RPNOutputs, image_sizes: list[tuple[int, int]], per_level: int, per_image: int
     ) -> list[tuple[Tensor, Tensor]]:
-        """Where to look: for each image (k, 4) boxes in pixels, clipped to it, and their (k,) scores, falling.
+        """Proposals by falling score.
 
         Args:
-            outputs: of `forward`.
+            outputs: What `forward` returned.
             image_sizes: (height, width) of each image before padding.
-            per_level: how many of a level go into the suppression.
-            per_image: the most that leave it.
+            per_level: The most candidates of a level that go into NMS.
+            per_image: The most proposals of an image.
+
+        Returns:
+            For each image (k, 4) boxes in pixels, clipped to the image, and their (k,) scores.
         """
         grid, scores = self.grid(outputs), outputs.logits.sigmoid()
         best, start = [], 0
         for part in scores.split(grid.counts, 1):
-            # Back in the order of anchors, so that equal scores are suppressed in that order.
+            # Back in the order of anchors, so that equal scores are dropped by NMS in that order.
             best.append(part.topk(min(per_level, part.shape[1]), 1).indices.sort(1).values + start)
             start += part.shape[1]
         anchor = torch.cat(best, 1)

@@ -27,7 +27,7 @@ def released(tmp_path_factory):
         state = {k.removeprefix("param."): torch.from_numpy(vectors[k]) for k in vectors if k.startswith("param.")}
     torch.save({"meta": {"CLASSES": ["thing"] * 20}, "state_dict": state}, root / "tiny.pth")
     body = ResNet(BasicBlock, (1, 1, 1, 1), 8, FrozenBatchNorm2d)
-    model = build_released("mmdet-r50-caffe", 20, depth=2, channels=32, body=body).eval()
+    model = build_released("mmdet-r50-caffe", 20, depth=2, channels=32, backbone=body).eval()
     load_released(model, state)
 
     generator, found = np.random.default_rng(0), {}

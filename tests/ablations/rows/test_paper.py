@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from heads.dyhead.dyhead import DyHead, DyHeadBlock
+from heads.dyhead.blocks import PaperBlock
+from heads.dyhead.dyhead import DyHead
 from heads.dyhead.paper import from_median, to_median
 
 LEVELS, CHANNELS, HEIGHT, WIDTH = 3, 16, 4, 5
@@ -13,7 +14,7 @@ LEVELS, CHANNELS, HEIGHT, WIDTH = 3, 16, 4, 5
 @pytest.fixture
 def block():
     torch.manual_seed(0)
-    block = DyHeadBlock(CHANNELS, "LSC", "paper", levels=LEVELS).double()
+    block = PaperBlock(CHANNELS, "LSC", levels=LEVELS).double()
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

@@ -1,6 +1,7 @@
 """ResNeXt, its deformable variant and Swin: published sizes, published keys, maps of any size, arithmetic."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from heads.backbones.resnet import (
     load_imagenet,
 )
 from heads.backbones.swin import PatchMerging, Swin, SwinBlock
+from heads.two_stage.faster_rcnn import faster_rcnn
 
 DOUBLE = {"dtype": torch.float64}
 # Published parameters with the ImageNet classifier, the classifier's own, and channels of C3 to C5. torchvision states
@@ -60,9 +62,11 @@ def test_the_deformable_variant_adds_the_offsets_of_thirty_blocks():
 
 
 SMALL = {
-    "resnext": lambda: ResNet(ResNeXtBottleneck, (1, 1, 1, 1), 16, nn.BatchNorm2d),
-    "deformable": lambda: ResNet([ResNeXtBottleneck] + 3 * [DeformResNeXtBottleneck], (1, 1, 1, 1), 16, nn.BatchNorm2d),
-    "swin": lambda: Swin(8, (2, 1, 1, 2), (2, 2, 4, 4), 3),
+    "resnext": partial(ResNet, ResNeXtBottleneck, (1, 1, 1, 1), 16, nn.BatchNorm2d),
+    "deformable": partial(
+        ResNet, [ResNeXtBottleneck] + 3 * [DeformResNeXtBottleneck], (1, 1, 1, 1), 16, nn.BatchNorm2d
+    ),
+    "swin": partial(Swin, 8, (2, 1, 1, 2), (2, 2, 4, 4), 3),
 }
 
 
@@ -70,8 +74,7 @@ SMALL = {
 @pytest.mark.parametrize("name", SMALL)
 def test_maps_halve_rounding_up_and_everything_trains(name, finest):
     torch.manual_seed(0)
-    body = SMALL[name]()
-    body.finest = finest
+    body = SMALL[name](finest=finest)
     size = (61, 97)
     maps = body(torch.randn(2, 3, *size))
     strides = (4, 8, 16, 32)[finest - 2 :]
@@ -82,6 +85,14 @@ def test_maps_halve_rounding_up_and_everything_trains(name, finest):
     assert not silent
     body.freeze(1)
     assert not all(p.requires_grad for p in body.parameters()) and any(p.requires_grad for p in body.parameters())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_backbone_begins_with_c2_or_c3(name):
+    with pytest.raises(ValueError, match="finest must be 3, for C3, or 2, for C2, got 1"):
+        SMALL[name](finest=1)
+    with pytest.raises(ValueError, match="make the backbone with finest=2, not 3"):
+        faster_rcnn(SMALL[name](), 3, 16, None)
 
 
 def test_a_detector_with_a_pyramid_from_c2_takes_a_transformer(monkeypatch):

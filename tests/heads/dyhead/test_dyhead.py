@@ -9,7 +9,8 @@ from golden_blocks import run_golden
 
 from heads import DyHead, load_released
 from heads.dyhead.attention import ScaleAttention, SpatialAttention
-from heads.dyhead.dyhead import ATTENTIONS, FORMULATIONS, DyHeadBlock
+from heads.dyhead.blocks import BLOCKS, PaperBlock
+from heads.dyhead.dyhead import ATTENTIONS, FORMULATIONS
 
 SIZES = [(16, 12), (8, 6), (4, 3), (2, 2), (1, 1)]
 
@@ -97,9 +98,9 @@ def test_every_subset_keeps_shapes_and_trains_all_its_parameters(attentions, for
 
 @pytest.mark.parametrize("formulation", FORMULATIONS)
 def test_a_switch_changes_its_own_attention_only(formulation):
-    full = perturb(DyHeadBlock(32, "LSC", formulation))
+    full = perturb(BLOCKS[formulation](32, "LSC"))
     for attentions in ATTENTIONS:
-        block = DyHeadBlock(32, attentions, formulation)
+        block = BLOCKS[formulation](32, attentions)
         shared = block.load_state_dict(full.state_dict(), strict=False)
         assert not shared.missing_keys
         parts = {key.split(".")[0] for key in shared.unexpected_keys}
@@ -109,7 +110,7 @@ def test_a_switch_changes_its_own_attention_only(formulation):
 
 def test_offsets_of_zero_are_the_ordinary_convolution_at_half_its_strength():
     # A fresh block has zero offsets and masks of sigmoid(0) = 1/2, which the GroupNorm behind takes out again.
-    on, off = SpatialAttention(32).double(), SpatialAttention(32, static=True).double()
+    on, off = SpatialAttention(32).double(), SpatialAttention(32, learned=False).double()
     off.load_state_dict(on.state_dict(), strict=False)
     features = pyramid(dtype=torch.float64)
     for module in (on, off):
@@ -171,7 +172,7 @@ def test_images_of_a_batch_do_not_see_each_other(formulation):
 
 
 def test_paper_levels_share_one_offset_and_one_activation():
-    block = perturb(DyHeadBlock(32, "SC", "paper").double())
+    block = perturb(PaperBlock(32, "SC").double())
     x = torch.randn(2, 5, 32, 6, 4, dtype=torch.float64)
     x[:, 4] = x[:, 3]
     with torch.no_grad():

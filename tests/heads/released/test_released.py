@@ -13,20 +13,33 @@ from heads.backbones.fpn import FPN
 from heads.backbones.resnet import BasicBlock, Bottleneck, CaffeBottleneck, FrozenBatchNorm2d, ResNet
 from heads.dense.atss import CONVENTIONS
 from heads.dense.retinanet import RetinaNetHead
+from heads.dense.towers import ConvTowers
 from heads.detector import Detector
-from heads.released.layouts import DyHeadBeforeTowers, build_released, open_released
+from heads.dyhead.dyhead import DyHead
+from heads.released.layouts import build_released, open_released
 from heads.released.names import MMDETECTION, translate
 
 SIZE = (160, 192)
 CLASSES = 20
 
 
+class DyHeadBeforeTowers(DyHead):
+    """DyHead with a detector's convolution towers behind it, as both releases of RetinaNet keep them."""
+
+    def __init__(self, channels: int, depth: int, towers: int):
+        super().__init__(channels, depth, coarse_offsets="prefix")
+        self.towers = ConvTowers(channels, towers, norm=False)
+
+    def forward(self, features):
+        return self.towers(super().forward(features))
+
+
 def released_atss_caffe():
-    return build_released("mmdet-r50-caffe", CLASSES, depth=2, channels=32, body=body(BasicBlock, 8))
+    return build_released("mmdet-r50-caffe", CLASSES, depth=2, channels=32, backbone=body(BasicBlock, 8))
 
 
 def released_atss():
-    return build_released("mmdet-r50", CLASSES, depth=1, channels=32, body=body(Bottleneck, 4))
+    return build_released("mmdet-r50", CLASSES, depth=1, channels=32, backbone=body(Bottleneck, 4))
 
 
 def released_retinanet():
@@ -144,7 +157,7 @@ def test_a_layouts_settings_reach_the_detector(name):
     ],
 )
 def test_the_backbone_gets_the_pixels_it_was_trained_on(name, mean, std, order, size):
-    model = build_released(name, 3, depth=1, channels=16, body=body(BasicBlock, 4))
+    model = build_released(name, 3, depth=1, channels=16, backbone=body(BasicBlock, 4))
     image = torch.randint(0, 256, (3, 100, 130), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     (got,) = model.batch([image])
     assert got.shape == (3, *size)
@@ -156,7 +169,7 @@ def test_the_backbone_gets_the_pixels_it_was_trained_on(name, mean, std, order, 
 
 def test_a_whole_official_checkpoint_goes_to_its_places():
     model = build_released(
-        "official", 3, depth=2, channels=16, body=ResNet(CaffeBottleneck, (1, 2, 1, 1), 4, FrozenBatchNorm2d)
+        "official", 3, depth=2, channels=16, backbone=ResNet(CaffeBottleneck, (1, 2, 1, 1), 4, FrozenBatchNorm2d)
     )
     state = official_state(model)
     load_released(model, {"model": state, "iteration": 90_000})

@@ -18,7 +18,7 @@ from heads.released.weights import COUNTERS, bare_state
 
 def detector():
     body = ResNet(CaffeBottleneck, (1, 1, 1, 1), 4, FrozenBatchNorm2d)
-    return build_released("official", 3, depth=1, channels=16, body=body)
+    return build_released("official", 3, depth=1, channels=16, backbone=body)
 
 
 MODEL = detector()

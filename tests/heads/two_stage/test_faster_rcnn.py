@@ -149,7 +149,7 @@ TARGETS += [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.lo
 def test_around_roi_moves_the_last_task_attention_behind_the_pooling(attentions, formulation):
     model = tiny(attentions, "around_roi", formulation=formulation)
     assert isinstance(model.trunk.blocks[-1].task, torch.nn.Identity)
-    assert model.head.box.task.static == ("C" not in attentions)
+    assert model.head.box.task.learned == ("C" in attentions)
     assert model.head.box.fc1 is None
     assert model.head.box.cls_score.in_features == 16 * 7 * 7
     losses = model(BATCH, TARGETS)
