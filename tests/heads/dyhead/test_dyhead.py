@@ -209,3 +209,28 @@ def test_load_released_lists_everything_that_does_not_fit(golden):
     assert "missing: blocks.0.spatial.offset.bias" in str(caught.value)
     with pytest.raises(ValueError, match="neither the authors' layout"):
         load_released(DyHead(32, 1), {"conv.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+def test_the_last_task_attention_is_split_off_a_copy(formulation):
+    head = perturb(DyHead(32, 2, formulation=formulation).double())
+    before, features = {name: p.clone() for name, p in head.named_parameters()}, pyramid(dtype=torch.float64)
+    outputs = head(features)
+    trunk, task = head.split_last_task()
+    assert all(torch.equal(p, before[name]) for name, p in head.named_parameters())
+    assert all(torch.equal(a, b) for a, b in zip(head(features), outputs, strict=True))
+    moved = {f"blocks.1.task.{name}": p for name, p in task.named_parameters()}
+    rest = dict(trunk.named_parameters())
+    assert not moved.keys() & rest.keys() and moved.keys() | rest.keys() == before.keys()
+    assert all(torch.equal(p, before[name]) for name, p in (moved | rest).items())
+    # A map alone is a pyramid of one level.
+    x = torch.randn(3, 32, 7, 7, dtype=torch.float64)
+    alone = task(x[:, None])[:, 0] if formulation == "paper" else task([x])[0]
+    assert torch.equal(task.activate(x), alone) and not torch.equal(alone, x.relu())
+    with pytest.raises(ValueError, match="depth 0"):
+        DyHead(32, 0, formulation=formulation).split_last_task()
+
+
+def test_a_formulation_is_checked_without_blocks_too():
+    with pytest.raises(ValueError, match="released, paper"):
+        DyHead(32, 0, formulation="mine")
