@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from ablations.data.annotations import BAD_ANNOTATIONS
-from ablations.data.coco import Split, read_split
+from ablations.data.coco import read_split
 from ablations.data.images import MAX_PIXELS
+from ablations.data.split import Split
 from ablations.experiment.detect import View, detect, loader_threads, move
 from ablations.experiment.evaluate import Detections, evaluate
 from ablations.experiment.experiment import Reading

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ablations.data.coco import Dataset, read_dataset
+from ablations.data.coco import read_dataset
+from ablations.data.split import Dataset
 from ablations.experiment.experiment import Job
 from ablations.experiment.pool import run_cells
 from ablations.experiment.progress import Progress, clock

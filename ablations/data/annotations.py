@@ -5,12 +5,14 @@ of mistake, which a user may want to go on without: they are refused or left out
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ablations.data.problems import ID, MAX_EXACT, MISSING, Lenient, identity, mixed, quote, wrong
-from ablations.data.segments import read_segmentation
+from ablations.data.segments import Segmentation, read_segmentation
 
 BAD_ANNOTATIONS = ("refuse", "drop")
 
@@ -59,7 +61,7 @@ class Annotations:
     bbox: np.ndarray
     area: np.ndarray
     crowd: np.ndarray
-    segmentation: list
+    segmentation: list[Segmentation | None]
     corners: np.ndarray
     number: np.ndarray
     ids: np.ndarray
@@ -91,7 +93,7 @@ def _place(number: int, annotation_id: int | str) -> str:
 
 
 def check_annotations(
-    section: list,
+    section: list[Any],
     images: dict[int | str, ImageEntry | None] | None,
     categories: dict[int | str, str] | None,
     bad: str,
@@ -115,7 +117,12 @@ def check_annotations(
     image_places = _places(images)
     category_places = _places(categories)
     ids: set[int | str] = set()
-    rows, boxes, areas, segmentations, kept_ids = [], [], [], [], []
+    # Image, category, crowd, width and height of the image, position in the file.
+    rows: list[tuple[int, int, int, int, int, int]] = []
+    boxes: list[list[float]] = []
+    areas: list[float] = []
+    segmentations: list[Segmentation | None] = []
+    kept_ids: list[int | str] = []
     odd: dict[int, str] = {}
     dropped: Counter[str] = Counter()
     short_polygons = 0
@@ -232,13 +239,13 @@ def _selected(columns: Annotations, rows: np.ndarray) -> Annotations:
     return Annotations(**arrays, segmentation=[columns.segmentation[row] for row in kept], odd=odd)
 
 
-def _places(entries: dict | None) -> dict[int | str, int]:
+def _places(entries: Mapping[int | str, object] | None) -> dict[int | str, int]:
     """The place of each id in the order of all; any order where they have none, which is a problem already."""
     ids = list(entries or ())
     return {value: place for place, value in enumerate(ids if mixed("", ids) else sorted(ids))}
 
 
-def _identities(values: tuple, lenient: Lenient, hard: list[str]) -> list[int | str | None]:
+def _identities(values: tuple[object, ...], lenient: Lenient, hard: list[str]) -> list[int | str | None]:
     """The ids of an annotation, its image and its category; None for one that cannot be an id."""
     found = [identity(value, lenient) for value in values]
     for key, value, taken in zip(("id", "image_id", "category_id"), values, found, strict=True):
@@ -247,7 +254,7 @@ def _identities(values: tuple, lenient: Lenient, hard: list[str]) -> list[int | 
     return found
 
 
-def _crowd(value, lenient: Lenient, hard: list[str]) -> int:
+def _crowd(value: object, lenient: Lenient, hard: list[str]) -> int:
     """An `iscrowd` that is not written as 0 or 1."""
     if value is MISSING or value is None:
         lenient.add("iscrowd absent" if value is MISSING else "iscrowd null", "taken as 0")

@@ -9,11 +9,13 @@ import posixpath
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ablations.data.annotations import Annotations, ImageEntry, check_annotations, mask_problems
 from ablations.data.images import MAX_PIXELS
 from ablations.data.json_file import read_json
 from ablations.data.problems import ID, MISSING, DataError, Lenient, identity, mixed, quote, whole, wrong
+from ablations.data.split import Split
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,20 +77,36 @@ def read_instances(
     annotations = _section(document, "annotations", problems)
     entries = None if images is None else _check_images(images, most_pixels, measure, problems, lenient)
     names = None if categories is None else _check_categories(categories, problems, lenient)
-    columns, dropped = None, {}
+    columns: Annotations | None = None
+    dropped: dict[str, int] = {}
     if annotations is not None:
         columns, dropped = check_annotations(annotations, entries, names, bad_annotations, problems, notes, lenient)
         if masks:
             problems += mask_problems(columns, training)
         elif columns.odd:
             lenient.add("segmentation that is no mask", "not needed for boxes", len(columns.odd))
-    if problems:
+    if problems or entries is None or names is None or columns is None:
         raise DataError(path, problems)
-    ordered = [entries[image_id] for image_id in sorted(entries)]
+    # Without a problem there is an entry for each id, and ids are all numbers or all text.
+    ordered = [entry for _, entry in sorted(entries.items()) if entry is not None]
     return Instances(ordered, sorted(names.items()), columns, digest, notes + lenient.note(), dropped)
 
 
-def _section(document: dict, key: str, problems: list[str]) -> list | None:
+def check_segmentations(split: Split) -> None:
+    """Make sure that masks can be learned from, or evaluated with, a split, however it was read.
+
+    A training split needs a segmentation of every ordinary object of positive size, the validation split of every
+    annotation: crowd regions and boxes of no size are compared with detections, too.
+
+    Raises:
+        DataError: Lists the annotations whose segmentation is missing or unusable.
+    """
+    problems = mask_problems(split.annotations, training=split.name == "train")
+    if problems:
+        raise DataError(split.path, problems)
+
+
+def _section(document: dict[str, Any], key: str, problems: list[str]) -> list[Any] | None:
     section = document.get(key, MISSING)
     if type(section) is list and section:
         return section
@@ -100,7 +118,7 @@ def _section(document: dict, key: str, problems: list[str]) -> list | None:
 
 
 def _check_images(
-    section: list, most_pixels: int, measure: Measure | None, problems: list[str], lenient: Lenient
+    section: list[Any], most_pixels: int, measure: Measure | None, problems: list[str], lenient: Lenient
 ) -> dict[int | str, ImageEntry | None]:
     """Image id -> entry, None for an entry with a problem: its annotations are not to be blamed for it."""
     entries: dict[int | str, ImageEntry | None] = {}
@@ -135,12 +153,14 @@ def _check_images(
                 problems.append(f"{where}: the file name {quote(name)} is also that of images[{first}]")
         if image_id is not None:
             sound = len(problems) == before
-            entries[image_id] = ImageEntry(image_id, name, width, height) if sound else None
-            if sound and not (width and height):
-                unmeasured.append((where, entries[image_id]))
-    if unmeasured:
+            entries[image_id] = None
+            if sound and width is not None and height is not None:
+                entries[image_id] = sized = ImageEntry(image_id, name, width, height)
+                if not (width and height):
+                    unmeasured.append((where, sized))
+    if unmeasured and measure is not None:
         for (where, entry), size in zip(unmeasured, measure([e.file_name for _, e in unmeasured]), strict=True):
-            if type(size) is str:
+            if isinstance(size, str):
                 problems.append(f"{where}: its size is not declared, and its file {quote(entry.file_name)}: {size}")
                 entries[entry.image_id] = None
             else:
@@ -151,7 +171,9 @@ def _check_images(
     return entries
 
 
-def _side(entry: dict, key: str, where: str, measured: bool, problems: list[str], lenient: Lenient) -> int | None:
+def _side(
+    entry: dict[str, Any], key: str, where: str, measured: bool, problems: list[str], lenient: Lenient
+) -> int | None:
     """A declared width or height in pixels, 0 where it is to be taken from the file, None where it is a problem."""
     value = entry.get(key, MISSING)
     if (value is MISSING or value is None) and measured:
@@ -175,7 +197,7 @@ def _size_problem(where: str, width: int, height: int, most: int) -> list[str]:
     return [f"{where}: {size}; at most {most} pixels are read, unless --max-image-pixels gives another number"]
 
 
-def _name_problem(name) -> str | None:
+def _name_problem(name: object) -> str | None:
     """What a file name must be where `name` is not it: a relative path below the split's folder."""
     if type(name) is not str or not name:
         return "a file name"
@@ -197,7 +219,7 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _check_categories(section: list, problems: list[str], lenient: Lenient) -> dict[int | str, str]:
+def _check_categories(section: list[Any], problems: list[str], lenient: Lenient) -> dict[int | str, str]:
     names: dict[int | str, str] = {}
     for number, entry in enumerate(section):
         where = f"categories[{number}]"
@@ -219,7 +241,7 @@ def _check_categories(section: list, problems: list[str], lenient: Lenient) -> d
     return names
 
 
-def _category_name(given, category_id: int | str | None, lenient: Lenient) -> str | None:
+def _category_name(given: object, category_id: int | str | None, lenient: Lenient) -> str | None:
     """The name without white space at its ends, the id where there is none, or None where it cannot be a name."""
     if type(given) is str:
         name = given.strip()

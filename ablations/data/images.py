@@ -112,13 +112,14 @@ def upright_size(header: Header) -> tuple[int, int]:
     return (header.height, header.width) if header.orientation >= 5 else (header.width, header.height)
 
 
-def read_header(path: str | os.PathLike, most: int = MAX_PIXELS) -> Header:
+def read_header(path: str | os.PathLike[str], most: int = MAX_PIXELS) -> Header:
     """Check one image file: a regular file, a header, a sane size, the end marker; decode it if that is the only check.
 
     For JPEG and PNG it costs one open and two small reads; a file whose last bytes are not its end marker is searched
     for it once. Links are followed.
 
     Args:
+        path: The file.
         most: The most pixels of an image.
 
     Raises:
@@ -303,7 +304,7 @@ def _tiff_orientation(tiff: bytes) -> int:
     return 1
 
 
-def decode(path: str | os.PathLike, width: int, height: int, orientation: int = 1) -> np.ndarray:
+def decode(path: str | os.PathLike[str], width: int, height: int, orientation: int = 1) -> np.ndarray:
     """Decode an image file to RGB, upright under `orientation`.
 
     Grey values are repeated, palettes looked up, CMYK converted, 16-bit values rounded to 8 bits, alpha dropped.

@@ -19,11 +19,11 @@ def read_json(path: Path) -> tuple[object, str, list[str]]:
         The document, with polygons compacted; the SHA-256 of the file; and the keys that objects hold twice.
 
     Raises:
-        DataError: the file is absent, unreadable, too large, not UTF-8, not JSON (with line and column) or too deep.
+        DataError: The file is absent, unreadable, too large, not UTF-8, not JSON (with line and column) or too deep.
     """
-    repeated = []
+    repeated: list[str] = []
 
-    def build(pairs: list[tuple[str, object]]) -> dict:
+    def build(pairs: list[tuple[str, object]]) -> dict[str, object]:
         value = dict(pairs)
         if len(value) != len(pairs):
             keys = [key for key, _ in pairs]

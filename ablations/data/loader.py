@@ -7,6 +7,7 @@ so a resumed run sees what an uninterrupted one would have seen, and threads tha
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -14,11 +15,17 @@ from PIL import Image
 from torch import Tensor
 
 from ablations.data.annotations import mask_problems
-from ablations.data.coco import DataError, ImageRecord, Split, read_image
+from ablations.data.coco import read_image
+from ablations.data.problems import DataError
 from ablations.data.segments import bitmap
+from ablations.data.split import ImageRecord, Split
 from kernels.runtime.checks import check_integer
 
 CACHE_BYTES = 512 << 20
+
+# What a detector trains on (`Loader.batch`).
+Target = dict[str, Any]
+Batch = TypeVar("Batch")
 
 # The first word of a seed sequence after the seed: streams of different purpose never meet.
 _ORDER, _AUGMENT = 0, 1
@@ -81,15 +88,15 @@ class _Pixels:
         return torch.from_numpy((found[..., ::-1] if flip else found).copy())
 
 
-class _Ahead:
+class _Ahead(Generic[Batch]):
     """Calls a pure function of an index, with threads that work on the indices to come."""
 
-    def __init__(self, make: Callable[[int], tuple], threads: int, end: int | None = None):
+    def __init__(self, make: Callable[[int], Batch], threads: int, end: int | None = None):
         self.make, self.threads, self.end = make, threads, end
         self.pool = ThreadPoolExecutor(threads, "loader") if threads else None
-        self.pending: dict[int, Future] = {}
+        self.pending: dict[int, Future[Batch]] = {}
 
-    def __call__(self, index: int) -> tuple:
+    def __call__(self, index: int) -> Batch:
         if self.pool is None:
             return self.make(index)
         # Two more than there are threads, so that none is idle while the caller fetches the next.
@@ -125,7 +132,7 @@ class Loader:
         flip: Probability of a horizontal flip.
         threads: How many threads make the coming batches; 0 makes each when it is asked for.
         cache_bytes: Images are kept decoded and resized when all of them, at all sizes, need no more memory than this.
-        masks: Whether the targets have masks; every object then needs a segmentation (`check_segmentations`).
+        masks: Whether the targets have masks; every object of positive size then needs a segmentation.
 
     Raises:
         TypeError, ValueError: an argument is no whole number, or out of range.
@@ -149,8 +156,8 @@ class Loader:
         if not 0 <= flip <= 1:
             raise ValueError(f"flip is {flip!r}, expected a probability, 0 to 1")
         _check_arguments(split, batch_size, short_sides, max_size, threads, cache_bytes)
-        if masks:
-            _refuse(split, mask_problems(split.annotations, training=True))
+        if masks and (problems := mask_problems(split.annotations, training=True)):
+            raise DataError(split.path, problems)
         self.records = split.images
         self.masks = masks
         self.batch_size, self.seed, self.flip = batch_size, seed, flip
@@ -161,7 +168,7 @@ class Loader:
         self._pixels = _Pixels(self.records, self.short_sides, max_size, cache_bytes)
         self._ahead = _Ahead(self._make, threads)
 
-    def batch(self, step: int) -> tuple[list[Tensor], list[dict]]:
+    def batch(self, step: int) -> tuple[list[Tensor], list[Target]]:
         """The batch of a step, the same for the same step whenever and in whatever order it is asked for.
 
         Returns:
@@ -204,11 +211,12 @@ class Loader:
             self._orders[group, epoch] = order
         return order
 
-    def _make(self, step: int) -> tuple[list[Tensor], list[dict]]:
+    def _make(self, step: int) -> tuple[list[Tensor], list[Target]]:
         generator = np.random.default_rng([self.seed, _AUGMENT, step])
         sides = generator.integers(len(self.short_sides), size=self.batch_size)
         flips = generator.random(self.batch_size) < self.flip
-        images, targets = [], []
+        images: list[Tensor] = []
+        targets: list[Target] = []
         for index, side, flip in zip(self.indices(step), sides.tolist(), flips.tolist(), strict=True):
             record = self.records[index]
             width, height = resized(record.width, record.height, self.short_sides[side], self.max_size)
@@ -236,23 +244,6 @@ def _masks(record: ImageRecord, kept: np.ndarray, width: int, height: int, flip:
     for mask, place in zip(masks, kept.tolist(), strict=True):
         mask[:] = bitmap(record.segmentations[place], record.width, record.height, width, height)
     return torch.from_numpy(masks[..., ::-1].copy() if flip else masks)
-
-
-def check_segmentations(split: Split) -> None:
-    """Make sure that masks can be learned from, or evaluated with, a split, however it was read.
-
-    A training split needs a segmentation of every ordinary object of positive size, the validation split of every
-    annotation: crowd regions and boxes of no size are compared with what was found, too.
-
-    Raises:
-        DataError: lists the annotations whose segmentation is missing or unusable.
-    """
-    _refuse(split, mask_problems(split.annotations, training=split.name == "train"))
-
-
-def _refuse(split: Split, problems: list[str]) -> None:
-    if problems:
-        raise DataError(split.path, problems)
 
 
 @dataclass(frozen=True, slots=True)

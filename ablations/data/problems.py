@@ -3,6 +3,7 @@
 import os
 import reprlib
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 SHOWN_PROBLEMS = 50
@@ -24,7 +25,7 @@ class DataError(ValueError):
         problems: Every problem found, one line each.
     """
 
-    def __init__(self, path: str | os.PathLike, problems: list[str]):
+    def __init__(self, path: str | os.PathLike[str], problems: list[str]):
         # Exactly the arguments, so that the exception survives pickling between processes.
         super().__init__(path, problems)
         self.path = Path(path)
@@ -46,14 +47,14 @@ def _printable(path: Path) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def quote(value) -> str:
+def quote(value: object) -> str:
     """A short, printable form of any value of a JSON file: nothing in it can reach the terminal as a control code."""
     if value is None or value is True or value is False:
         return {None: "null", True: "true", False: "false"}[value]
     return _REPR.repr(value)
 
 
-def wrong(key: str, value, expected: str) -> str:
+def wrong(key: str, value: object, expected: str) -> str:
     """The problem of an entry whose `key` is absent (`MISSING`) or is not what is expected."""
     return f" has no {quote(key)}" if value is MISSING else f": {quote(key)} is {quote(value)}, expected {expected}"
 
@@ -61,7 +62,7 @@ def wrong(key: str, value, expected: str) -> str:
 class Lenient:
     """Counts what was read although it is not as COCO writes it, and how it was taken."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.counts: Counter[tuple[str, str]] = Counter()
 
     def add(self, what: str, taken: str = "", count: int = 1) -> None:
@@ -76,14 +77,13 @@ class Lenient:
         return ["read leniently: " + ", ".join(parts)]
 
 
-def identity(value, lenient: Lenient) -> int | str | None:
+def identity(value: object, lenient: Lenient) -> int | str | None:
     """An id as it is compared and sorted: a whole number of 64 bits or a text; None where it is neither."""
-    kind = type(value)
-    if kind is int and MIN_ID <= value <= MAX_ID:
+    if type(value) is int and MIN_ID <= value <= MAX_ID:
         if not -MAX_EXACT <= value <= MAX_EXACT:
             lenient.add("ids beyond 2^53")
         return value
-    if kind is str:
+    if type(value) is str:
         lenient.add("ids that are text")
         return value
     number = whole(value)
@@ -95,14 +95,14 @@ def identity(value, lenient: Lenient) -> int | str | None:
 ID = "a whole number of 64 bits or a text"
 
 
-def whole(value) -> int | None:
+def whole(value: object) -> int | None:
     """A whole number, written as 640 or as 640.0, that a float64 holds exactly; None for anything else."""
     if type(value) is float and value.is_integer():
         value = int(value)
     return value if type(value) is int and -MAX_EXACT <= value <= MAX_EXACT else None
 
 
-def mixed(kind: str, ids) -> list[str]:
+def mixed(kind: str, ids: Collection[int | str]) -> list[str]:
     """The problem of ids of which some are numbers and some text: they have no order."""
     texts = [value for value in ids if type(value) is str]
     if not texts or len(texts) == len(ids):

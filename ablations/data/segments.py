@@ -1,5 +1,7 @@
 """COCO's `segmentation` values: polygons kept as compact arrays, run lengths checked before C code reads them."""
 
+from typing import Any
+
 import numpy as np
 from PIL import Image
 from pycocotools import mask as rle
@@ -8,10 +10,15 @@ from ablations.data.problems import whole
 
 # pycocotools takes memory in proportion to the length of an outline, and integers of 32 bits to count it.
 MAX_POINT = 1_000_000
-_NUMBERS = frozenset({int, float})
+_NUMBERS: frozenset[type] = frozenset({int, float})
+
+# `size`, [height, width], and `counts`, a list of runs or their compressed text.
+RunLengths = dict[str, Any]
+# Polygons of three points or more, float64 (2m,) each, or run lengths.
+Segmentation = list[np.ndarray] | RunLengths
 
 
-def compact_polygons(value: list) -> list:
+def compact_polygons(value: list[Any]) -> list[Any]:
     """Replace every flat list of numbers up to ±MAX_POINT by a (2n,) float64 array; whatever else is there stays.
 
     Called while the JSON is parsed, so that the 40 million coordinates of COCO never exist as Python objects at once.
@@ -19,7 +26,7 @@ def compact_polygons(value: list) -> list:
     return [_compact(polygon) for polygon in value]
 
 
-def _compact(polygon):
+def _compact(polygon: object) -> object:
     if type(polygon) is not list or not _NUMBERS.issuperset(map(type, polygon)):
         return polygon
     try:
@@ -30,7 +37,7 @@ def _compact(polygon):
     return points if (np.abs(points) <= MAX_POINT).all() else polygon
 
 
-def read_segmentation(value, width: int, height: int) -> tuple[list | dict | None, str | None, int]:
+def read_segmentation(value: object, width: int, height: int) -> tuple[Segmentation | None, str | None, int]:
     """A parsed segmentation of a (height, width) image, in one of two forms.
 
     What pycocotools' `annToRLE` reads is read: polygons, run lengths, and a list of uncompressed run lengths, of which
@@ -58,15 +65,15 @@ def read_segmentation(value, width: int, height: int) -> tuple[list | dict | Non
     return kept or None, None, len(value) - len(kept)
 
 
-def _read_union(parts: list[dict], width: int, height: int) -> tuple[dict | None, str | None]:
+def _read_union(parts: list[RunLengths], width: int, height: int) -> tuple[RunLengths | None, str | None]:
     """One run-length encoding of a list of them; of compressed ones pycocotools reads no list."""
     read = []
     for part in parts:
         runs, problem = _read_runs(part, width, height)
-        if problem is None and type(runs["counts"]) is str:
-            problem = "its segmentation is a list of compressed run lengths"
-        if problem is not None:
+        if runs is None:
             return None, problem
+        if type(runs["counts"]) is str:
+            return None, "its segmentation is a list of compressed run lengths"
         read.append(runs)
     if len(read) == 1:
         return read[0], None
@@ -74,7 +81,7 @@ def _read_union(parts: list[dict], width: int, height: int) -> tuple[dict | None
     return {"size": [height, width], "counts": union["counts"].decode("ascii")}, None
 
 
-def _read_runs(value: dict, width: int, height: int) -> tuple[dict | None, str | None]:
+def _read_runs(value: RunLengths, width: int, height: int) -> tuple[RunLengths | None, str | None]:
     """A run-length encoding with whole numbers as integers, or what is wrong with it."""
     size, counts = value.get("size"), value.get("counts")
     if type(size) is not list or [whole(side) for side in size] != [height, width]:
@@ -120,7 +127,7 @@ def run_lengths(text: str) -> np.ndarray | None:
     return numbers
 
 
-def bitmap(segmentation: list | dict, width: int, height: int, to_width: int, to_height: int) -> np.ndarray:
+def bitmap(segmentation: Segmentation, width: int, height: int, to_width: int, to_height: int) -> np.ndarray:
     """A segmentation of a (height, width) image, as it was read, drawn at another size: uint8 of 0 and 1.
 
     Polygons are scaled and then drawn, so they lose nothing; run lengths are drawn and then interpolated.

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from ablations.data.coco import Split
 from ablations.data.loader import EvalLoader
+from ablations.data.split import Split
 from ablations.experiment.augment import merge, mirrored
 from ablations.experiment.evaluate import Detections, run_lengths
 from ablations.experiment.precision import autocast

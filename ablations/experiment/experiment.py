@@ -9,8 +9,10 @@ from typing import Literal, NamedTuple, cast
 
 import torch
 
-from ablations.data.coco import DataError, Dataset, read_dataset
+from ablations.data.coco import read_dataset
 from ablations.data.loader import EvalLoader, Loader
+from ablations.data.problems import DataError
+from ablations.data.split import Dataset
 from ablations.experiment import trained
 from ablations.experiment.detect import View, detect, loader_threads, move
 from ablations.experiment.evaluate import evaluate

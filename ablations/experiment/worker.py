@@ -16,7 +16,7 @@ from typing import NamedTuple, cast
 
 import torch
 
-from ablations.data.coco import DataError
+from ablations.data.problems import DataError
 from ablations.experiment import trained
 from ablations.experiment.experiment import Event, Job, Learned, run
 from ablations.experiment.room import Room

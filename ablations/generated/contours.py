@@ -17,16 +17,17 @@ def _loops(mask: np.ndarray) -> list[tuple[np.ndarray, bool]]:
     times = count[ys, xs]
     ys, xs = np.repeat(ys, times), np.repeat(xs, times)
     order = np.lexsort((ys, xs))
-    vertical = np.empty(len(order), dtype=np.int64)
-    vertical[order[0::2]], vertical[order[1::2]] = order[1::2], order[0::2]
-    vertical = vertical.tolist()
+    partners = np.empty(len(order), dtype=np.int64)
+    partners[order[0::2]], partners[order[1::2]] = order[1::2], order[0::2]
+    vertical = partners.tolist()
     seen = bytearray(len(vertical))
     loops = []
     for start in range(0, len(vertical), 2):
         if seen[start]:
             continue
         # The first corner met of a loop is its topmost, and its partner (an odd index) lies to the right of it.
-        walk, at = [], start
+        walk: list[int] = []
+        at = start
         while not seen[at]:
             partner = at ^ 1
             seen[at] = seen[partner] = 1
@@ -120,7 +121,7 @@ def mask_to_polygons(mask: np.ndarray, tolerance: float, speck: float) -> list[n
     return polygons
 
 
-def mask_to_runs(mask: np.ndarray) -> dict:
+def mask_to_runs(mask: np.ndarray) -> dict[str, list[int]]:
     """COCO's uncompressed run-length encoding of a (H, W) bool mask: columns first, beginning with a run of zeros."""
     flat = np.concatenate([[False], mask.T.reshape(-1), [False]])
     changes = np.flatnonzero(flat[1:] != flat[:-1])

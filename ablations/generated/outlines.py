@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 Outline = list[np.ndarray]
+Points = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -19,29 +20,29 @@ class Shape:
 
     name: str
     category_id: int
-    contours: Callable[[], list[list[tuple[float, float]]]]
+    contours: Callable[[], list[Points]]
     hue: float
 
 
-def _polar(radius: Callable[[float], float], count: int = 48, start: float = 0.0, stop: float = 1.0) -> list:
+def _polar(radius: Callable[[float], float], count: int = 48, start: float = 0.0, stop: float = 1.0) -> Points:
     """Points at `radius(t)` for `count` angles 2*pi*t; a full turn leaves out the repeated last point."""
     full = stop - start >= 1
     ts = [start + (stop - start) * i / (count if full else count - 1) for i in range(count)]
     return [(radius(t) * math.cos(2 * math.pi * t), radius(t) * math.sin(2 * math.pi * t)) for t in ts]
 
 
-def _spikes(points: int, inner: float) -> list:
+def _spikes(points: int, inner: float) -> Points:
     return _polar_list([1.0 if i % 2 == 0 else inner for i in range(2 * points)])
 
 
-def _polar_list(radii: list[float]) -> list:
+def _polar_list(radii: list[float]) -> Points:
     return [
         (r * math.sin(2 * math.pi * i / len(radii)), -r * math.cos(2 * math.pi * i / len(radii)))
         for i, r in enumerate(radii)
     ]
 
 
-def _crescent() -> list:
+def _crescent() -> Points:
     # Outer arc of the unit circle, closed by the arc of a circle of radius 0.85 around (0.5, 0); they meet at `tip`.
     tip = math.acos((1 + 0.25 - 0.85**2) / (2 * 0.5))
     outer = [tip + (2 * math.pi - 2 * tip) * i / 31 for i in range(32)]
@@ -51,18 +52,18 @@ def _crescent() -> list:
     return [(math.cos(a), math.sin(a)) for a in outer] + [(0.5 + 0.85 * math.cos(a), 0.85 * math.sin(a)) for a in inner]
 
 
-def _heart() -> list:
+def _heart() -> Points:
     ts = [2 * math.pi * i / 48 for i in range(48)]
     curve = [13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) for t in ts]
     return [(math.sin(t) ** 3, -c / 16) for t, c in zip(ts, curve, strict=True)]
 
 
-def _drop() -> list:
+def _drop() -> Points:
     ts = [2 * math.pi * i / 48 for i in range(48)]
     return [(0.9 * math.sin(t) * math.sin(t / 2) ** 2, -math.cos(t)) for t in ts]
 
 
-def _horseshoe() -> list:
+def _horseshoe() -> Points:
     arc = [math.pi * i / 20 for i in range(21)]
     outer = [(math.cos(a), -math.sin(a)) for a in arc]
     inner = [(0.48 * math.cos(a), -0.48 * math.sin(a)) for a in reversed(arc)]
@@ -105,18 +106,18 @@ SHAPES = (
 )
 
 
-def _plus(arm: float) -> list:
+def _plus(arm: float) -> Points:
     return [
         (-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm),
         (arm, 1), (-arm, 1), (-arm, arm), (-1, arm), (-1, -arm), (-arm, -arm),
     ]  # fmt: skip
 
 
-def _arrow() -> list:
+def _arrow() -> Points:
     return [(0, -1), (0.8, -0.1), (0.3, -0.1), (0.3, 1), (-0.3, 1), (-0.3, -0.1), (-0.8, -0.1)]
 
 
-def _dense(points: list[tuple[float, float]], step: float = 0.2) -> np.ndarray:
+def _dense(points: Points, step: float = 0.2) -> np.ndarray:
     """The contour with every edge divided into pieces no longer than `step`."""
     corners = np.array(points, dtype=np.float64)
     ahead = np.roll(corners, -1, axis=0)

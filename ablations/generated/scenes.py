@@ -3,6 +3,7 @@
 import colorsys
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -275,7 +276,7 @@ class Canvas:
             image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.8)))
         return np.asarray(image)
 
-    def annotations(self) -> list[dict]:
+    def annotations(self) -> list[dict[str, Any]]:
         """COCO annotations without ids, in painting order.
 
         An object's area is that of its sub-pixels in sight, its box that of its polygons. A crowd region is stored as a
@@ -289,9 +290,10 @@ class Canvas:
                 # A sub-pixel in the middle of each pixel decides, so that the runs are of the image's own size.
                 middle = self.sub // 2
                 region = self.labels[middle :: self.sub, middle :: self.sub] == label
-                segmentation, points = mask_to_runs(region), np.argwhere(region)[:, ::-1]
+                segmentation: Any = mask_to_runs(region)
+                points = np.argwhere(region)[:, ::-1]
                 low, high = points.min(0), points.max(0) + 1
-                area = len(points)
+                area: float = len(points)
             else:
                 polygons = mask_to_polygons(mask, tolerance=0.35 * self.sub, speck=self.sub**2)
                 polygons = [np.round(np.add(points, (left, top)) / self.sub, 2) for points in polygons]
@@ -311,12 +313,17 @@ class Canvas:
         return result
 
 
-def _any_colour(rng: np.random.Generator, hue=(0.0, 1.0), saturation=(0.1, 1.0), value=(0.15, 1.0)) -> list[float]:
+def _any_colour(
+    rng: np.random.Generator,
+    hue: tuple[float, float] = (0.0, 1.0),
+    saturation: tuple[float, float] = (0.1, 1.0),
+    value: tuple[float, float] = (0.15, 1.0),
+) -> list[float]:
     rgb = colorsys.hsv_to_rgb(rng.uniform(*hue) % 1.0, rng.uniform(*saturation), rng.uniform(*value))
     return [255 * channel for channel in rgb]
 
 
-def draw_scene(difficulty: Difficulty, seed: int, split: int, index: int) -> tuple[np.ndarray, list[dict]]:
+def draw_scene(difficulty: Difficulty, seed: int, split: int, index: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Image number `index` of split 0 (train) or 1 (val), the same for the same arguments in any process.
 
     Returns:

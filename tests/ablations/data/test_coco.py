@@ -10,7 +10,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tiny_coco import REAL, annotation, documents, edited, json_path, needs_coco, write
 
-from ablations.data.coco import DataError, find_root, read_dataset, read_image, read_split
+from ablations.data.coco import find_root, read_dataset, read_image, read_split
+from ablations.data.problems import DataError
 
 
 def test_a_sound_directory(tmp_path):

@@ -15,8 +15,10 @@ from PIL import Image, features
 from pycocotools.coco import COCO
 from tiny_coco import documents, json_path, write
 
-from ablations.data.coco import DataError, read_image, read_split
-from ablations.data.loader import Loader, check_segmentations
+from ablations.data.check import check_segmentations
+from ablations.data.coco import read_image, read_split
+from ablations.data.loader import Loader
+from ablations.data.problems import DataError
 from ablations.experiment.evaluate import evaluate
 
 # pycocotools' masks are of before numpy 2.

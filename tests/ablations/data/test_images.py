@@ -14,8 +14,9 @@ from PIL import Image, ImageOps
 from tiny_coco import edited, problem, write, write_json
 
 from ablations.data import image_files
-from ablations.data.coco import DataError, read_image, read_split
+from ablations.data.coco import read_image, read_split
 from ablations.data.images import ImageError, applied_orientation, decode, read_header
+from ablations.data.problems import DataError
 
 
 @pytest.mark.parametrize("name", ["wide.jpg", "tall.png", "sub/empty.jpg"])

@@ -10,8 +10,9 @@ from tiny_coco import annotation, documents, edited, json_path, problem, set_in,
 
 from ablations.data import image_files
 from ablations.data.check import read_instances
-from ablations.data.coco import DataError, read_dataset, read_split
+from ablations.data.coco import read_dataset, read_split
 from ablations.data.images import read_header
+from ablations.data.problems import DataError
 from ablations.experiment.evaluate import METRICS, evaluate
 
 

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from tiny_coco import CATEGORIES, annotation, write, write_json
 
-from ablations.data.coco import DataError, read_split
+from ablations.data.coco import read_split
 from ablations.data.loader import EvalLoader, Loader, flip_boxes, resized, scale_boxes
+from ablations.data.problems import DataError
 
 
 def directory(root: Path, sizes: list[tuple[int, int]]):

@@ -6,8 +6,10 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from tiny_coco import documents, edited, json_path, write
 
-from ablations.data.coco import DataError, read_dataset, read_split
-from ablations.data.loader import Loader, check_segmentations
+from ablations.data.check import check_segmentations
+from ablations.data.coco import read_dataset, read_split
+from ablations.data.loader import Loader
+from ablations.data.problems import DataError
 from ablations.data.segments import MAX_POINT, bitmap, compact_polygons, read_segmentation, run_lengths
 from ablations.experiment.evaluate import evaluate
 

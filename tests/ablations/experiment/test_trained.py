@@ -13,7 +13,7 @@ from tiny_coco import json_path
 
 from ablations import run
 from ablations.data import image_files
-from ablations.data.coco import DataError
+from ablations.data.problems import DataError
 from ablations.experiment import experiment, pool, trained, worker
 from ablations.experiment.experiment import Job, Learned, Reading
 from ablations.experiment.pool import run_cells

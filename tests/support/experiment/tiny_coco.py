@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ablations.data.coco import DataError, read_dataset
+from ablations.data.coco import read_dataset
+from ablations.data.problems import DataError
 
 # A slice of the real COCO, for the few tests that want one.
 REAL = Path(os.environ.get("DYHEAD_COCO", "not set"))
