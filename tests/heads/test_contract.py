@@ -13,8 +13,8 @@ from heads.detector import PredictionHead
 
 PROBES = {"isinstance", "issubclass", "hasattr", "getattr"}
 # What is not to be asked for its class, nor for what it has.
-PARTS = re.compile(r"(^|\.)(head|fpn|backbone|model|detector)$")
-FILES = [path for package in ("heads", "ablations") for path in sorted((ROOT / package).rglob("*.py"))]
+PARTS = re.compile(r"(^|\.)(head|trunk|fpn|backbone|model|detector)$")
+FILES = [path for package in ("kernels", "heads", "ablations") for path in sorted((ROOT / package).rglob("*.py"))]
 
 
 def probes(source: str) -> list[str]:
