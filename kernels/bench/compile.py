@@ -202,7 +202,7 @@ def _write(directory: Path, header: str, table: pd.DataFrame) -> None:
 
 def _markdown(table: pd.DataFrame) -> str:
     rows = table.to_dict("records")
-    headers = {name: str(name).replace("_", " ") for name in table}
+    headers = {str(name): str(name).replace("_", " ") for name in table}
     return tabulate(rows, headers=headers, tablefmt="github")
 
 

@@ -4,6 +4,7 @@ A launch is prepared as data and run afterwards, so that the ahead-of-time compi
 """
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import triton
@@ -156,4 +157,5 @@ def backward(
         packed = partial.sum(0).view(weight.shape[0], *weight.shape[2:], weight.shape[1])
         to_weight[0].copy_(packed.permute(0, 3, 1, 2))
     if to_bias:
-        to_bias[0].copy_(sum(grad.sum((0, 1, 2), dtype=real(weight.dtype)) for grad in rows))
+        sums = (grad.sum((0, 1, 2), dtype=real(weight.dtype)) for grad in rows)
+        to_bias[0].copy_(reduce(torch.add, sums))

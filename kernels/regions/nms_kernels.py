@@ -96,10 +96,10 @@ def launches(boxes: Tensor, order: Tensor, labels: Tensor | None, iou_threshold:
     kept = torch.empty(limit, dtype=torch.int64, device=device)
     count = torch.empty(1, dtype=torch.int64, device=device)
     padded = triton.next_power_of_2(words)
-    threshold = float(iou_threshold)
+    threshold: float | Tensor = float(iou_threshold)
     if boxes.dtype == torch.float64:
         # Filled by a kernel: a copy from the host would wait.
-        threshold = torch.full((), threshold, dtype=torch.float64, device=device)
+        threshold = torch.full((), iou_threshold, dtype=torch.float64, device=device)
     overlap = Launch(
         overlap_kernel,
         (words, words),
