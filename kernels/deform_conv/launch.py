@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.deform_conv import inverse as deform_conv_inverse
 from kernels.deform_conv import kernels
 from kernels.deform_conv.level import Level, strided
-from kernels.runtime.launch import Launch, real
+from kernels.runtime.launch import Launch, Launcher, real
 from kernels.runtime.tiles import Table, Tiles
 
 # Chosen without a GPU: large ones that Triton 3.6 and 3.7 compile for sm_80, sm_90, sm_100 and gfx942 without a spill.
@@ -50,8 +50,9 @@ def levels(
 ) -> list[Level]:
     """The maps of a call; `masks` may be empty."""
     every: Sequence[Tensor | None] = masks or [None] * len(inputs)
+    geometry = tuple(stride), tuple(padding), tuple(dilation)
     return [
-        Level(x.permute(0, 2, 3, 1).contiguous(), offset, mask, weight, stride, padding, dilation)
+        Level(x.permute(0, 2, 3, 1).contiguous(), offset, mask, weight, *geometry)
         for x, offset, mask in zip(inputs, offsets, every, strict=True)
     ]
 
@@ -98,6 +99,9 @@ def weight_launch(level: Level, grad: Tensor) -> Launch:
     return Launch(kernels.backward_weight_kernel, grid, arguments, constants, tiles.warps, tiles.stages)
 
 
+_run_forward, _run_points = Launcher(forward_launch), Launcher(points_launch)
+
+
 def forward(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
@@ -113,7 +117,7 @@ def forward(
     packed = weight.permute(0, 2, 3, 1).contiguous()
     bias = None if bias is None else bias.contiguous()
     for level, out in zip(levels(inputs, offsets, masks, weight, stride, padding, dilation), outputs, strict=True):
-        forward_launch(level, packed, bias, out).run()
+        _run_forward(level, packed, bias, out)
 
 
 def backward(
@@ -144,7 +148,7 @@ def backward(
         none: list[Tensor | None] = [None] * len(maps)
         for i, (level, grad) in enumerate(zip(maps, rows, strict=True)):
             to_x = torch.zeros_like(level.x, dtype=real(weight.dtype)) if to_inputs else None
-            points_launch(level, packed, grad, to_x, (to_offsets or none)[i], (to_masks or none)[i]).run()
+            _run_points(level, packed, grad, to_x, (to_offsets or none)[i], (to_masks or none)[i])
             if to_x is not None:
                 to_inputs[i].copy_(to_x.permute(0, 3, 1, 2))
     if to_weight:

@@ -1,8 +1,7 @@
 """One map of a deformable convolution as its kernels read it."""
 
-from dataclasses import dataclass
 from math import gcd
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -23,17 +22,16 @@ def _extent(tensor: Tensor) -> int:
     return sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
 
 
-@dataclass(frozen=True)
-class Level:
+class Level(NamedTuple):
     """One map as the kernels read it."""
 
     x: Tensor  # (N, H, W, C), contiguous
     offset: Tensor
     mask: Tensor | None
     weight: Tensor
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
 
     @property
     def groups(self) -> int:

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from kernels.dynamic_relu import kernels
-from kernels.runtime.launch import Launch, real, triton_real
+from kernels.runtime.launch import Launch, Launcher, real, triton_real
 
 # Elements of a block.
 _FORWARD_TILE = 4096
@@ -83,10 +83,13 @@ def backward_launch(grad_input: Tensor, grad_output: Tensor, input: Tensor, coef
     return Launch(kernels.backward_kernel, (n * chunks * tiles_c,), arguments, constants, _WARPS, _STAGES)
 
 
+_run_forward = Launcher(forward_launch)
+
+
 def forward(output: Tensor, input: Tensor, coefficients: Tensor) -> None:
     """Write the dynamic ReLU of `input` to `output`, which is contiguous or channels_last."""
     if input.numel():
-        forward_launch(output, input, coefficients).run()
+        _run_forward(output, input, coefficients)
 
 
 def backward(grad_input: Tensor, grad_output: Tensor, input: Tensor, coefficients: Tensor) -> Tensor:

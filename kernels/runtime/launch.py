@@ -1,8 +1,8 @@
 """A launch of a kernel as data, so that what is compiled ahead of time is exactly what runs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,6 +11,10 @@ from torch import Tensor
 
 from kernels.backend import INTERPRET
 from kernels.runtime.compile_spec import CompileSpec, Slot
+from kernels.runtime.tiles import choices
+
+# How many launches of a kernel are kept.
+KEPT = 512
 
 _NAMES = {
     torch.float64: "fp64",
@@ -62,15 +66,26 @@ class Launch:
 
     def run(self) -> None:
         """Run the kernel on the device of its tensors."""
-        device = next(x for _, x in self._leaves() if isinstance(x, Tensor)).device
-        with torch.cuda.device(device if device.type == "cuda" else -1):
-            self.kernel[self.grid](
-                **self.arguments,
-                **self._constexprs(),
-                num_warps=self.warps,
-                num_stages=self.stages,
-                enable_fp_fusion=not self.exact,
-            )
+        device = next(x for _, x in self._leaves() if isinstance(x, Tensor)).get_device()
+        with torch.cuda.device(device):
+            self.kernel[self.grid](**self.arguments, **self._settings())
+
+    def without(self, tensors: Sequence[Tensor]) -> "Prepared | None":
+        """The launch with places for these tensors; None where they do not tell what stands in each."""
+        places = {id(x): place for place, x in enumerate(tensors)}
+        numbers, slots = {}, []
+        for name, value in self.arguments.items():
+            head, *tail = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(x, Tensor) for x in tail) or (isinstance(head, Tensor) and id(head) not in places):
+                return None
+            if isinstance(head, Tensor):
+                kind = type(value) if isinstance(value, tuple) else None
+                slots.append(_Slot(name, places[id(head)], kind, tuple(tail)))
+            else:
+                numbers[name] = value
+        if len(places) < len(tensors):
+            return None
+        return Prepared(self.kernel[self.grid], tuple(slots), numbers | self._settings())
 
     def spec(self, name: str, dtype: torch.dtype, uses_dot: bool = False) -> CompileSpec:
         """What ahead-of-time compilation needs; the launch may have tensors on the `meta` device."""
@@ -97,6 +112,10 @@ class Launch:
             else:
                 yield (name,), value
 
+    def _settings(self) -> dict[str, Any]:
+        how = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": not self.exact}
+        return self._constexprs() | how
+
     def _constexprs(self) -> dict[str, Any]:
         # Interpreted, a kernel is plain Python. Compiled, a field that is no `tl.constexpr` would no longer be known.
         if INTERPRET:
@@ -105,6 +124,68 @@ class Launch:
             name: type(value)(*map(tl.constexpr, value)) if hasattr(value, "_fields") else value
             for name, value in self.constants.items()
         }
+
+
+class _Slot(NamedTuple):
+    """Where a tensor goes: the argument, its place among them, and the NamedTuple that it begins, with its rest."""
+
+    name: str
+    place: int
+    kind: type | None
+    tail: tuple[Any, ...]
+
+
+class Prepared(NamedTuple):
+    """A launch whose tensors are still to come: the kernel on its grid, where they go, and all else by name."""
+
+    kernel: Callable[..., None]
+    slots: tuple[_Slot, ...]
+    rest: dict[str, Any]
+
+    def run(self, tensors: Sequence[Tensor]) -> None:
+        """Run it with tensors that differ from those it was made for in their memory alone."""
+        arguments = {
+            name: tensors[place] if kind is None else kind(tensors[place], *tail)
+            for name, place, kind, tail in self.slots
+        }
+        with torch.cuda.device(tensors[0].get_device()):
+            self.kernel(**arguments, **self.rest)
+
+
+class Launcher:
+    """Runs launches of one kernel. What does not depend on memory is worked out once and kept, the oldest make room.
+
+    Args:
+        make: Tensors, None, numbers, and tuples of them -> the launch; the tensors come first.
+    """
+
+    def __init__(self, make: Callable[..., Launch]) -> None:
+        self.make = make
+        self._kept: dict[Any, Prepared] = {}
+
+    def __call__(self, *arguments: Any) -> None:
+        if INTERPRET:
+            return self.make(*arguments).run()
+        tensors: list[Tensor] = []
+        key: list[Any] = []
+        for argument in arguments:
+            for x in argument if isinstance(argument, tuple) else (argument,):
+                if isinstance(x, Tensor):
+                    tensors.append(x)
+                    key += (x.shape, x.stride(), x.dtype)
+                else:
+                    key.append(x)
+        whole = (tensors[0].device, choices(tensors[0].dtype), *key)
+        prepared = self._kept.get(whole)
+        if prepared is not None:
+            return prepared.run(tensors)
+        launch = self.make(*arguments)
+        prepared = launch.without(tensors)
+        if prepared is not None:
+            if len(self._kept) >= KEPT:
+                self._kept.pop(next(iter(self._kept)), None)
+            self._kept[whole] = prepared
+        launch.run()
 
 
 def _types(value: Any) -> Any:

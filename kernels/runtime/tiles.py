@@ -6,7 +6,7 @@ is read once and only looked up afterwards: nothing is ever timed while a model 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -47,13 +47,22 @@ _on_trial: dict[str, Tiles] = {}
 
 def precision(dtype: torch.dtype, device: torch.device) -> str:
     """How products of float32 are made: as PyTorch's own convolutions are told to make them."""
-    # The module is made when it is imported, which a type checker does not see.
-    products: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    if dtype != torch.float32 or products != "tf32":
+    if dtype != torch.float32 or _float32_products() != "tf32":
         return "ieee"
     if torch.version.hip and not torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx94"):
         return "ieee"
     return "tf32"
+
+
+def choices(dtype: torch.dtype) -> Hashable:
+    """What `fit` and `precision` depend on for tensors of `dtype`, besides their arguments."""
+    return tuple(_on_trial.items()), _float32_products() if dtype == torch.float32 else ""
+
+
+def _float32_products() -> str:
+    # The module is made when it is imported, which a type checker does not see.
+    products: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return products
 
 
 def type_class(dtype: torch.dtype, device: torch.device) -> str:

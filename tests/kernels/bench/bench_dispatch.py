@@ -17,7 +17,7 @@ import triton
 from timing import measure
 
 from kernels import backend, deform_conv2d, deform_conv2d_levels, dynamic_relu, use_backend
-from kernels.deform_conv import cpu
+from kernels.deform_conv import cpu, launch  # noqa: F401
 from kernels.dynamic_relu import operator as relu
 
 ROUNDS, CALLS = 30, 100

@@ -1,0 +1,142 @@
+"""Launches that are kept: they run what a new one would run, and nothing is kept that could not tell memory apart."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.deform_conv import launch as deform_conv
+from kernels.deform_conv.level import Level
+from kernels.runtime import launch, tiles
+from kernels.runtime.launch import Launch, Launcher
+
+
+class Strided(NamedTuple):
+    pointer: Any
+    stride: Any
+
+
+class Kernel:
+    """In place of a `@triton.jit` function; writes down what it is run with."""
+
+    def __init__(self):
+        self.runs = []
+
+    def __getitem__(self, grid):
+        return lambda **arguments: self.runs.append((grid, arguments))
+
+
+KERNEL = Kernel()
+
+
+def describe(pair: tuple[Tensor, Tensor | None], out: Tensor, factor: int) -> Launch:
+    x, y = pair
+    arguments = {"x": Strided(x, x.stride(0)), "y": x if y is None else y, "out": out, "size": x.numel()}
+    return Launch(KERNEL, (x.shape[0],), arguments, {"FACTOR": factor, "HAS_Y": y is not None}, warps=8)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The launches that were described, rather than taken from those that are kept."""
+    monkeypatch.setattr(KERNEL, "runs", [])
+    found = []
+
+    def make(*arguments):
+        found.append(describe(*arguments))
+        return found[-1]
+
+    return Launcher(make), found
+
+
+def pair(rows: int = 2) -> tuple[Tensor, Tensor]:
+    return torch.zeros(rows, 3), torch.zeros(rows, 3)
+
+
+def same(found: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """Whether tensors are the same and not only equal."""
+
+    def alike(a, b) -> bool:
+        if isinstance(a, tuple):
+            return type(a) is type(b) and all(map(alike, a, b))
+        return a is b if isinstance(a, Tensor) else a == b
+
+    return found.keys() == expected.keys() and all(alike(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("with_y", [True, False])
+def test_a_kept_launch_runs_with_the_new_tensors(made, with_y):
+    run, descriptions = made
+    for _ in range(3):
+        x, y = pair()
+        arguments = ((x, y if with_y else None), torch.zeros(2), 5)
+        run(*arguments)
+        describe(*arguments).run()
+        (grid, found), (expected_grid, expected) = KERNEL.runs[-2:]
+        assert grid == expected_grid and same(found, expected)
+    assert len(descriptions) == 1
+
+
+def test_whatever_a_launch_depends_on_makes_another_one(made, monkeypatch):
+    run, descriptions = made
+    out = torch.zeros(2)
+    calls = [
+        (pair(), out, 5),
+        (pair(), out, 6),
+        (pair(3), out, 5),
+        ((pair()[0].double(), pair()[1]), out, 5),
+        ((torch.zeros(3, 2).t(), pair()[1]), out, 5),
+        ((pair()[0], None), out, 5),
+    ]
+    for _ in range(2):
+        for call in calls:
+            run(*call)
+    assert len(descriptions) == len(calls)
+    with tiles.on_trial("some kernel", tiles.Tiles(1, 1, 1, 1, 1, 1)):
+        run(*calls[0])
+    monkeypatch.setattr(tiles, "_float32_products", lambda: "another")
+    run(*calls[0])
+    assert len(descriptions) == len(calls) + 2
+
+
+def test_what_cannot_be_told_apart_is_not_kept(made):
+    run, descriptions = made
+    x, y = pair()
+    for _ in range(2):
+        run((x, x), torch.zeros(2), 5)
+    assert len(descriptions) == 2
+    # The same shapes with two tensors: nothing of the calls before may be taken for it.
+    run((x, y), torch.zeros(2), 5)
+    assert KERNEL.runs[-1][1]["y"] is y
+
+
+def test_a_launch_with_memory_of_its_own_is_not_kept(monkeypatch):
+    monkeypatch.setattr(KERNEL, "runs", [])
+    run = Launcher(lambda x: Launch(KERNEL, (1,), {"x": x.clone()}, {}))
+    x = torch.zeros(2)
+    run(x)
+    run(x.fill_(7))
+    assert KERNEL.runs[-1][1]["x"].tolist() == [7, 7]
+
+
+def test_so_many_are_kept_and_no_more(made, monkeypatch):
+    monkeypatch.setattr(launch, "KEPT", 2)
+    run, descriptions = made
+    for factor in (1, 2, 3, 3, 2, 1):
+        run(pair(), torch.zeros(2), factor)
+    assert [x.constants["FACTOR"] for x in descriptions] == [1, 2, 3, 1]
+
+
+def test_the_launches_of_a_deformable_convolution_are_kept(monkeypatch):
+    """Each of their tensors is an argument, and every level has its own."""
+    seen = []
+    monkeypatch.setattr(launch.Prepared, "run", lambda self, tensors: seen.append(self))
+    monkeypatch.setattr(Launch, "run", lambda self: None)
+    weight, grad = torch.zeros(4, 4, 3, 3), torch.zeros(1, 3, 5, 4)
+    tensors = (torch.zeros(1, 3, 5, 4), torch.zeros(1, 18, 3, 5), torch.zeros(1, 9, 3, 5), weight)
+    level = Level(*tensors, (1, 1), (1, 1), (1, 1))
+    for _ in range(2):
+        deform_conv._run_forward(level, weight.permute(0, 2, 3, 1), None, torch.zeros(1, 4, 3, 5))
+        to = (torch.zeros(1, 3, 5, 4), torch.zeros(1, 18, 3, 5), torch.zeros(1, 9, 3, 5))
+        deform_conv._run_points(level, weight.permute(0, 2, 3, 1), grad, *to)
+    assert len(seen) == 2
