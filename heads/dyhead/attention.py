@@ -152,7 +152,7 @@ class SpatialAttention(SpecialParameters):
 
 
 class ScaleAttention(nn.Module):
-    """L: one weight per sampled map, from its own average; the weighted maps of a level are averaged.
+    """L: one weight per sampled map, from the map's average; the weighted maps of a level are averaged.
 
     Gate: global average pool → linear C→1 → ReLU → (x + 3) / 6 clamped to [0, 1], so it lies in [0.5, 1].
     Switched off, it is the plain mean.
@@ -192,7 +192,7 @@ class DynamicReLU(nn.Module):
     Coefficient network: linear C→C/4 → ReLU → linear C/4→4C → hard sigmoid y, then a1 = 2y, b1 = y − 1/2, a2 = 2y − 1,
     b2 = y − 1/2. At y = 1/2, where training starts, it is a ReLU. Switched off, it is always an ordinary ReLU.
 
-    A subclass says which averages the coefficients are computed from: `TaskAttention`, `PaperTaskAttention`.
+    A subclass chooses the averages that the coefficients are computed from: `TaskAttention`, `PaperTaskAttention`.
 
     Args:
         channels: C.
@@ -222,12 +222,12 @@ class DynamicReLU(nn.Module):
         return torch.addcmul(self.shift.to(y.dtype), y.unflatten(-1, (4, -1)), self.slope.to(y.dtype))
 
     def activate(self, x: Tensor) -> Tensor:
-        """Activate one map (N, C, H, W), each image with coefficients of its own average."""
+        """Activate one map (N, C, H, W), each image with coefficients from its average."""
         raise NotImplementedError
 
 
 class TaskAttention(DynamicReLU):
-    """C: dynamic ReLU of every level, with coefficients from the level's own global average; one network for all."""
+    """C: dynamic ReLU of every level, with coefficients from the level's global average; one network for all."""
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """Activate every level: (N, C, H_l, W_l) -> the same shapes."""

@@ -3,15 +3,16 @@
 Ingredients, as published (mmdetection 3.3's 150-epoch configuration):
 - C5 through a 1×1 convolution, six encoder layers, six decoder layers on 100 learned queries; 8 heads, layers of 2,048,
   dropout 0.1, sine positions that know the padding; one norm behind every decoder layer;
-- each query says a class or background, and through three layers a box: centre and sides in shares of its image;
+- each query predicts a class or background, and through three layers a box: centre and sides as fractions of the
+  image's;
 - the queries are paired with the boxes at the least cost, for every decoder layer anew: - probability of the class,
-  + 5 L1 of the shares, - 2 GIoU in pixels;
+  + 5 L1 of the fractions, - 2 GIoU in pixels;
 - losses of every decoder layer: cross-entropy in which background weighs 0.1, divided by the sum of the weights;
   5 L1 and 2 (1 - GIoU) of the pairs, divided by their number;
 - detections: each query's best class, the 100 best of an image.
 
-Where DyHead sits: DETR has no pyramid. With DyHead, P3–P7 are built from C3–C5, DyHead takes the encoder's place, and
-the decoder looks at the cells of all levels, each with its position and a learned vector for its level. The cells pass
+Where DyHead sits: DETR has no pyramid. With DyHead, P3–P7 are built from C3–C5, DyHead replaces the encoder, and the
+decoder attends to the cells of all levels, each with its position and a learned vector for its level. The cells pass
 a norm first, as those of the encoder do in its last layer: DyHead leaves them so small that a decoder that starts from
 zeros divides by next to nothing. Plain DETR is the baseline.
 
@@ -69,7 +70,7 @@ class DETROutputs(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """DETR's own trunk: layers in which the cells of one map look at each other."""
+    """DETR's own trunk: layers in which the cells of one map attend to each other."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -173,8 +174,8 @@ class DETRHead(PredictionHead[DETROutputs]):
         for image, (target, size) in enumerate(zip(targets, image_sizes, strict=True)):
             parts = self.costs(outputs.logits[:, image], outputs.boxes[:, image], target, size)
             per_image.append(parts[0] + parts[1] + parts[2])
-        # One copy for the batch: each waits for the device. Weights that are not finite are found by the loss; here
-        # they only must not end the run.
+        # One copy for the batch: each waits for the device. Weights that are not finite show in the loss; here they
+        # only must not end the run.
         costs = torch.cat(per_image, -1).nan_to_num(1e6, 1e6, -1e6).cpu().numpy()
         lasts = np.cumsum([len(target["boxes"]) for target in targets])
         predictions, boxes = [], []
@@ -203,10 +204,10 @@ class DETRHead(PredictionHead[DETROutputs]):
             Cost of the class, of the L1 distance, and of the GIoU, (D, Q, n) each.
         """
         scale = boxes.new_tensor([size[1], size[0]] * 2)
-        shares = to_centres(target["boxes"].to(boxes.dtype) / scale)
+        fractions = to_centres(target["boxes"].to(boxes.dtype) / scale)
         return (
             -CLASS_COST * logits.softmax(-1)[..., target["labels"]],
-            BOX_COST * (boxes[..., :, None, :] - shares).abs().sum(-1),
+            BOX_COST * (boxes[..., :, None, :] - fractions).abs().sum(-1),
             -GIOU_COST * pairwise_giou(to_corners(boxes) * scale, target["boxes"].to(boxes.dtype)),
         )
 
@@ -235,10 +236,10 @@ class DETRHead(PredictionHead[DETROutputs]):
 
         scale = outputs.boxes.new_tensor([[w, h, w, h] for h, w in image_sizes])
         scale = scale[prediction // queries % len(image_sizes)]
-        shares = outputs.boxes.flatten(0, 2)[prediction]
-        goals = torch.cat([t["boxes"] for t in targets])[box].to(shares.dtype)
-        distance = (shares - to_centres(goals / scale)).abs().view(layers, -1)
-        overlap = giou(to_corners(shares) * scale, goals).view(layers, -1)
+        fractions = outputs.boxes.flatten(0, 2)[prediction]
+        goals = torch.cat([t["boxes"] for t in targets])[box].to(fractions.dtype)
+        distance = (fractions - to_centres(goals / scale)).abs().view(layers, -1)
+        overlap = giou(to_corners(fractions) * scale, goals).view(layers, -1)
         sums = {
             "loss_cls": entropy.sum(1) / max(paired + BACKGROUND_WEIGHT * background, 1),
             "loss_bbox": BOX_COST * distance.sum(1) / max(paired, 1),

@@ -10,13 +10,20 @@ def least_cost_assignment(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     cost of a pair is counted above the two prices that earlier rows have settled on, so it is never negative.
 
     Args:
-        cost: (n, m) of finite numbers.
+        cost: (n, m) finite numbers.
 
     Returns:
         Rows and columns of the min(n, m) pairs, int64, rows rising.
 
     Raises:
-        ValueError: a cost is not finite.
+        ValueError: A cost is not finite.
+
+    Example:
+        >>> import numpy as np
+        >>> from heads.query.hungarian import least_cost_assignment
+        >>> rows, columns = least_cost_assignment(np.array([[1.0, 2.0, 9.0], [1.0, 5.0, 9.0]]))
+        >>> rows.tolist(), columns.tolist()
+        ([0, 1], [1, 0])
     """
     cost = np.asarray(cost, dtype=np.float64)
     if not np.isfinite(cost).all():

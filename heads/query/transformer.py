@@ -16,7 +16,8 @@ def padding_mask(
     Args:
         sizes: (height, width) of each image.
         padded: (height, width) of the batch.
-        cells: (h, w) of the map; a cell counts by the pixel in its upper left corner.
+        cells: (h, w) of the map; a cell is padding where the pixel in its upper left corner is.
+        device: Device of the result.
     """
     inside = []
     for axis in (0, 1):
@@ -26,13 +27,13 @@ def padding_mask(
 
 
 def sine_positions(mask: Tensor, channels: int) -> Tensor:
-    """Sines and cosines of each cell's place in its image, y in the first half of the channels and x in the second.
+    """Sines and cosines of each cell's position in its image, y in the first half of the channels and x in the second.
 
     The last row and column that are no padding are at 2π.
 
     Args:
         mask: (N, h, w) bool, true in the padding.
-        channels: a multiple of 4.
+        channels: Channels of the positions, a multiple of 4.
 
     Returns:
         (N, h, w, channels) float32.
@@ -41,9 +42,9 @@ def sine_positions(mask: Tensor, channels: int) -> Tensor:
     frequency = 10000 ** (torch.arange(0, channels // 2, 2, device=mask.device) / (channels // 2))
     halves = []
     for axis in (1, 2):
-        place = inside.cumsum(axis)
-        last = place.select(axis, -1).unsqueeze(axis)
-        angle = (place / (last + 1e-6) * (2 * math.pi))[..., None] / frequency
+        position = inside.cumsum(axis)
+        last = position.select(axis, -1).unsqueeze(axis)
+        angle = (position / (last + 1e-6) * (2 * math.pi))[..., None] / frequency
         halves.append(torch.stack([angle.sin(), angle.cos()], -1).flatten(-2))
     return torch.cat(halves, -1)
 
@@ -57,7 +58,7 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.out = (nn.Linear(channels, channels) for _ in range(4))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(N, Q, C) from queries (N, Q, C), keys and values (N, T, C); `mask` (N, T) is true where none may look."""
+        """(N, Q, C) from queries (N, Q, C), keys and values (N, T, C); `mask` (N, T): keys left out."""
         q, k, v = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer, x in ((self.query, query), (self.key, key), (self.value, value))
@@ -77,7 +78,7 @@ class FeedForward(nn.Sequential):
 
 
 class EncoderLayer(nn.Module):
-    """Tokens look at each other, then each passes two layers."""
+    """Self-attention of tokens, then two linear layers, a norm behind each."""
 
     def __init__(self, channels: int, heads: int, hidden: int, dropout: float):
         super().__init__()
@@ -94,7 +95,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Queries look at each other, then at the tokens, then each passes two layers."""
+    """Self-attention of queries, attention to the tokens, then two linear layers, a norm behind each."""
 
     def __init__(self, channels: int, heads: int, hidden: int, dropout: float):
         super().__init__()

@@ -1,6 +1,6 @@
 """What each released ATSS R-50 with DyHead computes besides its weights, and the detector that computes it.
 
-A state dict says nothing of these settings: a wrong one loads all the same and costs average precision without a word.
+A state dict does not record these settings: with a wrong one it loads all the same and loses average precision.
 All three were trained with `coarse_offsets="prefix"` (see `heads/dyhead/attention.py`), expect a shorter side of 800
 pixels and at most 1,333 for the longer one, are padded with zeros after normalising, and convolve P6 from P5's output.
 
@@ -139,8 +139,8 @@ def open_released(name: str, checkpoint: Mapping[str, Any]) -> Detector:
     layout, state = layout_of(name), bare_state(checkpoint)
     rules = recognise(state)
     if (rules is OFFICIAL) != (layout.convention == "official"):
-        whose = "the authors'" if rules is OFFICIAL else "mmdetection's"
-        raise ValueError(f"layout {name!r} does not fit: the keys are {whose}; the layouts are {', '.join(LAYOUTS)}")
+        author = "the authors'" if rules is OFFICIAL else "mmdetection's"
+        raise ValueError(f"layout {name!r} does not fit: the keys are {author}; the layouts are {', '.join(LAYOUTS)}")
     shapes = {translate(key, rules): value.shape for key, value in state.items() if isinstance(value, Tensor)}
 
     def count(pattern: str) -> int:

@@ -88,6 +88,22 @@ def load_released(module: DyHead | Detector, state_dict: Mapping[str, Tensor]) -
     Raises:
         ValueError: The layout is unknown, keys could not be mapped, tensors of `module` stayed without a value, or
             shapes differ; the message lists them all. Or the checkpoint holds several states.
+
+    Example:
+        One block in mmdetection's layout, here with random weights:
+
+        >>> import torch
+        >>> from heads import DyHead, load_released
+        >>> shapes = {"spatial_conv_offset": (27, 16, 3, 3), "scale_attn_module.1": (1, 16, 1, 1)}
+        >>> shapes |= {"task_attn_module.conv1.conv": (4, 16, 1, 1), "task_attn_module.conv2.conv": (64, 4, 1, 1)}
+        >>> shapes |= {f"spatial_conv_{neighbour}.norm": (16,) for neighbour in ("high", "mid", "low")}
+        >>> block = {f"{name}.weight": torch.rand(shape) for name, shape in shapes.items()}
+        >>> block |= {f"{name}.bias": torch.rand(shape[0]) for name, shape in shapes.items()}
+        >>> block |= {f"spatial_conv_{n}.conv.weight": torch.rand(16, 16, 3, 3) for n in ("high", "mid", "low")}
+        >>> head = DyHead(channels=16, depth=1, coarse_offsets="prefix")
+        >>> load_released(head, {f"neck.1.dyhead_blocks.0.{name}": value for name, value in block.items()})
+        >>> torch.equal(head.blocks[0].spatial.from_finer.weight, block["spatial_conv_low.conv.weight"])
+        True
     """
     state_dict = bare_state(state_dict)
     rules = recognise(state_dict)
@@ -98,11 +114,11 @@ def load_released(module: DyHead | Detector, state_dict: Mapping[str, Tensor]) -
     for key, value in state_dict.items():
         if BOOKKEEPING.fullmatch(key):
             continue
-        own = translate(key, rules)
-        if own is None or not own.startswith(prefix) or not isinstance(value, Tensor):
+        name = translate(key, rules)
+        if name is None or not name.startswith(prefix) or not isinstance(value, Tensor):
             unmapped.append(key)
         else:
-            loaded[own.removeprefix(prefix)] = value
+            loaded[name.removeprefix(prefix)] = value
 
     if any(re.search(r"spatial\.from_\w+\.bias", key) for key in loaded):
         for branch in (m for m in trunk.modules() if isinstance(m, Branch) and m.bias is None):
@@ -140,10 +156,10 @@ def translate(key: str, rules: list[tuple[str, str]]) -> str | None:
     for pattern, template in rules:
         match = re.fullmatch(pattern, key)
         if match:
-            own = re.sub(r"<(\w+)>", lambda m: NEIGHBOURS[m[1]], match.expand(template))
+            name = re.sub(r"<(\w+)>", lambda m: NEIGHBOURS[m[1]], match.expand(template))
             # detectron2 counts stages from res2 and pyramid convolutions from level 3.
-            own = re.sub(r"\[(\d)\]", lambda m: str(int(m[1]) - 1), own)
-            own = re.sub(r"\{(\d)\}", lambda m: str(int(m[1]) - 3), own)
+            name = re.sub(r"\[(\d)\]", lambda m: str(int(m[1]) - 1), name)
+            name = re.sub(r"\{(\d)\}", lambda m: str(int(m[1]) - 3), name)
             # In a tower of ours a ReLU stands between two convolutions.
-            return re.sub(r"\((\d)\)", lambda m: str(int(m[1]) * 2), own)
+            return re.sub(r"\((\d)\)", lambda m: str(int(m[1]) * 2), name)
     return None

@@ -6,8 +6,8 @@ Ingredients, as published (mmdetection 3.3's configuration):
 - one box for all classes, deltas with standard deviations 0.1 and 0.2, then a half, then a third of that; smooth L1
   with beta 1; the stages' losses weigh 1, 0.5, 0.25;
 - the ground truth is added to the candidates of every stage, and not passed on by it; refined boxes are clipped;
-- detections: boxes of the last stage, with what the three stages said of them and of what they were refined from:
-  `average="logits"` averages before the softmax (mmdetection), `"probabilities"` behind it (the paper, detectron2).
+- detections: boxes of the last stage, with class scores averaged over the three stages: `average="logits"` averages
+  before the softmax (mmdetection), `"probabilities"` after it (the paper, detectron2).
 
 DyHead sits where it does in Faster R-CNN; with `placement="around_roi"` each stage has a task attention of its own in
 place of its two layers.
@@ -74,7 +74,13 @@ class CascadeRCNNHead(TwoStageHead):
     def regions(self, stage: int, proposals: list[Tensor], targets: list[Target]) -> Regions:
         """Sample the regions that a stage learns from. Arguments as in `sample_regions`."""
         return sample_regions(
-            proposals, targets, THRESHOLDS[stage], None, self.samples, self.positive_share, self.num_classes
+            proposals,
+            targets,
+            threshold=THRESHOLDS[stage],
+            low_quality=None,
+            count=self.samples,
+            positive_share=self.positive_share,
+            background=self.num_classes,
         )
 
     def refine(

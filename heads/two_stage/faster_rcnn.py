@@ -91,11 +91,11 @@ class TwoStageHead(PredictionHead[TwoStageOutputs]):
         super().__init__()
         self.strides = tuple(strides)[:-1]
         self.rpn = RPNHead(in_channels, strides, anchor_offset=anchor_offset, samples=in_channels)
-        share = (in_channels / 256) ** 2
-        self.per_image = max(64, int(1000 * share))
+        scale = (in_channels / 256) ** 2
+        self.per_image = max(64, int(1000 * scale))
         # By `training`.
         self.per_level = {True: 2 * self.per_image, False: self.per_image}
-        self.samples = max(32, int(512 * share))
+        self.samples = max(32, int(512 * scale))
         self.positive_share = 0.25
         self.score_threshold = score_threshold
         self.iou_threshold = iou_threshold
@@ -146,7 +146,13 @@ class FasterRCNNHead(TwoStageHead):
     def regions(self, proposals: list[Tensor], targets: list[Target]) -> Regions:
         """Sample the regions that the second stage learns from. Arguments as in `sample_regions`."""
         return sample_regions(
-            proposals, targets, 0.5, "moves", self.samples, self.positive_share, background=self.num_classes
+            proposals,
+            targets,
+            threshold=0.5,
+            low_quality="moves",
+            count=self.samples,
+            positive_share=self.positive_share,
+            background=self.num_classes,
         )
 
     def loss(

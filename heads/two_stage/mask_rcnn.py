@@ -66,10 +66,10 @@ class MaskRCNNHead(FasterRCNNHead):
         logits = self.mask(self.pool(outputs, [r["boxes"] for r in results], MASK_BINS))
         labels = torch.cat([r["labels"] for r in results])
         probabilities = logits[torch.arange(len(logits), device=logits.device), labels].sigmoid()
-        for result, own, size in zip(
+        for result, masks, size in zip(
             results, probabilities.split([len(r["boxes"]) for r in results]), image_sizes, strict=True
         ):
-            result |= {"masks": paste(own, result["boxes"], size), "mask_probabilities": own}
+            result |= {"masks": paste(masks, result["boxes"], size), "mask_probabilities": masks}
         return results
 
     def full_image(self, outputs: TwoStageOutputs) -> None:

@@ -54,9 +54,9 @@ class Regions(NamedTuple):
         sizes = torch.tensor([len(b) for b in self.boxes], device=self.positive.device)
         image = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)[self.positive]
         first = torch.tensor([0, *counts[:-1]], device=sizes.device).cumsum(0)
-        held = torch.bincount(image, minlength=len(sizes)).tolist()
+        per_image = torch.bincount(image, minlength=len(sizes)).tolist()
         boxes = torch.cat(self.boxes)[self.positive]
-        return list(boxes.split(held)), list((self.matched - first[image]).split(held))
+        return list(boxes.split(per_image)), list((self.matched - first[image]).split(per_image))
 
 
 def sample_regions(
@@ -83,25 +83,25 @@ def sample_regions(
     stacked = nn.utils.rnn.pad_sequence(candidates, batch_first=True)
     counts = torch.tensor([len(c) for c in candidates], device=stacked.device)
     valid = torch.arange(stacked.shape[1], device=stacked.device) < counts[:, None]
-    every = [t["boxes"] for t in targets]
-    found = assign_max_iou(stacked, every, threshold, threshold, threshold, low_quality, valid)
-    chosen = sample(found.masked_fill(~valid, IGNORED), count, positive_share)
+    truth = [t["boxes"] for t in targets]
+    assigned = assign_max_iou(stacked, truth, threshold, threshold, threshold, low_quality, valid)
+    chosen = sample(assigned.masked_fill(~valid, IGNORED), count, positive_share)
 
     # Positive ones first within an image, each group in the order of the candidates.
-    is_positive = found >= 0
-    image, place = (chosen & is_positive).nonzero(as_tuple=True)
-    other_image, other_place = (chosen & ~is_positive).nonzero(as_tuple=True)
+    is_positive = assigned >= 0
+    image, column = (chosen & is_positive).nonzero(as_tuple=True)
+    other_image, other_column = (chosen & ~is_positive).nonzero(as_tuple=True)
     order = torch.cat([image, other_image]).argsort(stable=True)
-    images, places = torch.cat([image, other_image])[order], torch.cat([place, other_place])[order]
-    matched = found[image, place]
-    given = torch.tensor([len(b) for b in every], device=stacked.device)
+    images, columns = torch.cat([image, other_image])[order], torch.cat([column, other_column])[order]
+    matched = assigned[image, column]
+    given = torch.tensor([len(b) for b in truth], device=stacked.device)
     return Regions(
-        boxes=list(stacked[images, places].split(torch.bincount(images, minlength=len(every)).tolist())),
-        labels=labels_of(found[images, places], [t["labels"] for t in targets], background),
+        boxes=list(stacked[images, columns].split(torch.bincount(images, minlength=len(truth)).tolist())),
+        labels=labels_of(assigned[images, columns], [t["labels"] for t in targets], background),
         positive=(order < len(image)).nonzero()[:, 0],
-        targets=torch.cat(every)[matched],
+        targets=torch.cat(truth)[matched],
         matched=matched,
-        given=places < given[images],
+        given=columns < given[images],
     )
 
 
@@ -124,18 +124,18 @@ def pool(features: Sequence[Tensor], strides: Sequence[int], boxes: Sequence[Ten
         (sum r_i, C, bins, bins), image by image.
     """
     images = len(boxes)
-    every = torch.cat(list(boxes))
-    counts = torch.tensor([len(b) for b in boxes], device=every.device)
-    image = torch.arange(images, device=every.device).repeat_interleave(counts)
-    key = levels_of(every, len(features)) * images + image
+    batch = torch.cat(list(boxes))
+    counts = torch.tensor([len(b) for b in boxes], device=batch.device)
+    image = torch.arange(images, device=batch.device).repeat_interleave(counts)
+    key = levels_of(batch, len(features)) * images + image
     order = key.argsort(stable=True)
-    groups = every[order].split(torch.bincount(key, minlength=len(features) * images).tolist())
+    groups = batch[order].split(torch.bincount(key, minlength=len(features) * images).tolist())
     pieces = []
     for level, (feature, stride) in enumerate(zip(features, strides, strict=True)):
-        own = list(groups[level * images : (level + 1) * images])
-        # The last level speaks for all where there is no box, so that the result has a gradient.
-        if any(len(b) for b in own) or (not len(every) and feature is features[-1]):
-            pieces.append(roi_align(feature, own, (bins, bins), 1 / stride))
+        of_level = list(groups[level * images : (level + 1) * images])
+        # A batch without boxes is pooled from the last level, so that the result has a gradient.
+        if any(len(b) for b in of_level) or (not len(batch) and feature is features[-1]):
+            pieces.append(roi_align(feature, of_level, (bins, bins), 1 / stride))
     return torch.cat(pieces)[order.argsort()]
 
 
@@ -221,6 +221,6 @@ def class_detections(
     """
     region, label = (probabilities[:, :-1] > score_threshold).nonzero(as_tuple=True)
     column = label if deltas.shape[1] > 1 else 0
-    found = coder.decode(deltas[region, column], boxes[region])
+    decoded = coder.decode(deltas[region, column], boxes[region])
     scores = probabilities[region, label]
-    return detections(found, scores, label, size, iou_threshold, max_detections, clip_first=True)
+    return detections(decoded, scores, label, size, iou_threshold, max_detections, clip_first=True)
