@@ -35,7 +35,7 @@ def insert(table: str, readme: Path) -> None:
     """Replace what stands between the markers of `readme`.
 
     Raises:
-        ValueError: a marker is missing.
+        ValueError: A marker is missing.
     """
     text = readme.read_text()
     if BEGIN not in text or END not in text:

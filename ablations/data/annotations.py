@@ -49,11 +49,11 @@ class Annotations:
         bbox: (n, 4) float64, x, y, width, height in pixels.
         area: (n,) float64, square pixels; width × height of the box where none is given.
         crowd: (n,) bool.
-        segmentation: n values: a list of (2m,) float64 polygons of three points or more, a run-length dict, or None.
+        segmentation: n of `Segmentation`, None where an annotation has none that can be used.
         corners: (n, 4) float32, the box as x1, y1, x2, y2, clipped to the image; of no size where it is not trained on.
         number: (n,) int64, position in the file's `annotations`.
         ids: (n,) object, the annotation's id: int or str.
-        odd: row -> what is wrong with its segmentation, which is None here: masks cannot use it, boxes need not.
+        odd: By row, what is wrong with its segmentation, which is None here: masks cannot use it, boxes need not.
     """
 
     image: np.ndarray
@@ -83,12 +83,12 @@ def mask_problems(columns: Annotations, training: bool) -> list[str]:
     lacking = [int(row) for row in rows if columns.segmentation[row] is None]
     numbers, ids = columns.number[lacking].tolist(), columns.ids[lacking].tolist()
     return [
-        f"{_place(number, own)}: {columns.odd.get(row, 'it has no segmentation')}; masks need polygons or run lengths"
-        for row, number, own in zip(lacking, numbers, ids, strict=True)
+        f"{_where(number, given)}: {columns.odd.get(row, 'it has no segmentation')}; masks need polygons or run lengths"
+        for row, number, given in zip(lacking, numbers, ids, strict=True)
     ]
 
 
-def _place(number: int, annotation_id: int | str) -> str:
+def _where(number: int, annotation_id: int | str) -> str:
     return f"annotations[{number}] (id {quote(annotation_id)})"
 
 
@@ -104,18 +104,18 @@ def check_annotations(
     """Check every annotation.
 
     Args:
-        section: what stands under `annotations`.
-        images: id -> entry, None for an entry with a problem, which is not to be blamed on its annotations; None where
+        section: What stands under `annotations`.
+        images: Entry by id, None for an entry with a problem, which is not to be blamed on its annotations; None where
             the section was unreadable, and likewise `categories`: then unknown ids are not looked for.
-        categories: id -> name.
-        bad: what to do with the mistakes that may be left out, of `BAD_ANNOTATIONS`.
-        problems, notes, lenient: what is found is added to these.
+        categories: Name by id.
+        bad: What to do with the mistakes that may be left out, of `BAD_ANNOTATIONS`.
+        problems, notes, lenient: What is found is added to these.
 
     Returns:
         The columns, and how many annotations were left out for each reason.
     """
-    image_places = _places(images)
-    category_places = _places(categories)
+    image_indices = _indices(images)
+    category_indices = _indices(categories)
     ids: set[int | str] = set()
     # Image, category, crowd, width and height of the image, position in the file.
     rows: list[tuple[int, int, int, int, int, int]] = []
@@ -175,7 +175,7 @@ def check_annotations(
                 hard += [text + OPTION for _, text in mistakes]
             elif not hard:
                 dropped[mistakes[0][0]] += 1
-            where = f"annotations[{number}]" if annotation_id is None else _place(number, annotation_id)
+            where = f"annotations[{number}]" if annotation_id is None else _where(number, annotation_id)
             problems += [where + text for text in hard]
             continue
         image = images.get(image_id) if images else None
@@ -189,7 +189,7 @@ def check_annotations(
                 odd[len(rows)] = problem
         elif "segmentation" in entry:
             odd[len(rows)] = "its segmentation is null"
-        rows.append((image_places[image_id], category_places[category_id], crowd, image.width, image.height, number))
+        rows.append((image_indices[image_id], category_indices[category_id], crowd, image.width, image.height, number))
         boxes.append(box)
         areas.append(area)
         segmentations.append(segmentation)
@@ -225,7 +225,7 @@ def check_annotations(
 def _outside(columns: Annotations, sizes: np.ndarray, rows: list[int]) -> list[str]:
     """The problems of boxes that lie outside their images; `sizes` (n, 2) are width, height."""
     return [
-        f"{_place(int(columns.number[row]), columns.ids[row])}: the box {quote(columns.bbox[row].tolist())} lies "
+        f"{_where(int(columns.number[row]), columns.ids[row])}: the box {quote(columns.bbox[row].tolist())} lies "
         f"outside its image of {sizes[row, 0]}x{sizes[row, 1]} pixels{OPTION}"
         for row in rows
     ]
@@ -235,23 +235,23 @@ def _selected(columns: Annotations, rows: np.ndarray) -> Annotations:
     """These rows of the columns."""
     kept = rows.tolist()
     arrays = {name: value[rows] for name, value in vars(columns).items() if isinstance(value, np.ndarray)}
-    odd = {place: columns.odd[row] for place, row in enumerate(kept) if row in columns.odd}
+    odd = {index: columns.odd[row] for index, row in enumerate(kept) if row in columns.odd}
     return Annotations(**arrays, segmentation=[columns.segmentation[row] for row in kept], odd=odd)
 
 
-def _places(entries: Mapping[int | str, object] | None) -> dict[int | str, int]:
-    """The place of each id in the order of all; any order where they have none, which is a problem already."""
+def _indices(entries: Mapping[int | str, object] | None) -> dict[int | str, int]:
+    """The index of each id in the order of all; any order where they have none, which is a problem already."""
     ids = list(entries or ())
-    return {value: place for place, value in enumerate(ids if mixed("", ids) else sorted(ids))}
+    return {value: index for index, value in enumerate(ids if mixed("", ids) else sorted(ids))}
 
 
 def _identities(values: tuple[object, ...], lenient: Lenient, hard: list[str]) -> list[int | str | None]:
     """The ids of an annotation, its image and its category; None for one that cannot be an id."""
-    found = [identity(value, lenient) for value in values]
-    for key, value, taken in zip(("id", "image_id", "category_id"), values, found, strict=True):
+    ids = [identity(value, lenient) for value in values]
+    for key, value, taken in zip(("id", "image_id", "category_id"), values, ids, strict=True):
         if taken is None:
             hard.append(wrong(key, value, ID))
-    return found
+    return ids
 
 
 def _crowd(value: object, lenient: Lenient, hard: list[str]) -> int:

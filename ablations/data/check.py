@@ -65,7 +65,7 @@ def read_instances(
         measure: Gives the sizes of images that declare none; without it they are a problem.
 
     Raises:
-        DataError: lists every problem of the file.
+        DataError: Lists every problem of the file.
     """
     document, digest, problems = read_json(path)
     if type(document) is not dict:

@@ -33,7 +33,7 @@ def find_root(directory: str | os.PathLike[str]) -> Path:
     """The directory that holds `annotations`: `directory` itself or `coco` below it.
 
     Raises:
-        DataError: there is no such directory.
+        DataError: There is no such directory.
     """
     directory = Path(directory)
     try:
@@ -67,11 +67,11 @@ def read_dataset(
     some of them; one that only it has is left out if nothing is annotated with it.
 
     Args:
-        masks, bad_annotations, max_image_pixels: as in `read_split`.
+        masks, bad_annotations, max_image_pixels: As in `read_split`.
 
     Raises:
-        DataError: lists the problems of both instances files, and categories that differ between the two.
-        ValueError: an argument is out of range.
+        DataError: Lists the problems of both instances files, and categories that differ between the two.
+        ValueError: An argument is out of range.
     """
     _check_arguments(bad_annotations, max_image_pixels)
     root = find_root(directory)
@@ -107,7 +107,7 @@ def _with_categories_of(train: Split, val: Split) -> Split:
     """The validation part with the categories and label numbers of the training part.
 
     Raises:
-        DataError: an id has two names, or an annotated category is unknown to the training part.
+        DataError: An id has two names, or an annotated category is unknown to the training part.
     """
     if (train.category_ids, train.category_names) == (val.category_ids, val.category_names):
         return val
@@ -166,8 +166,8 @@ def read_split(
         max_image_pixels: The most pixels of an image; None for 178,956,970, Pillow's own limit.
 
     Raises:
-        DataError: lists every problem of the instances file, or, where that is sound, every problem of its images.
-        ValueError: an argument is out of range.
+        DataError: Lists every problem of the instances file, or, where that is sound, every problem of its images.
+        ValueError: An argument is out of range.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
@@ -217,19 +217,19 @@ def _records(
     folder: Path, entries: list[ImageEntry], headers: list[Header], columns: Annotations
 ) -> Iterator[ImageRecord]:
     whole = (columns.corners[:, 2:] > columns.corners[:, :2]).all(1)
-    places = np.arange(len(entries) + 1)
+    numbers = np.arange(len(entries) + 1)
 
     def by_image(rows: np.ndarray) -> tuple[np.ndarray, list[int]]:
         rows = rows[np.argsort(columns.image[rows], kind="stable")]
-        return rows, np.searchsorted(columns.image[rows], places).tolist()
+        return rows, np.searchsorted(columns.image[rows], numbers).tolist()
 
     rows, bounds = by_image(np.flatnonzero(columns.trained_on))
     boxes, labels, area = columns.corners[rows], columns.category[rows], columns.area[rows]
     segmentations = [columns.segmentation[row] for row in rows.tolist()]
     crowd_rows, crowd_bounds = by_image(np.flatnonzero(whole & columns.crowd))
     crowd_boxes = columns.corners[crowd_rows]
-    for place, (entry, header) in enumerate(zip(entries, headers, strict=True)):
-        own = slice(bounds[place], bounds[place + 1])
+    for number, (entry, header) in enumerate(zip(entries, headers, strict=True)):
+        objects = slice(bounds[number], bounds[number + 1])
         orientation = applied_orientation(header, entry.width, entry.height)
         # Files whose size is another one were refused.
         assert orientation is not None
@@ -239,11 +239,11 @@ def _records(
             width=entry.width,
             height=entry.height,
             orientation=orientation,
-            boxes=boxes[own],
-            labels=labels[own],
-            area=area[own],
-            segmentations=segmentations[own],
-            crowd_boxes=crowd_boxes[crowd_bounds[place] : crowd_bounds[place + 1]],
+            boxes=boxes[objects],
+            labels=labels[objects],
+            area=area[objects],
+            segmentations=segmentations[objects],
+            crowd_boxes=crowd_boxes[crowd_bounds[number] : crowd_bounds[number + 1]],
         )
 
 
@@ -251,7 +251,7 @@ def read_image(record: ImageRecord) -> np.ndarray:
     """Decode an image of a split: (height, width, 3) uint8 RGB.
 
     Raises:
-        DataError: the file does not decode, or is not as it was when the split was read.
+        DataError: The file does not decode, or is not as it was when the split was read.
     """
     try:
         return decode(record.path, record.width, record.height, record.orientation)

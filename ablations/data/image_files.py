@@ -44,7 +44,7 @@ class ImageFiles:
         """Width and height in pixels of each image as it is displayed, or what is wrong with its file.
 
         Raises:
-            DataError: the folder is missing.
+            DataError: The folder is missing.
         """
         self._check_folder(len(names))
         headers = _in_threads(self._header, names, 64)
@@ -55,7 +55,7 @@ class ImageFiles:
         """The header of every image.
 
         Raises:
-            DataError: the folder is missing, or lists each image that is absent, damaged or of another size.
+            DataError: The folder is missing, or lists each image that is absent, damaged or of another size.
         """
         self._check_folder(len(entries))
         whole = sum(entry.width * entry.height for entry in entries) <= DECODED_PIXELS

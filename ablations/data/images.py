@@ -123,9 +123,9 @@ def read_header(path: str | os.PathLike[str], most: int = MAX_PIXELS) -> Header:
         most: The most pixels of an image.
 
     Raises:
-        ImageError: the file is unreadable, of a kind that is not read, truncated, or larger than `most`.
-        OSError: the file cannot be opened.
-        ValueError: the path cannot be given to the system (a NUL, a lone surrogate).
+        ImageError: The file is unreadable, of a kind that is not read, truncated, or larger than `most`.
+        OSError: The file cannot be opened.
+        ValueError: The path cannot be given to the system (a NUL, a lone surrogate).
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     # O_NONBLOCK: a pipe in the place of an image must not stop the check.
@@ -147,17 +147,17 @@ def _inspect(file: int, most: int) -> Header:
     window = _Window(file, status.st_size)
     head = window.head
     if head.startswith(_JPEG_SIGNATURE):
-        width, height, orientation, body = _jpeg_header(window)
+        width, height, orientation, pixels = _jpeg_header(window)
         end = _JPEG_END
     elif head.startswith(_PNG_SIGNATURE):
-        width, height, orientation, body = _png_header(window)
+        width, height, orientation, pixels = _png_header(window)
         end = _PNG_END
     elif not head:
         raise ImageError("the file is empty")
     else:
         return _decoded_header(file, most)
     _check_size(width, height, most)
-    if window.read(max(status.st_size - len(end), 0), len(end)) != end and not _found_after(file, body, end):
+    if window.read(max(status.st_size - len(end), 0), len(end)) != end and not _is_after(file, pixels, end):
         raise ImageError("truncated: the end marker is missing")
     return Header(width, height, orientation, status.st_size)
 
@@ -226,14 +226,14 @@ class _Window:
         return os.pread(self.file, count, offset)
 
 
-def _found_after(file: int, body: int, end: bytes) -> bool:
+def _is_after(file: int, pixels: int, end: bytes) -> bool:
     """Whether the end marker stands anywhere after the start of the pixel data.
 
     Some cameras append data after the image. Inside compressed JPEG data an FF byte is always followed by 00 or a
     restart marker, so a truncated stream cannot hold the end marker by chance.
     """
     with mmap.mmap(file, 0, access=mmap.ACCESS_READ) as content:
-        return content.rfind(end, body) >= 0
+        return content.rfind(end, pixels) >= 0
 
 
 def _jpeg_header(window: _Window) -> tuple[int, int, int, int]:
@@ -310,14 +310,14 @@ def decode(path: str | os.PathLike[str], width: int, height: int, orientation: i
     Grey values are repeated, palettes looked up, CMYK converted, 16-bit values rounded to 8 bits, alpha dropped.
 
     Args:
-        width, height: the size that the upright image must have, in pixels.
-        orientation: the EXIF orientation to apply, 1..8, as `applied_orientation` gives it.
+        width, height: The size that the upright image must have, in pixels.
+        orientation: The EXIF orientation to apply, 1..8, as `applied_orientation` gives it.
 
     Returns:
         (height, width, 3) uint8.
 
     Raises:
-        ImageError: the file cannot be decoded, or has another size by now.
+        ImageError: The file cannot be decoded, or has another size by now.
     """
     # Such a size was accepted when the data was read, perhaps in another process.
     limit_pixels(int(width * height))

@@ -74,18 +74,18 @@ class _Pixels:
     def get(self, index: int, width: int, height: int, flip: bool = False) -> Tensor:
         """The image at this size, (3, height, width) uint8, the caller's own."""
         key = (index, width, height)
-        found = self.kept.get(key)
-        if found is None:
+        image = self.kept.get(key)
+        if image is None:
             pixels = read_image(self.records[index])
             if pixels.shape[:2] != (height, width):
                 # Pillow puts pixel centres at half-integers and widens its filter when it shrinks.
                 pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
-            found = np.array(pixels.transpose(2, 0, 1), order="C")
+            image = np.array(pixels.transpose(2, 0, 1), order="C")
             if self.keeps:
-                self.kept[key] = found
+                self.kept[key] = image
             elif not flip:
-                return torch.from_numpy(found)
-        return torch.from_numpy((found[..., ::-1] if flip else found).copy())
+                return torch.from_numpy(image)
+        return torch.from_numpy((image[..., ::-1] if flip else image).copy())
 
 
 class _Ahead(Generic[Batch]):
@@ -121,7 +121,7 @@ class Loader:
     Each group is an endless sequence of seeded permutations, cut into batches; the steps are dealt to the groups evenly
     in proportion to their sizes. So every image of a group is seen once before any is seen twice, no batch is short,
     and no image is left out. Scale and flip are drawn from a generator seeded by the seed and the step, one draw for
-    each place in the batch.
+    each image of the batch.
 
     Args:
         split: What to read.
@@ -135,8 +135,8 @@ class Loader:
         masks: Whether the targets have masks; every object of positive size then needs a segmentation.
 
     Raises:
-        TypeError, ValueError: an argument is no whole number, or out of range.
-        DataError: masks are wanted, and objects lack a segmentation.
+        TypeError, ValueError: An argument is no whole number, or out of range.
+        DataError: Masks are wanted, and objects lack a segmentation.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Loader:
             size left at the size of the image is left out.
 
         Raises:
-            DataError: an image does not decode; the message names the file.
+            DataError: An image does not decode; the message names the file.
         """
         return self._ahead(step)
 
@@ -196,8 +196,8 @@ class Loader:
         members = self.groups[group]
         start = number * self.batch_size
         chosen = []
-        for place in range(start, start + self.batch_size):
-            epoch, offset = divmod(place, len(members))
+        for number in range(start, start + self.batch_size):
+            epoch, offset = divmod(number, len(members))
             chosen.append(int(members[self._order(group, epoch)[offset]]))
         return chosen
 
@@ -241,8 +241,8 @@ class Loader:
 def _masks(record: ImageRecord, kept: np.ndarray, width: int, height: int, flip: bool) -> Tensor:
     """The masks of these objects of an image at this size, (n, height, width) uint8."""
     masks = np.zeros((len(kept), height, width), np.uint8)
-    for mask, place in zip(masks, kept.tolist(), strict=True):
-        mask[:] = bitmap(record.segmentations[place], record.width, record.height, width, height)
+    for mask, index in zip(masks, kept.tolist(), strict=True):
+        mask[:] = bitmap(record.segmentations[index], record.width, record.height, width, height)
     return torch.from_numpy(masks[..., ::-1].copy() if flip else masks)
 
 
@@ -277,7 +277,7 @@ class EvalLoader:
         threads, cache_bytes: As for `Loader`.
 
     Raises:
-        TypeError, ValueError: an argument is no whole number, or out of range.
+        TypeError, ValueError: An argument is no whole number, or out of range.
     """
 
     def __init__(
@@ -304,7 +304,7 @@ class EvalLoader:
         """Images, (3, H, W) uint8 RGB, and what leads from each back to its original.
 
         Raises:
-            DataError: an image does not decode; the message names the file.
+            DataError: An image does not decode; the message names the file.
         """
         for number in range(len(self)):
             yield self._ahead(number)

@@ -24,7 +24,7 @@ class ImageRecord:
             regions; n may be 0.
         labels: (n,) int64, 0-based and contiguous.
         area: (n,) float64, square pixels, as given, or width × height of the box.
-        segmentations: n values: a list of polygons, (2m,) float64 each, a run-length dict, or None.
+        segmentations: One for each box, None where it has none that can be used.
         crowd_boxes: (m, 4) float32, regions that training ignores.
     """
 

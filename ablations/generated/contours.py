@@ -97,8 +97,8 @@ def mask_to_polygons(mask: np.ndarray, tolerance: float, speck: float) -> list[n
 
     Args:
         mask: (H, W) bool, with at least one pixel set.
-        tolerance: the greatest distance, in pixels, between a dropped contour point and its polygon.
-        speck: regions and holes of a smaller area, in square pixels, are left out; the largest region never is.
+        tolerance: The greatest distance, in pixels, between a dropped contour point and its polygon.
+        speck: Regions and holes of a smaller area, in square pixels, are left out; the largest region never is.
 
     Returns:
         One float64 array (n >= 3, 2) of (x, y) per region, in pixel edges: the pixel in column 0 spans 0 to 1.

@@ -108,9 +108,19 @@ SHAPES = (
 
 def _plus(arm: float) -> Points:
     return [
-        (-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm),
-        (arm, 1), (-arm, 1), (-arm, arm), (-1, arm), (-1, -arm), (-arm, -arm),
-    ]  # fmt: skip
+        (-arm, -1),
+        (arm, -1),
+        (arm, -arm),
+        (1, -arm),
+        (1, arm),
+        (arm, arm),
+        (arm, 1),
+        (-arm, 1),
+        (-arm, arm),
+        (-1, arm),
+        (-1, -arm),
+        (-arm, -arm),
+    ]
 
 
 def _arrow() -> Points:

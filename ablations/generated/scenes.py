@@ -20,24 +20,24 @@ class Difficulty:
     """What decides how hard a generated set is. Lengths are in pixels, ranges are inclusive (low, high) pairs.
 
     Attributes:
-        train, val: number of images.
+        train, val: Number of images.
         sizes: (width, height) of the images, drawn per image.
-        classes: how many of `SHAPES`, from the first.
-        objects: labelled objects per image.
-        scale: longest side of an object before rotation; its logarithm is uniform.
-        close_ups: share of the images whose largest object is drawn as large as `close_up` says.
-        close_up: longest side of such an object, in shorter sides of the image.
-        crowds: share of the images with a crowd region.
-        deform: strength of the deformations, as in `ablations.generated.outlines.deformed`.
-        clutter, occluders: unlabelled things behind and in front of the objects.
-        hollow: share of the clutter that is the bare border of a class's shape.
-        colour_bias: share of the objects that have the colour of their class; the others have any.
-        contrast: distance in RGB between an object and what is behind it.
-        texture: strength of the patterns on background and objects, in grey levels.
-        noise: standard deviation of the pixel noise, in grey levels.
-        visible: the least share of an object that may be left in sight.
-        supersample: sub-pixels per pixel and axis when edges are drawn.
-        jpeg: write JPEG (quality 92) instead of PNG.
+        classes: How many of `SHAPES`, from the first.
+        objects: Labelled objects per image.
+        scale: Longest side of an object before rotation; its logarithm is uniform.
+        close_ups: Fraction of the images whose largest object is drawn as large as `close_up` says.
+        close_up: Longest side of such an object, in shorter sides of the image.
+        crowds: Fraction of the images with a crowd region.
+        deform: Strength of the deformations, as in `ablations.generated.outlines.deformed`.
+        clutter, occluders: Unlabelled things behind and in front of the objects.
+        hollow: Fraction of the clutter that is the bare border of a class's shape.
+        colour_bias: Fraction of the objects that have the colour of their class; the others have any.
+        contrast: Distance in RGB between an object and what is behind it.
+        texture: Strength of the patterns on background and objects, in grey levels.
+        noise: Standard deviation of the pixel noise, in grey levels.
+        visible: The least fraction of an object that may be left in sight.
+        supersample: Sub-pixels per pixel and axis when edges are drawn.
+        jpeg: Write JPEG (quality 92) instead of PNG.
     """
 
     train: int
@@ -232,7 +232,7 @@ class Canvas:
                 return
 
     def place(self, shape: Shape, size: float, tries: int = 12) -> None:
-        """Paint one labelled instance where it and all others stay in sight; give up after `tries` places."""
+        """Paint one labelled instance where it and all others stay in sight; give up after `tries` positions."""
         rng, difficulty = self.rng, self.difficulty
         outline = deformed(rng, shape, difficulty.deform)
         hue = shape.hue if rng.random() < difficulty.colour_bias else None

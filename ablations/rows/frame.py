@@ -183,7 +183,7 @@ def _show(line: pd.Series, name: str) -> str:
         decimals = 1
     else:
         decimals = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 0
-    own = line["attentions"] == "baseline"
-    text = f"{value:{'+' if name == 'delta_AP' and not own else ''}.{decimals}f}"
+    baseline = line["attentions"] == "baseline"
+    text = f"{value:{'+' if name == 'delta_AP' and not baseline else ''}.{decimals}f}"
     deviation = line.get(f"{name}_std")
     return text if pd.isna(deviation) else f"{text} ± {deviation:.{decimals}f}"

@@ -25,11 +25,11 @@ def device_name(text: str) -> str:
     if text == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     # `cpu:0` is PyTorch's as well, but no row may say that it comes from another device than `cpu`.
-    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", text)
-    if not found:
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", text)
+    if not match:
         raise argparse.ArgumentTypeError(f"unknown device {text!r}; it is auto, cpu, cuda or cuda:N")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if text != "cpu" and int(found[1] or 0) >= count:
+    if text != "cpu" and int(match[1] or 0) >= count:
         raise argparse.ArgumentTypeError(f"{text} is not here: torch sees {count} GPUs")
     return text
 

@@ -30,9 +30,8 @@ LEGEND = (
     "L, S, C: scale, spatial, task attention; none: all three off; ×2: two blocks. ★ baseline: the detector with "
     "its own towers."
 )
-# Where a name may stand, in points from its marker, the best first.
+# On which sides of its point a name may stand, the best first.
 SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
-DISTANCES = (7, 12)
 HORIZONTAL: dict[int, Literal["left", "center", "right"]] = {1: "left", 0: "center", -1: "right"}
 VERTICAL: dict[int, Literal["bottom", "center_baseline", "top"]] = {1: "bottom", 0: "center_baseline", -1: "top"}
 
@@ -81,11 +80,11 @@ def draw_picture(section: Section) -> Figure | None:
     with matplotlib.rc_context({**STYLE, "font.size": 10, "axes.titlesize": 11}):
         parts = comparisons(frame)
         height = PANEL_HEIGHT * len(parts) + LINE * (len(caption) + 0.7)
-        share = PANEL_HEIGHT * len(parts) / height
+        fraction = PANEL_HEIGHT * len(parts) / height
         figure = Figure(figsize=(WIDTH, height))
-        figure.set_layout_engine("constrained", rect=(0, 1 - share, 1, share))
+        figure.set_layout_engine("constrained", rect=(0, 1 - fraction, 1, fraction))
         style: dict[str, Any] = {"fontsize": 7.5, "color": "#333333", "va": "top", "linespacing": 1.35}
-        figure.text(0.02, 1 - share, "\n".join(caption), **style).set_in_layout(False)
+        figure.text(0.02, 1 - fraction, "\n".join(caption), **style).set_in_layout(False)
         panels = [axes for (axes,) in figure.subplots(len(parts), 1, squeeze=False, sharex=True, sharey=True)]
         for axes, (title, part) in zip(panels, parts, strict=True):
             axes.set_title(f"{title}: AP against latency")
@@ -110,21 +109,21 @@ def _name_points(figure: Figure, axes: Axes, part: pd.DataFrame) -> None:
     radii = [(9 if line["attentions"] == "baseline" else 5) * scale for line in lines]
     taken = [Bbox.from_bounds(x - r, y - r, 2 * r, 2 * r) for (x, y), r in zip(points, radii, strict=True)]
     for line in lines:
-        own = line["attentions"] == "baseline"
+        baseline = line["attentions"] == "baseline"
         text = axes.annotate(
-            "baseline" if own else f"{line['attentions']} ×{line['depth']}",
+            "baseline" if baseline else f"{line['attentions']} ×{line['depth']}",
             (line["latency_ms_p50"], line["AP"]),
             (0, 0),
             textcoords="offset points",
             color=_dark(colour_of(line["attentions"])),
             fontsize=9,
-            fontweight="bold" if own else "normal",
+            fontweight="bold" if baseline else "normal",
             zorder=6,
             path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )
         # The layout is made already; a name must not change it.
         text.set_in_layout(False)
-        if (extent := _place(text, axes, taken, own)) is None:
+        if (extent := _place(text, axes, taken, 11 if baseline else 7)) is None:
             text.remove()
         else:
             taken.append(extent)
@@ -135,12 +134,21 @@ def _dark(colour: str) -> tuple[float, ...]:
     return tuple(0.72 * channel for channel in to_rgb(colour))
 
 
-def _place(text: Annotation, axes: Axes, taken: list[Bbox], own: bool) -> Bbox | None:
-    """Put a name beside its point where it lies on nothing; returns the place, or None where there is no room."""
-    for distance in DISTANCES:
+def _place(text: Annotation, axes: Axes, taken: list[Bbox], reach: int) -> Bbox | None:
+    """Put a name beside its point where it lies on nothing.
+
+    Args:
+        text: The name.
+        axes: The panel, which the name must not leave.
+        taken: What it must not lie on, in pixels.
+        reach: Distance from the middle of the point in points of 1/72 inch; a little more where that is not free.
+
+    Returns:
+        What the name covers, or None where there is no room.
+    """
+    for distance in (reach, reach + 5):
         for side, height in SIDES:
-            reach = distance + (4 if own else 0)
-            text.set_position((side * reach, height * reach))
+            text.set_position((side * distance, height * distance))
             text.set_horizontalalignment(HORIZONTAL[side])
             text.set_verticalalignment(VERTICAL[height])
             extent = text.get_window_extent()

@@ -114,27 +114,30 @@ def gain_by_detector(frame: pd.DataFrame) -> Figure | None:
     """From each detector's baseline to its best line with DyHead, in AP and latency. None below two such detectors."""
     pairs = []
     for detector, part in frame.dropna(subset=["AP", "latency_ms_p50"]).groupby("detector", sort=False):
-        own, others = _baseline(part), part[part["attentions"] != "baseline"]
-        if len(own) and len(others):
-            pairs.append((str(detector), own.iloc[0], others.iloc[int(others["AP"].argmax())]))
+        baseline, others = _baseline(part), part[part["attentions"] != "baseline"]
+        if len(baseline) and len(others):
+            pairs.append((str(detector), baseline.iloc[0], others.iloc[int(others["AP"].argmax())]))
     if len(pairs) < 2:
         return None
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.6, 1.6 + 0.36 * len(pairs)), layout="constrained")
         bars, plane = figure.subplots(1, 2, width_ratios=(1, 1))
         palette = matplotlib.colormaps["tab10"]
-        for height, (_, own, best) in enumerate(reversed(pairs)):
+        for height, (_, baseline, best) in enumerate(reversed(pairs)):
             colour = palette((len(pairs) - 1 - height) % 10)
-            bars.plot([own["AP"], best["AP"]], [height, height], color="#bbbbbb", linewidth=2, zorder=2)
-            bars.plot(own["AP"], height, "*", markersize=12, color="black", zorder=3)
+            bars.plot([baseline["AP"], best["AP"]], [height, height], color="#bbbbbb", linewidth=2, zorder=2)
+            bars.plot(baseline["AP"], height, "*", markersize=12, color="black", zorder=3)
             bars.plot(best["AP"], height, "o", markersize=8, color=colour, zorder=3)
-            name = f"{best['AP'] - own['AP']:+.1f}  ({best['attentions']}, depth {best['depth']})"
-            right = max(own["AP"], best["AP"])
+            name = f"{best['AP'] - baseline['AP']:+.1f}  ({best['attentions']}, depth {best['depth']})"
+            right = max(baseline["AP"], best["AP"])
             bars.annotate(name, (right, height), (9, 0), textcoords="offset points", va="center", fontsize=SMALL)
             plane.plot(
-                [own["latency_ms_p50"], best["latency_ms_p50"]], [own["AP"], best["AP"]], color=colour, linewidth=1.2
+                [baseline["latency_ms_p50"], best["latency_ms_p50"]],
+                [baseline["AP"], best["AP"]],
+                color=colour,
+                linewidth=1.2,
             )
-            plane.plot(own["latency_ms_p50"], own["AP"], "*", markersize=12, color=colour)
+            plane.plot(baseline["latency_ms_p50"], baseline["AP"], "*", markersize=12, color=colour)
             plane.plot(best["latency_ms_p50"], best["AP"], "o", markersize=7, color=colour)
         bars.set_yticks(range(len(pairs)), [detector for detector, _, _ in reversed(pairs)])
         bars.set_xlabel("AP (%): ★ own towers (baseline), ● best with DyHead")
@@ -169,11 +172,11 @@ def comparisons(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """What one panel shows, with its title: a detector and formulation, and in each the detector's baseline."""
     parts = []
     for detector, part in frame.groupby("detector", sort=False):
-        own = part["attentions"] == "baseline"
-        formulations = list(dict.fromkeys(part.loc[~own, "formulation"]))
+        baseline = part["attentions"] == "baseline"
+        formulations = list(dict.fromkeys(part.loc[~baseline, "formulation"]))
         for formulation in formulations:
             title = f"{detector}, {formulation}" if len(formulations) > 1 else str(detector)
-            parts.append((title, part[own | (part["formulation"] == formulation)]))
+            parts.append((title, part[baseline | (part["formulation"] == formulation)]))
     return parts
 
 
@@ -206,19 +209,19 @@ def _deviation(line: pd.Series, name: str) -> float | None:
 
 
 def draw_point(axes: Axes, line: pd.Series, marker: str) -> None:
-    own = line["attentions"] == "baseline"
+    baseline = line["attentions"] == "baseline"
     axes.errorbar(
         line["latency_ms_p50"],
         line["AP"],
         xerr=_deviation(line, "latency_ms_p50"),
         yerr=_deviation(line, "AP"),
-        marker="*" if own else marker,
-        markersize=14 if own else 7,
+        marker="*" if baseline else marker,
+        markersize=14 if baseline else 7,
         color=colour_of(line["attentions"]),
         markeredgecolor="white",
         markeredgewidth=0.6,
         elinewidth=0.9,
-        zorder=5 if own else 4,
+        zorder=5 if baseline else 4,
     )
 
 
@@ -282,15 +285,15 @@ def _name_ends(figure: Figure, axes: Axes, ends: list[tuple[float, float, str]])
     """Name points on their right, the names pushed apart where they would overlap."""
     figure.draw_without_rendering()
     gap = 11 * figure.dpi / 72
-    places = []
+    names = []
     for x, y, name in sorted(ends, key=lambda end: end[1]):
         height = axes.transData.transform((x, y))[1]
-        places.append([height, height, x, y, name])
-    for lower, upper in itertools.pairwise(places):
+        names.append([height, height, x, y, name])
+    for lower, upper in itertools.pairwise(names):
         upper[1] = max(upper[1], lower[1] + gap)
     # The pile goes down again by what it was pushed up on average, so names stay about as high as their points.
-    shift = sum(place[1] - place[0] for place in places) / len(places)
-    for height, placed, x, y, name in places:
+    shift = sum(placed - height for height, placed, *_ in names) / len(names)
+    for height, placed, x, y, name in names:
         axes.annotate(
             name,
             (x, y),

@@ -51,7 +51,7 @@ def paper_ap(cell: Settings) -> float | None:
         if attentions == "LSC":
             return None if depth is None else DEPTHS_AP.get(depth)
         return SUBSETS_AP.get(attentions) if attentions == "baseline" or depth == SUBSETS_DEPTH else None
-    own, with_dyhead = DETECTORS_AP.get(detector, (None, None))
+    without, with_dyhead = DETECTORS_AP.get(detector, (None, None))
     if attentions == "baseline":
-        return own
+        return without
     return with_dyhead if attentions == "LSC" and depth == DETECTORS_DEPTH else None
