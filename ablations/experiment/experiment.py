@@ -140,8 +140,8 @@ def run(cell: Cell, job: Job, room: Room, notice: Callable[[Event], None]) -> No
     images = next(iter(EvalLoader(data.val, cell.batch_size, cell.test_size[0], cell.max_size)))[0]
     with room.quiet(), autocast(device, cell.precision):
         speed = measure_latency(model, images, device)
-    size = {"params_M": count_parameters(model) / 1e6, "GMACs": count_gmacs(model, images[:1])}
-    notice(Learned(cast(Results, {**size, **speed})))
+    size: Results = {"params_M": count_parameters(model) / 1e6, "GMACs": count_gmacs(model, images[:1])}
+    notice(Learned({**size, **speed}))
 
 
 def build(cell: Cell, num_classes: int, weights: str | None) -> Detector:
