@@ -20,12 +20,21 @@ _selected: Backend = "auto"
 def use_backend(name: Backend) -> Iterator[None]:
     """Select the implementation of every operator called inside the `with` block.
 
-    `"auto"` takes Triton for tensors on a GPU and plain PyTorch for tensors on a CPU. `"triton"` on CPU tensors works
-    only under `TRITON_INTERPRET=1`. The choice is made in the forward call and kept for its backward. It belongs to the
-    process, not to a thread.
+    The choice is made in the forward call and kept for its backward. It belongs to the process, not to a thread.
+
+    Args:
+        name: `"auto"` takes Triton for tensors on a GPU and plain PyTorch for tensors on a CPU; `"triton"` and
+            `"torch"` take one for all. `"triton"` on CPU tensors works only under `TRITON_INTERPRET=1`.
 
     Raises:
-        ValueError: `name` is not a backend.
+        ValueError: `name` is no backend.
+
+    Example:
+        >>> import torch
+        >>> from kernels import dynamic_relu, use_backend
+        >>> with use_backend("torch"):
+        ...     dynamic_relu(torch.tensor([[[[-2.0, 3.0]]]]), torch.tensor([[[1.0], [0.0], [0.5], [0.0]]]))
+        tensor([[[[-1.,  3.]]]])
     """
     global _selected
     if name not in BACKENDS:

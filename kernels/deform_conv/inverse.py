@@ -47,7 +47,7 @@ def index(keys: Tensor, bins: int) -> Index:
 
     Args:
         keys: (samples,) int32, the bin of every sample, or `bins` for one that is in none.
-        bins: how many bins there are.
+        bins: Number of bins.
     """
     found = torch.sort(keys, stable=True)
     edges = torch.arange(bins + 1, dtype=torch.int32, device=keys.device)
@@ -92,10 +92,10 @@ def input_gradients(targets: list[Tensor], grads: list[Tensor], levels: list[Lev
     """Write the gradients (N, C, H, W) of the inputs of all levels.
 
     Args:
-        targets: one a level, of any strides.
-        grads: the outputs' gradients, (N, Ho, Wo, O), contiguous.
-        levels: maps, offsets and masks.
-        packed: the weight as (groups, T, C / groups, O / groups), contiguous, in the inputs' type.
+        targets: One a level, of any strides.
+        grads: Gradients of the outputs, (N, Ho, Wo, O), contiguous.
+        levels: Maps, offsets and masks.
+        packed: The weight as (groups, T, C / groups, O / groups), contiguous, in the inputs' type.
     """
     firsts, samples, bins = [], 0, 0
     for level in levels:

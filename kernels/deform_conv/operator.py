@@ -33,7 +33,8 @@ from kernels.deform_conv.checks import (
     check_weight,
     level_names,
 )
-from kernels.runtime.operator import Derivative, Implementation, Operator, remembered, signature
+from kernels.runtime.checks import remembered
+from kernels.runtime.operator import Derivative, Implementation, Operator, signature
 
 
 def reference(
@@ -295,16 +296,30 @@ def deform_conv2d_levels(
     """`deform_conv2d` of maps that share everything but their size, such as the levels of a pyramid, in one call.
 
     Args:
-        inputs: one (N, C, H_l, W_l) a level, of the same N, C, dtype and device.
-        offsets: one a level, as in `deform_conv2d`.
-        masks: one a level, or None.
+        inputs: One (N, C, H_l, W_l) a level, of the same N, C, dtype and device.
+        offsets: One a level, as in `deform_conv2d`.
+        weight: As in `deform_conv2d`, for all levels.
+        bias: As in `deform_conv2d`, for all levels.
+        stride: As in `deform_conv2d`, for all levels.
+        padding: As in `deform_conv2d`, for all levels.
+        dilation: As in `deform_conv2d`, for all levels.
+        masks: One a level, as in `deform_conv2d`, or None.
 
     Returns:
         One (N, O, Ho_l, Wo_l) a level: what `deform_conv2d` returns for each, up to float rounding.
 
     Raises:
-        TypeError, ValueError: as in `deform_conv2d`, or the lists differ in length or the levels in batch, channels or
-            groups.
+        TypeError: As in `deform_conv2d`.
+        ValueError: As in `deform_conv2d`, or the lists differ in length or the levels in batch, channels or groups.
+
+    Example:
+        >>> import torch
+        >>> from kernels import deform_conv2d_levels
+        >>> sizes = ((8, 8), (4, 4))
+        >>> pyramid, offsets = ([torch.zeros(2, c, *size) for size in sizes] for c in (16, 18))
+        >>> out = deform_conv2d_levels(pyramid, offsets, torch.randn(32, 16, 3, 3), padding=1)
+        >>> [tuple(x.shape) for x in out]
+        [(2, 32, 8, 8), (2, 32, 4, 4)]
     """
     tensors, lengths = _row((inputs, offsets, masks))
     key = _key((*tensors, weight, bias), (*lengths, stride, padding, dilation))
@@ -326,22 +341,37 @@ def deform_conv2d(
 
     T = kh * kw taps, G offset groups (as many as the channels of `offset` say), groups = C / weight.shape[1]. All
     tensors have one dtype (float16, bfloat16, float32, float64; autocast converts them) and one device. Every argument
-    that is a tensor has a gradient. The output is channels last where the input is.
+    that is a tensor has a gradient, and there is no second derivative. The output is channels last where the input is.
 
     Args:
         input: (N, C, H, W), any strides; N may be 0.
         offset: (N, G * T * 2, Ho, Wo) in pixels of the input: for each offset group and tap its dy, then its dx.
         weight: (O, C / groups, kh, kw).
         bias: (O,), or None.
-        stride, padding, dilation: an int, or a pair for height and width.
+        stride: Pixels of the input from one output pixel to the next, an int or a pair for height and width.
+        padding: Rows and columns of zeros on each side, an int or a pair.
+        dilation: Pixels of the input from one tap to the next, an int or a pair.
         mask: (N, G * T, Ho, Wo), a factor for every sample, or None for ones.
 
     Returns:
         (N, O, Ho, Wo).
 
     Raises:
-        TypeError: an argument is of a wrong Python type.
-        ValueError: a shape, dtype or device does not fit the others; the message names it and what it must be.
+        TypeError: An argument is of a wrong Python type.
+        ValueError: A shape, dtype or device does not fit the others; the message names it and what it must be.
+        NotImplementedError: A second derivative is asked for.
+
+    Source: Zhu et al., "Deformable ConvNets v2", CVPR 2019, Eq. 1.
+
+    Example:
+        Without offsets it is an ordinary convolution.
+
+        >>> import torch
+        >>> from kernels import deform_conv2d
+        >>> x, weight = torch.randn(2, 16, 8, 8), torch.randn(32, 16, 3, 3)
+        >>> out = deform_conv2d(x, torch.zeros(2, 18, 8, 8), weight, padding=1)
+        >>> torch.allclose(out, torch.nn.functional.conv2d(x, weight, padding=1), atol=1e-4)
+        True
     """
     key = _key((input, offset, mask, weight, bias), (stride, padding, dilation))
     geometry = _check(key, input, offset, mask, weight, bias, stride, padding, dilation)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from kernels.backend import resolve_backend
-from kernels.runtime.checks import check_device, check_tensor
-from kernels.runtime.operator import Derivative, Implementation, Operator, remembered, signature
+from kernels.runtime.checks import check_device, check_tensor, remembered
+from kernels.runtime.operator import Derivative, Implementation, Operator, signature
 
 
 def reference(input: Tensor, coefficients: Tensor) -> Tensor:
@@ -194,10 +194,21 @@ def dynamic_relu(input: Tensor, coefficients: Tensor) -> Tensor:
         innermost, contiguous otherwise.
 
     Raises:
-        TypeError: an argument is no tensor.
-        ValueError: a shape, a type or a device does not fit; the message names the argument.
+        TypeError: An argument is no tensor.
+        ValueError: A shape, a type or a device does not fit; the message names the argument.
+        NotImplementedError: A second derivative is asked for.
 
     Source: Chen et al., "Dynamic ReLU", ECCV 2020, Eq. 3 with K = 2; Dai et al., "Dynamic Head", CVPR 2021, Eq. 5.
+
+    Example:
+        With the lines x and 0 it is an ordinary ReLU.
+
+        >>> import torch
+        >>> from kernels import dynamic_relu
+        >>> x, lines = torch.randn(2, 16, 8, 8), torch.zeros(2, 4, 16)
+        >>> lines[:, 0] = 1
+        >>> torch.equal(dynamic_relu(x, lines), x.relu())
+        True
     """
     key = signature(input, coefficients)
     _check(key, input, coefficients)

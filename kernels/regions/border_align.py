@@ -243,14 +243,24 @@ def border_align(features: Tensor, boxes: Tensor, pool_size: int = 10) -> Tensor
             point; half precision is computed in float32.
         boxes: (N, n, 4) x1, y1, x2, y2 in cells, floating point, of the same or another type; not differentiated. N, C
             and n may be 0.
-        pool_size: below 256.
+        pool_size: Steps along a border, from 1 to 255.
 
     Returns:
         (N, C, n, 4): top, left, bottom, right. It can be differentiated once, in `features`.
 
     Raises:
-        TypeError: an argument is of a wrong Python type.
-        ValueError: a shape, a type, a device or `pool_size` does not fit; the message names the argument.
+        TypeError: An argument is of a wrong Python type.
+        ValueError: A shape, a type, a device or `pool_size` does not fit; the message names the argument.
+        NotImplementedError: A second derivative is asked for.
+
+    Source: Qiu et al., "BorderDet", ECCV 2020.
+
+    Example:
+        >>> import torch
+        >>> from kernels import border_align
+        >>> features = torch.arange(5.0).expand(1, 4, 5, 5)
+        >>> border_align(features, torch.tensor([[[1.0, 1.0, 3.0, 3.0]]]))
+        tensor([[[[3., 1., 3., 3.]]]])
     """
     _check(features, boxes)
     pool_size = check_integer("pool_size", pool_size, 1, 255)

@@ -30,22 +30,29 @@ _MOST_TRITON = 2**15
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_output: int | None = None) -> Tensor:
-    """Indices of the boxes that greedy suppression keeps, by falling score.
+    """Indices of the boxes that greedy NMS keeps, by falling score.
 
     Args:
         boxes: (n, 4) x1, y1, x2, y2, floating point.
         scores: (n,), floating point, of the same or another type. NaN comes first, as `torch.argsort` has it.
-        iou_threshold: a box is dropped when its IoU with a kept box is greater than this number, in the precision of
+        iou_threshold: A box is dropped when its IoU with a kept box is greater than this number, in the precision of
             the boxes.
-        max_output: stop after this many kept boxes; `None` keeps all.
+        max_output: Stop after this many kept boxes; `None` keeps all.
 
     Returns:
         (k,) int64. Boxes without area never suppress one another (their IoU, 0 / 0, exceeds nothing). A box whose area
         is not finite, as with any coordinate that is not, suppresses nothing and is suppressed by nothing.
 
     Raises:
-        TypeError: an argument is of a wrong Python type.
-        ValueError: a shape, a type, a device or a number does not fit; the message names the argument.
+        TypeError: An argument is of a wrong Python type.
+        ValueError: A shape, a type, a device or a number does not fit; the message names the argument.
+
+    Example:
+        >>> import torch
+        >>> from kernels import nms
+        >>> boxes = torch.tensor([[0.0, 0.0, 4.0, 4.0], [0.0, 0.0, 4.0, 3.0], [5.0, 5.0, 9.0, 9.0]])
+        >>> nms(boxes, torch.tensor([0.7, 0.9, 0.8]), iou_threshold=0.5)
+        tensor([1, 2])
     """
     return _nms(boxes, scores, None, iou_threshold, max_output)
 
@@ -53,9 +60,30 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_output: int | N
 def batched_nms(
     boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, max_output: int | None = None
 ) -> Tensor:
-    """`nms` in which only boxes of the same label suppress one another; `labels` are (n,) integers of any type.
+    """`nms` in which only boxes of the same label suppress one another.
 
     Labels are compared, not added to the coordinates as a shift: that usual trick rounds the boxes of high labels.
+
+    Args:
+        boxes: (n, 4), as in `nms`.
+        scores: (n,), as in `nms`.
+        labels: (n,) integers of any type.
+        iou_threshold: As in `nms`.
+        max_output: As in `nms`.
+
+    Returns:
+        (k,) int64, as `nms`.
+
+    Raises:
+        TypeError: As in `nms`.
+        ValueError: As in `nms`.
+
+    Example:
+        >>> import torch
+        >>> from kernels import batched_nms
+        >>> boxes = torch.tensor([[0.0, 0.0, 4.0, 4.0]]).repeat(3, 1)
+        >>> batched_nms(boxes, torch.tensor([0.7, 0.9, 0.8]), torch.tensor([1, 1, 2]), iou_threshold=0.5)
+        tensor([1, 2])
     """
     check_tensor("labels", labels, "(n,)", 1, INTEGER)
     return _nms(boxes, scores, labels, iou_threshold, max_output)

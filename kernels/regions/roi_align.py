@@ -293,14 +293,14 @@ def roi_align(
 
     Args:
         features: (N, C, H, W), floating point; half precision is computed in float32.
-        boxes: for each of the N images (r_i, 4) x1, y1, x2, y2 in pixels, or for all of them (K, 5) with the number of
+        boxes: For each of the N images (r_i, 4) x1, y1, x2, y2 in pixels, or for all of them (K, 5) with the number of
             the image in front, floating point, of the same type as the features or another one; they are not
             differentiated. The number loses its fraction, and of an image that does not exist (NaN, below 0, N and
             above) a box is 0. So is a box with a coordinate or a size that is not finite.
-        output_size: bins (P, Q) along y and x, or one number for both.
-        spatial_scale: cells per pixel.
-        sampling_ratio: samples of a bin along each axis; 0 or less takes as many as the bin has cells, rounded up.
-        aligned: pixel centres lie at half-integers, and a box may be of any size. Without it boxes are not shifted by
+        output_size: Bins (P, Q) along y and x, or one number for both.
+        spatial_scale: Cells per pixel.
+        sampling_ratio: Samples of a bin along each axis; 0 or less takes as many as the bin has cells, rounded up.
+        aligned: Pixel centres lie at half-integers, and a box may be of any size. Without it boxes are not shifted by
             half a cell, and at least one cell wide and high, as in Detectron's first version.
 
     Returns:
@@ -308,8 +308,18 @@ def roi_align(
         count as 0; they cost nothing, so a box may be of any size. It can be differentiated once, in `features`.
 
     Raises:
-        TypeError: an argument is of a wrong Python type.
-        ValueError: a shape, a type, a device or a number does not fit; the message names the argument.
+        TypeError: An argument is of a wrong Python type.
+        ValueError: A shape, a type, a device or a number does not fit; the message names the argument.
+        NotImplementedError: A second derivative is asked for.
+
+    Source: He et al., "Mask R-CNN", ICCV 2017, section 3.
+
+    Example:
+        >>> import torch
+        >>> from kernels import roi_align
+        >>> features = torch.arange(4.0).expand(1, 1, 4, 4)
+        >>> roi_align(features, [torch.tensor([[8.0, 8.0, 24.0, 24.0]])], (1, 2), spatial_scale=1 / 8)
+        tensor([[[[1., 2.]]]])
     """
     check_tensor("features", features, "(N, C, H, W)", 4)
     n = features.shape[0]

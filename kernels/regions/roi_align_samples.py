@@ -19,8 +19,8 @@ class Grid(NamedTuple):
         spacing: (2, R, 1), from one to the next; negative where a box is inverted.
         samples: (2, R, 1), how many a bin has. Floating point: there may be more than an integer holds.
         length: (2, 1, 1), of the map.
-        adaptive: whether there are as many as a bin has cells, so that more than one lie over half a cell apart.
-        longest: the larger length.
+        adaptive: Whether there are as many as a bin has cells, so that more than one lie over half a cell apart.
+        longest: The larger length.
     """
 
     first: Tensor
@@ -136,8 +136,9 @@ def reference(
         features: (N, C, H, W).
         boxes: (R, 4) in cells.
         images: R numbers; those of no image give 0.
-        output_size: bins (P, Q).
-        sampling_ratio, aligned: as in `roi_align`.
+        output_size: Bins (P, Q).
+        sampling_ratio: As in `roi_align`.
+        aligned: As in `roi_align`.
 
     Returns:
         (R, C, P, Q)

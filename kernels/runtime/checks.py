@@ -4,9 +4,9 @@ Nothing here reads what a tensor holds, so nothing waits for a GPU. A message is
 may be symbols of `torch.compile` and `torch.export`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import SymFloat, SymInt, Tensor
@@ -15,19 +15,49 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+# How many answers of a check are kept; the oldest make room.
+KEPT = 512
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class remembered(Generic[P, T]):
+    """A check whose answer is a matter of a call's signature, and is kept by it; errors are not kept.
+
+    The check is called as before, but with the signature, and what else its answer depends on, in front.
+    """
+
+    def __init__(self, check: Callable[P, T]) -> None:
+        self.check = check
+        self._answers: dict[Any, T] = {}
+
+    def __call__(self, key: Any, *arguments: P.args, **named: P.kwargs) -> T:
+        if key is None:
+            return self.check(*arguments, **named)
+        try:
+            return self._answers[key]
+        except KeyError:
+            answer = self.check(*arguments, **named)
+        if len(self._answers) >= KEPT:
+            self._answers.pop(next(iter(self._answers)), None)
+        self._answers[key] = answer
+        return answer
+
+
 def check_tensor(name: str, value: Any, shape: str, dims: int, dtypes: Sequence[torch.dtype] = FLOATING) -> None:
     """A dense tensor with so many dimensions, of one of these types.
 
     Args:
-        name: of the argument.
-        value: what was given.
-        shape: what it should look like, as the message says it: `"(N, C, H, W)"`.
-        dims: how many dimensions that is.
+        name: Name of the argument.
+        value: Value that was given.
+        shape: Shape as the message writes it, `"(N, C, H, W)"`.
+        dims: Number of dimensions of that shape.
         dtypes: `FLOATING` or `INTEGER`.
 
     Raises:
-        TypeError: it is no tensor.
-        ValueError: it has another number of dimensions, another type, or a sparse or nested layout.
+        TypeError: The value is no tensor.
+        ValueError: The tensor has another number of dimensions, another type, or a sparse or nested layout.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor {shape}, got {kind_of(value)}")
@@ -51,8 +81,8 @@ def check_integer(name: str, value: Any, least: int, most: int | None = None) ->
     """A whole number from `least` on, up to and with `most`, as an int or a symbol for one.
 
     Raises:
-        TypeError: it is no whole number; a bool is none, either.
-        ValueError: it is out of range.
+        TypeError: The value is no whole number; a bool is none, either.
+        ValueError: The number is out of range.
     """
     if not isinstance(value, SymInt):
         try:
@@ -72,8 +102,8 @@ def check_number(name: str, value: Any) -> float:
     """A real number that is not NaN, as a float.
 
     Raises:
-        TypeError: it is no number.
-        ValueError: it is NaN, or an integer beyond all floats.
+        TypeError: The value is no number.
+        ValueError: The number is NaN, or an integer beyond all floats.
     """
     # Strings and arrays of one number could be read as one, too.
     if isinstance(value, bool) or not isinstance(value, int | float | SymInt | SymFloat | Real):

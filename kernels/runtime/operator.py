@@ -13,7 +13,7 @@ tensors, a FLOP formula, and gradients, which are an operator as well, `<name>_b
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +21,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 Signature = tuple[Any, ...]
 Gradient = Tensor | Sequence[Tensor] | None
-P = ParamSpec("P")
-T = TypeVar("T")
-
-# How many answers of a check are kept; the oldest make room.
-KEPT = 512
 
 _AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}
 _library = torch.library.Library("dyhead", "FRAGMENT")
@@ -80,29 +75,6 @@ def _unobserved() -> bool:
 
 def _is_plain(x: Any) -> bool:
     return type(x) in (Tensor, torch.nn.Parameter) and not torch._C._dispatch_keys(x).raw_repr() & ~_PLAIN
-
-
-class remembered(Generic[P, T]):
-    """A check whose answer is a matter of a call's signature, and is kept by it; errors are not kept.
-
-    The check is called as before, but with the signature, and what else its answer depends on, in front.
-    """
-
-    def __init__(self, check: Callable[P, T]) -> None:
-        self.check = check
-        self._answers: dict[Any, T] = {}
-
-    def __call__(self, key: Any, *arguments: P.args, **named: P.kwargs) -> T:
-        if key is None:
-            return self.check(*arguments, **named)
-        try:
-            return self._answers[key]
-        except KeyError:
-            answer = self.check(*arguments, **named)
-        if len(self._answers) >= KEPT:
-            self._answers.pop(next(iter(self._answers)), None)
-        self._answers[key] = answer
-        return answer
 
 
 def _no_flops(*arguments: Any) -> int:

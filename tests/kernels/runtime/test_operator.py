@@ -10,8 +10,9 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import border_align, deform_conv2d, deform_conv2d_levels, dynamic_relu, nms, roi_align, use_backend
-from kernels.runtime import operator
-from kernels.runtime.operator import Operator, once, remembered, signature
+from kernels.runtime import checks
+from kernels.runtime.checks import remembered
+from kernels.runtime.operator import Operator, once, signature
 
 ROOT = Path(__file__).parents[3]
 
@@ -166,7 +167,7 @@ def test_a_signature_tells_calls_apart():
 
 
 def test_a_check_is_made_once_a_signature_and_forgets_errors_and_the_oldest(monkeypatch):
-    monkeypatch.setattr(operator, "KEPT", 2)
+    monkeypatch.setattr(checks, "KEPT", 2)
     calls = []
 
     @remembered
