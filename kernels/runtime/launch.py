@@ -75,12 +75,12 @@ class Launch:
         places = {id(x): place for place, x in enumerate(tensors)}
         numbers, slots = {}, []
         for name, value in self.arguments.items():
-            head, *tail = value if isinstance(value, tuple) else (value,)
-            if any(isinstance(x, Tensor) for x in tail) or (isinstance(head, Tensor) and id(head) not in places):
+            first, *tail = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(x, Tensor) for x in tail) or (isinstance(first, Tensor) and id(first) not in places):
                 return None
-            if isinstance(head, Tensor):
+            if isinstance(first, Tensor):
                 kind = type(value) if isinstance(value, tuple) else None
-                slots.append(_Slot(name, places[id(head)], kind, tuple(tail)))
+                slots.append(_Slot(name, places[id(first)], kind, tuple(tail)))
             else:
                 numbers[name] = value
         if len(places) < len(tensors):
