@@ -35,6 +35,11 @@ def resized(width: int, height: int, short_side: int, max_size: int) -> tuple[in
     """Width and height with the shorter side brought to `short_side`, less where the longer would pass `max_size`.
 
     Both sides are rounded to whole pixels, so the two ratios differ slightly; boxes are scaled by the exact ones.
+
+    Example:
+        >>> from ablations.data.loader import resized
+        >>> resized(640, 427, 800, 1333)
+        (1199, 800)
     """
     scale = min(short_side / min(width, height), max_size / max(width, height))
     return max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
@@ -46,7 +51,14 @@ def scale_boxes(boxes: np.ndarray, ratio_x: float, ratio_y: float) -> np.ndarray
 
 
 def flip_boxes(boxes: np.ndarray, width: int) -> np.ndarray:
-    """Boxes (n, 4) xyxy in the horizontally flipped image of this width."""
+    """Boxes (n, 4) xyxy in the horizontally flipped image of this width.
+
+    Example:
+        >>> import numpy as np
+        >>> from ablations.data.loader import flip_boxes
+        >>> flip_boxes(np.array([[10, 20, 30, 40]]), 100).tolist()
+        [[70, 20, 90, 40]]
+    """
     flipped = boxes.copy()
     flipped[:, 0], flipped[:, 2] = width - boxes[:, 2], width - boxes[:, 0]
     return flipped

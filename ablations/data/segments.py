@@ -106,6 +106,11 @@ def run_lengths(text: str) -> np.ndarray | None:
     The format (cocoapi, maskApi.c): every run is a little-endian number of 5-bit groups, each written as the character
     of code 48 + group, with bit 5 set on all but the last group and bit 4 of that one as the sign; from the fourth run
     on the number is the difference to the run before the last.
+
+    Example:
+        >>> from ablations.data.segments import run_lengths
+        >>> run_lengths("321").tolist()
+        [3, 2, 1]
     """
     try:
         groups = np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48

@@ -39,7 +39,14 @@ def _loops(mask: np.ndarray) -> list[tuple[np.ndarray, bool]]:
 
 
 def polygon_area(points: np.ndarray) -> float:
-    """Area of a simple polygon (n, 2), by the shoelace formula."""
+    """Area of a simple polygon (n, 2), by the shoelace formula.
+
+    Example:
+        >>> import numpy as np
+        >>> from ablations.generated.contours import polygon_area
+        >>> polygon_area(np.array([[0, 0], [4, 0], [0, 3]]))
+        6.0
+    """
     x, y = points.T
     return abs(float(np.dot(x[:-1], y[1:]) - np.dot(x[1:], y[:-1]) + x[-1] * y[0] - x[0] * y[-1])) / 2
 
@@ -122,7 +129,14 @@ def mask_to_polygons(mask: np.ndarray, tolerance: float, speck: float) -> list[n
 
 
 def mask_to_runs(mask: np.ndarray) -> dict[str, list[int]]:
-    """COCO's uncompressed run-length encoding of a (H, W) bool mask: columns first, beginning with a run of zeros."""
+    """COCO's uncompressed run-length encoding of a (H, W) bool mask: columns first, beginning with a run of zeros.
+
+    Example:
+        >>> import numpy as np
+        >>> from ablations.generated.contours import mask_to_runs
+        >>> mask_to_runs(np.array([[False, True], [False, True]]))
+        {'counts': [2, 2], 'size': [2, 2]}
+    """
     flat = np.concatenate([[False], mask.T.reshape(-1), [False]])
     changes = np.flatnonzero(flat[1:] != flat[:-1])
     ends = np.concatenate([[0], changes, [mask.size]])

@@ -31,6 +31,12 @@ def effect(ap: Mapping[str, float], letters: str) -> float:
     Args:
         ap: AP of each of the eight subsets; `none` is the empty one.
         letters: One to three of L, S, C.
+
+    Example:
+        >>> from ablations.rows.effects import effect
+        >>> ap = {"none": 20, "L": 21, "S": 23, "C": 20, "LS": 25, "LC": 21, "SC": 23, "LSC": 25}
+        >>> effect(ap, "S"), effect(ap, "LS"), effect(ap, "C")
+        (3.5, 1.0, 0.0)
     """
     total = 0.0
     for on in itertools.product((False, True), repeat=3):

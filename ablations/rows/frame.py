@@ -76,7 +76,13 @@ def as_text(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def formulation_name(formulation: str | None, coarse_offsets: str | None, placement: str | None) -> str:
-    """The `formulation` column: the formulation, and what of coarse offsets and placement is not the default."""
+    """The `formulation` column: the formulation, and what of coarse offsets and placement is not the default.
+
+    Example:
+        >>> from ablations.rows.frame import formulation_name
+        >>> formulation_name("released", "crop", "trunk"), formulation_name("released", "prefix", "trunk")
+        ('released', 'released, prefix')
+    """
     parts = [formulation]
     parts += [coarse_offsets] if coarse_offsets != COARSE_OFFSETS[0] else []
     parts += [placement] if placement != PLACEMENTS[0] else []

@@ -94,7 +94,13 @@ def own_command() -> str:
 
 
 def public_command(command: str) -> str:
-    """`command` with absolute paths made relative to the working directory, or cut to `.../name` outside of it."""
+    """`command` with absolute paths made relative to the working directory, or cut to `.../name` outside of it.
+
+    Example:
+        >>> from ablations.rows.machine import public_command
+        >>> public_command("python -m ablations.run --grid --data /somewhere/else/coco")
+        'python -m ablations.run --grid --data .../coco'
+    """
 
     def relative(match: re.Match[str]) -> str:
         path = Path(match["path"])

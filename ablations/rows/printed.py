@@ -43,7 +43,14 @@ def is_coco(cell: Settings) -> bool:
 
 
 def paper_ap(cell: Settings) -> float | None:
-    """The paper's AP for a cell, or None where it prints none or the cell is another experiment (data, backbone)."""
+    """The paper's AP for a cell, or None where it prints none or the cell is another experiment (data, backbone).
+
+    Example:
+        >>> from ablations.rows.printed import paper_ap
+        >>> cell = {"data": "coco", "backbone": "resnet50", "detector": "atss", "attentions": "LSC", "depth": 6}
+        >>> paper_ap(cell)
+        42.6
+    """
     if not is_coco(cell) or cell.get("backbone") != "resnet50":
         return None
     detector, attentions, depth = cell["detector"], cell["attentions"], cell["depth"]

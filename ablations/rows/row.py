@@ -159,6 +159,13 @@ def to_json(row: Mapping[str, Any]) -> bytes:
 
     Raises:
         ValueError: The row lacks something that every row has, or holds it in another type.
+
+    Example:
+        >>> from ablations.rows.row import from_json, to_json
+        >>> cell = {"detector": "atss", "attentions": "LSC", "depth": 6, "seed": 0}
+        >>> row = {"key": "a1", "cell": cell, "status": "ok", "metrics": {"AP": 42.6}, "GMACs": float("nan")}
+        >>> from_json(to_json(row), "a1")["GMACs"] is None
+        True
     """
     plain = {key: _plain(value) for key, value in row.items()}
     problem = _problem(plain, plain.get("key"))
