@@ -115,6 +115,19 @@ def test_files_that_are_not_rows_are_named_in_the_report(tmp_path):
     assert "torn.json is not a row" in text
 
 
+def test_rows_that_say_little_have_tables_and_a_report_too(tmp_path):
+    rows = make_rows()
+    for number, row in enumerate(rows):
+        for name in ("machine", "started", "finished", "reason", "training", "batch_size_measured", "threads"):
+            row[name] = None
+            if number % 2:
+                del row[name]
+    rows.append({"key": "bare", "cell": rows[-1]["cell"] | {"seed": 1}, "status": "crashed"})
+    text = report(tmp_path, rows)
+    assert "device: unknown" in text and "no reason given" in text
+    assert main([str(tmp_path)]) == 0
+
+
 def test_the_same_rows_give_the_same_page(tmp_path):
     rows = make_rows()
     assert report(tmp_path / "a", rows) == report(tmp_path / "b", rows[::-1])

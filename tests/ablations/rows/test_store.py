@@ -60,6 +60,13 @@ def test_row_comes_back_as_written(tmp_path):
     assert read_row(tmp_path, "other") is None
 
 
+def test_what_a_later_version_wrote_is_kept(tmp_path):
+    row = make_row(later={"deep": [1, "two"]}, machine={"torch": "9.0", "later": True})
+    row["cell"]["later"] = [1]
+    write_row(tmp_path, row)
+    assert read_row(tmp_path, "a1") == row
+
+
 def test_numbers_that_are_not_finite_become_null(tmp_path):
     write_row(
         tmp_path,
