@@ -128,7 +128,7 @@ def locate_block(number, SPAN: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(x, offset, mask, weight, bias, out, H, W, HO, WO, K: tl.constexpr, HAS_BIAS: tl.constexpr):
+def forward_kernel(x, weight, bias, H, W, HO, WO, offset, mask, out, K: tl.constexpr, HAS_BIAS: tl.constexpr):
     """Grid (images * tiles, GROUPS * blocks of OUT).
 
     `x` is (N, H, W, C*GROUPS), `weight` (GROUPS, OUT, TAPS, C); `offset`, `mask` and `out` are `Strided`.
