@@ -1,20 +1,17 @@
-"""The store keeps every row whole through kill -9, a full disk and eight writers; the room excludes, nobody starves."""
+"""The store keeps every row whole through kill -9, a full disk and eight writers; one process at a time has a cell."""
 
 import errno
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from places import ROOT
+from processes import finish, start
 
 from ablations.experiment.measure import Speed
-from ablations.experiment.room import Room
 from ablations.rows.row import MEASURES
 from ablations.rows.store import claim, read_row, read_rows, write_row
 
@@ -30,26 +27,6 @@ def make_row(key="a1", **changes):
         "machine": {"torch": "2.13.0"},
     }
     return row | changes
-
-
-def start(script, *arguments):
-    """A child process that runs `script` with the store imported; its arguments are sys.argv[1:]."""
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(processes):
-    outputs = []
-    for process in processes:
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err
-        outputs.append(out)
-    return outputs
 
 
 def test_row_comes_back_as_written(tmp_path):
@@ -274,81 +251,3 @@ def test_kill_9_gives_the_lease_back_though_a_forked_child_lives_on(tmp_path):
     finally:
         os.kill(child, signal.SIGKILL)
         process.communicate()
-
-
-def test_the_room_costs_nothing_to_a_single_process_and_cannot_be_nested(tmp_path):
-    room = Room(tmp_path)
-    with room.busy(), pytest.raises(RuntimeError, match="nested"), room.quiet():
-        pass
-    with room.quiet(), pytest.raises(RuntimeError, match="nested"), room.busy():
-        pass
-    with pytest.raises(KeyError), room.busy():
-        raise KeyError
-    with room.quiet():
-        pass
-    room.close()
-    with pytest.raises(RuntimeError, match="closed"), room.busy():
-        pass
-
-
-STEPPER = """
-import sys, time
-from ablations.experiment.room import Room
-room = Room(sys.argv[1])
-spans = []
-print("ready", flush=True)
-end = time.monotonic() + 1.2
-while time.monotonic() < end:
-    with room.busy():
-        start = time.monotonic()
-        time.sleep(0.004)
-        spans.append((start, time.monotonic()))
-print(spans)
-"""
-
-MEASURER = """
-import sys, time
-from ablations.experiment.room import Room
-room = Room(sys.argv[1])
-spans = []
-print("ready", flush=True)
-end = time.monotonic() + 1.2
-while time.monotonic() < end:
-    with room.quiet():
-        start = time.monotonic()
-        time.sleep(0.01)
-        spans.append((start, time.monotonic()))
-    time.sleep(0.02)
-print(spans)
-"""
-
-
-def test_quiet_excludes_every_step_and_is_not_starved(tmp_path):
-    processes = [start(STEPPER, tmp_path) for _ in range(4)] + [start(MEASURER, tmp_path) for _ in range(2)]
-    spans = [json.loads(out.splitlines()[1].replace("(", "[").replace(")", "]")) for out in finish(processes)]
-    steps = [span for process in spans[:4] for span in process]
-    measured = spans[4] + spans[5]
-    # Without the turnstile four steppers, each leaving the room for microseconds only, let no measuring process in.
-    assert len(spans[4]) >= 3 and len(spans[5]) >= 3
-    assert all(len(process) >= 3 for process in spans[:4])
-    overlap = [(a, b) for i, a in enumerate(measured) for b in steps + measured[:i] if a[0] < b[1] and b[0] < a[1]]
-    assert overlap == []
-    shared = sum(a[0] < b[1] and b[0] < a[1] for a in spans[0] for b in spans[1])
-    assert shared > 0, "steps of two processes must be allowed to run at the same time"
-
-
-def test_a_killed_measurer_opens_the_room(tmp_path):
-    script = """
-import sys, time
-from ablations.experiment.room import Room
-room = Room(sys.argv[1])
-with room.quiet():
-    print("quiet", flush=True)
-    time.sleep(60)
-"""
-    process = start(script, tmp_path)
-    assert process.stdout.readline() == "quiet\n"
-    process.kill()
-    process.communicate()
-    script = "import sys\nfrom ablations.experiment.room import Room\nwith Room(sys.argv[1]).busy(): pass"
-    finish([start(script, tmp_path)])
