@@ -10,8 +10,10 @@ grid: $(VENV)/installed
 
 # One process either interprets Triton's kernels or does not, so there are two runs; each has a worker a core.
 test: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n auto --dist worksteal tests/interpreter tests/kernels/regions
+	@export OMP_NUM_THREADS=1; passed=0; \
+	$(BIN)/pytest -n auto --dist worksteal || passed=1; \
+	TRITON_INTERPRET=1 $(BIN)/pytest -n auto --dist worksteal tests/interpreter tests/kernels/regions || passed=1; \
+	exit $$passed
 
 bench: $(VENV)/installed-test
 	$(BIN)/pytest --benchmark-only

@@ -1,6 +1,7 @@
 """The benchmarks never pass on nothing, never time a wrong operator and name what is missing."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,7 +21,9 @@ from kernels.bench.table import main as table
 
 def run(*arguments):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # A pytest that thinks it is a worker of this one would not measure.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
 def test_measuring_nothing_is_a_failure():
