@@ -8,9 +8,9 @@ from itertools import product
 from typing import Any, Literal, TypedDict
 
 from heads.build import TWO_STAGE
-from heads.dyhead.attention import COARSE_OFFSETS
 from heads.dyhead.dyhead import ATTENTIONS, FORMULATIONS
 from heads.two_stage.faster_rcnn import PLACEMENTS
+from kernels.block.parameters import COARSE_OFFSETS
 
 Backend = Literal["auto", "triton", "torch"]
 

@@ -89,16 +89,15 @@ def pytest_collection_modifyitems(config, items):
             if "gpu" in item.keywords:
                 item.add_marker(skip)
     # One process either interprets kernels or does not: Triton reads the variable when a kernel is made.
-    if INTERPRET:
-        kept = [item for item in items if "both_paths" in item.keywords or _for_the_interpreter(item)]
-    else:
-        kept = [item for item in items if not _for_the_interpreter(item)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
+    left = [item for item in items if not _belongs_here(item)]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if _belongs_here(item)]
 
 
-def _for_the_interpreter(item) -> bool:
-    return "interpreter" in item.keywords or TESTS / "interpreter" in item.path.parents
+def _belongs_here(item) -> bool:
+    for_the_interpreter = "interpreter" in item.keywords or TESTS / "interpreter" in item.path.parents
+    return for_the_interpreter or "both_paths" in item.keywords if INTERPRET else not for_the_interpreter
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pandas as pd
 
 from ablations.rows.printed import paper_ap
 from ablations.rows.row import MEASURES, STATUSES, Row, Settings, good, metrics_of
-from heads.dyhead.attention import COARSE_OFFSETS
 from heads.dyhead.dyhead import FORMULATIONS
 from heads.two_stage.faster_rcnn import PLACEMENTS
+from kernels.block.parameters import COARSE_OFFSETS
 
 AP_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # paper_AP, and segm_AP of detectors with masks, stand behind delta_AP in tables that have one.

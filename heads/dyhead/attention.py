@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from heads.parameters import SpecialParameters
 from kernels import deform_conv2d_levels, dynamic_relu
+from kernels.block.parameters import COARSE_OFFSETS, coarser_offsets
 
 GROUPS = 16
-COARSE_OFFSETS = ("crop", "prefix", "resize")
 TAPS = 9
 
 
@@ -119,7 +119,7 @@ class SpatialAttention(SpecialParameters):
             predicted = [self.offset(x) for x in features]
             offsets = [p[:, : 2 * TAPS] for p in predicted]
             masks = [p[:, 2 * TAPS :].sigmoid() for p in predicted]
-            coarse_offsets, coarse_masks = self.for_coarser(offsets, masks)
+            coarse_offsets, coarse_masks = (coarser_offsets(x, self.coarse_offsets) for x in (offsets, masks))
 
         sampled = [[x] for x in self.from_same(features, offsets, masks)]
         if len(features) == 1:
@@ -133,22 +133,6 @@ class SpatialAttention(SpecialParameters):
             size = features[level].shape[-2:]
             sampled[level].append(F.interpolate(x, size=size, mode="bilinear", align_corners=True))
         return sampled
-
-    def for_coarser(self, offsets: list[Tensor], masks: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Offsets and masks for the coarser neighbour of every level that has one."""
-        sizes = [x.shape[-2:] for x in offsets[1:]]
-        # The coarsest level has no size to be brought to.
-        coarse_offsets = [self._for_coarser(x, size) for x, size in zip(offsets, sizes, strict=False)]
-        return coarse_offsets, [self._for_coarser(x, size) for x, size in zip(masks, sizes, strict=False)]
-
-    def _for_coarser(self, x: Tensor, size: torch.Size) -> Tensor:
-        height, width = size
-        if self.coarse_offsets == "crop":
-            return x[:, :, :height, :width]
-        if self.coarse_offsets == "prefix":
-            n, channels = x.shape[:2]
-            return x.flatten(1)[:, : channels * height * width].reshape(n, channels, height, width)
-        return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 class ScaleAttention(nn.Module):

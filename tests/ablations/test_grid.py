@@ -4,33 +4,11 @@ import json
 from dataclasses import replace
 
 import pytest
+from cells import CELL
 from places import ROOT
 
-from ablations.grid import Cell, only, word
+from ablations.grid import only, word
 
-CELL = Cell(
-    data="none",
-    data_fingerprint="",
-    train_fingerprint="",
-    image_size=(8,),
-    max_size=8,
-    test_size=(8,),
-    test_flip=False,
-    detector="atss",
-    backbone="tiny",
-    weights="none",
-    channels=16,
-    steps=100,
-    batch_size=2,
-    lr=0.1,
-    offset_lr=1.0,
-    weight_decay=1e-4,
-    warmup=10,
-    seed=3,
-    precision="fp32",
-    device_kind="cpu",
-    backend="auto",
-)
 STATIC = replace(CELL, attentions="", depth=1, formulation="paper")
 FULL = replace(CELL, attentions="LSC", depth=2, formulation="released", coarse_offsets="crop", seed=1)
 

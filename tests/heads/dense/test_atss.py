@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from golden_scene import difference, float32_loss
 
 from heads.boxes.boxes import clip_boxes
 from heads.boxes.rows import flatten_levels
@@ -52,17 +53,6 @@ def targets_of(vectors: dict, case: str, dtype: torch.dtype = torch.float32) -> 
         }
         for image in range(2)
     ]
-
-
-def difference(got: torch.Tensor, want: np.ndarray) -> float:
-    assert tuple(got.shape) == want.shape
-    return float(np.abs(got.detach().double().numpy() - want).max(initial=0))
-
-
-def float32_loss(vectors: dict, *keys: str) -> dict[str, float]:
-    """Ten times what the released code itself lost in float32, by quantity."""
-    measured = json.loads(str(vectors["meta"]))["fp32_vs_f64"]
-    return {key: 10 * measured[key] for key in keys}
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)

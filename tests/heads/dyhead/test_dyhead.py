@@ -11,6 +11,7 @@ from heads import DyHead, load_released
 from heads.dyhead.attention import ScaleAttention, SpatialAttention
 from heads.dyhead.blocks import BLOCKS, PaperBlock
 from heads.dyhead.dyhead import ATTENTIONS, FORMULATIONS
+from kernels.block.parameters import coarser_offsets
 
 SIZES = [(16, 12), (8, 6), (4, 3), (2, 2), (1, 1)]
 
@@ -152,12 +153,10 @@ def test_coarse_offsets_modes_differ_only_in_the_coarser_branch():
 
 
 def test_crop_takes_the_top_left_corner_and_prefix_the_first_elements():
-    module = SpatialAttention(32, "crop")
-    offsets = torch.arange(2 * 18 * 5 * 7).view(2, 18, 5, 7)
-    crop = module._for_coarser(offsets, torch.Size((3, 4)))
+    offsets, coarser = torch.arange(2 * 18 * 5 * 7).view(2, 18, 5, 7), torch.empty(2, 18, 3, 4)
+    (crop,) = coarser_offsets([offsets, coarser], "crop")
     assert torch.equal(crop, offsets[:, :, :3, :4])
-    module.coarse_offsets = "prefix"
-    prefix = module._for_coarser(offsets, torch.Size((3, 4)))
+    (prefix,) = coarser_offsets([offsets, coarser], "prefix")
     for image, flat in zip(offsets, prefix, strict=True):
         assert flat.flatten().tolist() == image.flatten()[: 18 * 3 * 4].tolist()
 

@@ -9,10 +9,10 @@ from deform_conv_cases import Case
 from torch import Tensor, nn
 
 from heads import DyHead
-from heads.dyhead.attention import COARSE_OFFSETS
 from heads.dyhead.dyhead import ATTENTIONS
 from kernels import use_backend
 from kernels.bench.op import rounding
+from kernels.block.parameters import COARSE_OFFSETS
 
 
 def random_convolution(seed: int, largest: int = 40) -> Case:
