@@ -3,7 +3,8 @@
     python -m kernels.bench.compile [--target sm_90 ...] [--only TEXT] [-o DIR]
 
 prints what the compilers made of each: registers, spills, shared memory, tensor-core instructions, widths of the global
-loads, asynchronous copies. Counts are of instructions in the code, not of executions. The exit code is 1 where a kernel
+loads, asynchronous copies. Counts are of instructions in the code, not of executions. A second table has the main loops
+of the 16-bit kernels that multiply matrices, on sm_90: see `kernels.bench.loops`. The exit code is 1 where a kernel
 spills, multiplies matrices without tensor cores or needs more shared memory than the GPU has.
 """
 
@@ -29,6 +30,7 @@ from triton.compiler import ASTSource
 
 from kernels.backend import INTERPRET
 from kernels.bench.fingerprint import fingerprint
+from kernels.bench.loops import Loop, main_loops
 from kernels.bench.specs import all_specs
 from kernels.runtime.compile_spec import CompileSpec, Slot
 
@@ -44,10 +46,14 @@ class Target:
 # Limits: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA 3 ISA guide (LDS).
 TARGETS = {
     "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_86": Target(GPUTarget("cuda", 86, 32), 99 * 1024),
     "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024),
     "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024),
+    "sm_120": Target(GPUTarget("cuda", 120, 32), 99 * 1024),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
+# What the committed table has: the GPUs of data centres, for which the tiles are chosen.
+TABLE = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,8 @@ class Row:
     `spill_bytes` is thread-local memory: registers that did not fit. `tensor_core` counts matrix instructions (HMMA,
     HGMMA, UTCHMMA, DMMA; MFMA on AMD), `global_loads` loads by their width in bits, `async_copies` cp.async (LDGSTS)
     and bulk copies (UTMALDG), or loads straight to LDS on AMD. `source` is the `fingerprint` of what was compiled.
-    `problem` is empty for a good kernel; a kernel that does not compile has no figures.
+    `loops` are the main loops of a 16-bit kernel that multiplies, on sm_90. `problem` is empty for a good kernel; a
+    kernel that does not compile has no figures.
     """
 
     kernel: str
@@ -73,6 +80,7 @@ class Row:
     tensor_core: int | None = None
     global_loads: str | None = None
     async_copies: int | None = None
+    loops: tuple[Loop, ...] = ()
 
 
 def compile_spec(spec: CompileSpec, target: str) -> Row:
@@ -89,7 +97,10 @@ def compile_spec(spec: CompileSpec, target: str) -> Row:
         compiled = triton.compile(source, target=gpu, options=options)
     except Exception as error:
         return replace(row, problem=f"does not compile: {type(error).__name__}: {error}")
-    found = _read_nvidia(compiled.asm["cubin"]) if gpu.backend == "cuda" else _read_amd(compiled.asm["amdgcn"])
+    code = _disassembled(compiled.asm["cubin"]) if gpu.backend == "cuda" else compiled.asm["amdgcn"]
+    found = _read_nvidia(code) if gpu.backend == "cuda" else _read_amd(code)
+    if spec.uses_dot and found["tensor_core"] and target == "sm_90" and spec.dtype in ("fp16", "bf16"):
+        found["loops"] = tuple(main_loops(code, spec.num_warps))
     found["shared_bytes"] = compiled.metadata.shared
     return replace(row, problem=_problem(spec, TARGETS[target], found), **found)
 
@@ -127,12 +138,15 @@ def _problem(spec: CompileSpec, target: Target, found: dict[str, Any]) -> str:
     return "; ".join(problems)
 
 
-def _read_nvidia(cubin: bytes) -> dict[str, Any]:
+def _disassembled(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _read_nvidia(text: str) -> dict[str, Any]:
     registers, stack, local = map(int, _found(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text))
     widths = Counter(
         int(width.removeprefix("U").removeprefix("S"))
@@ -194,10 +208,27 @@ def compile_all(targets: Iterable[str], only: str = "", processes: int = 1) -> l
         return list(pool.map(_compile_numbered, jobs))
 
 
-def _write(directory: Path, header: str, table: pd.DataFrame) -> None:
+def _tables(rows: list[Row]) -> dict[str, pd.DataFrame]:
+    """The tables by the names of their files; there is none of the loops where no row has any."""
+    kernels = pd.DataFrame([asdict(row) for row in rows]).drop(columns="loops")
+    for last in ("source", "problem"):
+        kernels.insert(len(kernels.columns) - 1, last, kernels.pop(last))
+    loops = [
+        {"kernel": row.kernel, "dtype": row.dtype, "warps": row.warps, "stages": row.stages}
+        | asdict(loop)
+        | {"registers": row.registers, "spill_bytes": row.spill_bytes, "shared_bytes": row.shared_bytes}
+        | {"source": row.source}
+        for row in rows
+        for loop in row.loops
+    ]
+    return {"compile": kernels} | ({"loops": pd.DataFrame(loops)} if loops else {})
+
+
+def _write(directory: Path, header: str, tables: dict[str, pd.DataFrame]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "compile.csv").write_text(f"# {header}\n{table.to_csv(index=False)}")
-    (directory / "compile.md").write_text(f"{header}\n\n{_markdown(table)}\n")
+    for name, table in tables.items():
+        (directory / f"{name}.csv").write_text(f"# {header}\n{table.to_csv(index=False)}")
+        (directory / f"{name}.md").write_text(f"{header}\n\n{_markdown(table)}\n")
 
 
 def _markdown(table: pd.DataFrame) -> str:
@@ -208,10 +239,10 @@ def _markdown(table: pd.DataFrame) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m kernels.bench.compile", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all of them")
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TABLE), help="default: %(default)s")
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name and dtype contain this")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8), help="default: %(default)s")
-    parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="also write compile.md and compile.csv there")
+    parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="write the tables there, too: .md and .csv")
     options = parser.parse_args(arguments)
     if INTERPRET:
         parser.error("a kernel decorated under TRITON_INTERPRET=1 cannot be compiled; unset it")
@@ -219,14 +250,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not rows:
         names = ", ".join(sorted({spec.name for spec in all_specs()}))
         parser.error(f"no kernel contains {options.only!r}; there are {names}")
-    table = pd.DataFrame([asdict(row) for row in rows])
-    for last in ("source", "problem"):
-        table.insert(len(table.columns) - 1, last, table.pop(last))
+    tables = _tables(rows)
     command = " ".join(["python -m kernels.bench.compile", *(arguments or sys.argv[1:])])
     header = f"triton {triton.__version__}, {command}"
-    print(f"{header}\n\n{_markdown(table)}")
+    print(f"{header}\n\n{_markdown(tables['compile'])}")
+    if "loops" in tables:
+        print(f"\nMain loops on sm_90, a step:\n\n{_markdown(tables['loops'])}")
     if options.out:
-        _write(options.out, header, table)
+        _write(options.out, header, tables)
     failed = [f"{row.kernel} {row.dtype} {row.target}: {row.problem}" for row in rows if row.problem]
     print(f"\n{len(rows)} compiled, {len(failed)} with a problem", *failed, sep="\n")
     return 1 if failed else 0
