@@ -2,6 +2,7 @@
 
 import doctest
 import re
+from pathlib import Path
 
 import pytest
 from places import ROOT
@@ -43,5 +44,6 @@ def test_files_and_modules_that_are_named_exist(page):
     files = re.findall(r"`((?:kernels|heads|ablations|tests|docs|results)/[\w/.{}*-]*)`", text)
     modules = re.findall(r"python -m ((?:kernels|heads|ablations)[\w.]+)", text)
     absent = [name for name in files if not name.startswith("kernels/tuned") and not any(ROOT.glob(name.rstrip("/")))]
-    absent += [name for name in modules if not (ROOT / (name.replace(".", "/") + ".py")).exists()]
+    places = {name: name.replace(".", "/") for name in modules}
+    absent += [n for n, p in places.items() if not any(map(Path.exists, (ROOT / f"{p}.py", ROOT / p / "__main__.py")))]
     assert not absent

@@ -97,7 +97,7 @@ def compile_spec(spec: CompileSpec, target: str) -> Row:
         compiled = triton.compile(source, target=gpu, options=options)
     except Exception as error:
         return replace(row, problem=f"does not compile: {type(error).__name__}: {error}")
-    code = _disassembled(compiled.asm["cubin"]) if gpu.backend == "cuda" else compiled.asm["amdgcn"]
+    code = disassembled(compiled.asm["cubin"]) if gpu.backend == "cuda" else compiled.asm["amdgcn"]
     found = _read_nvidia(code) if gpu.backend == "cuda" else _read_amd(code)
     if spec.uses_dot and found["tensor_core"] and target == "sm_90" and spec.dtype in ("fp16", "bf16"):
         found["loops"] = tuple(main_loops(code, spec.num_warps))
@@ -138,7 +138,8 @@ def _problem(spec: CompileSpec, target: Target, found: dict[str, Any]) -> str:
     return "; ".join(problems)
 
 
-def _disassembled(cubin: bytes) -> str:
+def disassembled(cubin: bytes) -> str:
+    """What `cuobjdump` says of a compiled kernel: its resources, and its machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

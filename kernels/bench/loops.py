@@ -97,8 +97,8 @@ def _multiplies(instruction: _Instruction) -> bool:
     return instruction.parts[0] in ("HGMMA", "HMMA")
 
 
-def _operations(instruction: _Instruction, warps: int) -> float:
-    """Operations of a matrix instruction of all warps, in clocks of the tensor cores."""
+def _clocks(instruction: _Instruction, warps: int) -> float:
+    """How long the tensor cores work on a matrix instruction of all warps."""
     shape = re.fullmatch(r"64x(\d+)x(\d+)|(16)8(8|16)", instruction.parts[1])
     kind = next((part for part in reversed(instruction.parts) if part in _PER_CLOCK), "F16")
     if shape is None:
@@ -117,7 +117,7 @@ def _count(place: str, body: list[_Instruction], warps: int) -> Loop:
             bits = next((int(part.lstrip("US")) for part in i.parts if re.fullmatch(r"[US]?(8|16|64|128)", part)), 32)
             widths[max(bits, 16)] += 1
     issue = len(body) * warps // _SCHEDULERS
-    tensor = round(sum(_operations(i, warps) for i in body if _multiplies(i)))
+    tensor = round(sum(_clocks(i, warps) for i in body if _multiplies(i)))
     return Loop(
         place=place,
         instructions=len(body),
