@@ -83,7 +83,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     device = default_device()
     if (device.type == "cuda") == options.rehearse:
-        print(f"error: torch sees {'a GPU' if options.rehearse else 'no GPU; --rehearse needs none'}", file=sys.stderr)
+        found = (
+            "a GPU, and --rehearse is for where there is none" if options.rehearse else "no GPU; --rehearse needs none"
+        )
+        print(f"error: torch sees {found}", file=sys.stderr)
         return 2
     out, machine = options.out.resolve(), f"{machine_line(device)}, commit {_commit()}"
     try:

@@ -125,8 +125,8 @@ def gathers() -> Found:
             raise RuntimeError(f"the gather with {constants} is wrong: its largest relative error is {error}")
         mixed, place = "in 16 bits" if packed else "in float32", "before" if early else "behind"
         what = f"gather and product, mixed {mixed}, next corners {place} the barrier, {stages} stages"
-        predicted = _by_issue(compiled, 2 * rows * taps * channels * outputs)
-        yield Row("gathers", what, _milliseconds(run), "ms", predicted, BY_ISSUE, f"error {error:.1e}")
+        predicted, step = _by_issue(compiled, 2 * rows * taps * channels * outputs)
+        yield Row("gathers", what, _milliseconds(run), "ms", predicted, BY_ISSUE, f"error {error:.1e}{step}")
 
 
 def _gather_inputs(
@@ -160,16 +160,21 @@ def _gather_reference(inputs: dict[str, Tensor], width: int) -> Tensor:
     return total
 
 
-def _by_issue(compiled: Any, flops: int) -> str:
-    """Milliseconds that the tensor cores, or issuing a step of the main loop, take for these operations at least."""
+def _by_issue(compiled: Any, flops: int) -> tuple[str, str]:
+    """Milliseconds that the tensor cores, or issuing a step of the main loop, take for these operations at least.
+
+    Also what a step has of barriers and fences, which differ between versions of Triton. Both are empty for a kernel
+    that does not multiply, and under the interpreter.
+    """
     try:
         loops = main_loops(disassembled(compiled.asm["cubin"]), compiled.metadata.num_warps)
-        ratio = max(loop.ratio for loop in loops if loop.place != "outer")
         count = torch.cuda.get_device_properties().multi_processor_count
     except Exception:
         # Whatever is missing here, a prediction is no reason to lose a measurement.
-        return ""
-    return f"{1e3 * flops * max(1.0, ratio) / (OPERATIONS * CLOCK * count):.3f}"
+        return "", ""
+    loop = max((loop for loop in loops if loop.place != "outer"), key=lambda loop: loop.ratio)
+    least = 1e3 * flops * max(1.0, loop.ratio) / (OPERATIONS * CLOCK * count)
+    return f"{least:.3f}", f"; a step: {loop.instructions} instructions, {loop.bar} barriers, {loop.fence} fences"
 
 
 def forward() -> Found:
@@ -184,15 +189,17 @@ def forward() -> Found:
             run = tune.calls(OPS["deform_conv2d"], (), shape, precision, device)
             run()
             kernels = [kernel for kernel in loaded_kernels() if kernel.metadata.num_stages == stages]
-            predicted = min((p for kernel in kernels if (p := _by_issue(kernel, flops))), key=float, default="")
-            yield Row("forward", f"{what}, as loaded", _milliseconds(run), "ms", predicted, BY_ISSUE)
+            predicted, step = max((_by_issue(kernel, flops) for kernel in kernels), default=("", ""))
+            shared = f"shared: {[kernel.metadata.shared for kernel in kernels]} bytes{step}" if kernels else ""
+            yield Row("forward", f"{what}, as loaded", _milliseconds(run), "ms", predicted, BY_ISSUE, shared)
             for split in ("what one program needs", "all shared memory"):
                 try:
                     if not kernels:
                         raise RuntimeError("nothing was compiled")
-                    for kernel in kernels:
-                        prefer(kernel, enough(kernel) if split.startswith("what") else 100)
-                    value, note = _milliseconds(run), f"shared: {[kernel.metadata.shared for kernel in kernels]} bytes"
+                    shares = [enough(kernel) if split.startswith("what") else 100 for kernel in kernels]
+                    for kernel, percent in zip(kernels, shares, strict=True):
+                        prefer(kernel, percent)
+                    value, note = _milliseconds(run), f"carve-outs: {shares} %"
                 except RuntimeError as error:
                     value, note = None, f"not measured: {error}"
                 yield Row("forward", f"{what}, carve-out: {split}", value, "ms", predicted, BY_ISSUE, note)

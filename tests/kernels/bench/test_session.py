@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import bench_heads
 import bench_kernels
@@ -20,7 +21,7 @@ from kernels.bench import tune
 from kernels.bench.compile import disassembled
 from kernels.bench.goals import Name
 from kernels.bench.session import __main__ as session
-from kernels.bench.session import report, stages
+from kernels.bench.session import carveout, probes, report, stages
 from kernels.bench.session.gather_kernels import gather_product_kernel
 from kernels.bench.session.stages import REHEARSAL_STAGES, STAGES, Stage
 from kernels.bench.session.store import DONE, Outcome, Row, Store
@@ -176,6 +177,20 @@ def test_every_search_for_tiles_is_for_one_kernel():
             assert sum(stage.select in job for job in jobs) == 1, stage.select
 
 
+def test_a_carve_out_has_room_for_one_program_and_needs_a_driver(monkeypatch):
+    whole = SimpleNamespace(shared_memory_per_multiprocessor=228 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: whole)
+    kernel = SimpleNamespace(metadata=SimpleNamespace(shared=56 * 1024), function=1)
+    assert carveout.enough(kernel) == 25
+
+    def refuses(name):
+        return SimpleNamespace(cuFuncSetAttribute=lambda function, attribute, percent: 1)
+
+    monkeypatch.setattr(carveout.ctypes, "CDLL", refuses)
+    with pytest.raises(RuntimeError, match="cuFuncSetAttribute returns 1"):
+        carveout.prefer(kernel, 25)
+
+
 def test_the_tests_of_a_session_are_there():
     arguments = next(stage for stage in STAGES if stage.kind == "tests").select.split("|")
     assert all((ROOT / path).exists() for path in arguments if path.endswith(".py"))
@@ -183,8 +198,8 @@ def test_the_tests_of_a_session_are_there():
 
 @pytest.mark.skipif(INTERPRET, reason="what is interpreted has no code")
 @pytest.mark.parametrize("early", [True, False])
-def test_the_gather_asks_what_it_should(early):
-    """The corners' loads, 16 bytes each, stand before the fence that a product waits for, or all behind it."""
+def test_the_gather_asks_what_it_should(early, monkeypatch):
+    """The corners' loads, 16 bytes each, stand before the barrier that a product waits for, or behind the product."""
     names = gather_product_kernel.arg_names
     pointers = dict.fromkeys(("x", "shares", "weight", "out"), "*bf16") | {"base": "*i32"}
     numbers = {"C": 256, "OUT": 256, "TAPS": 9, "PIXELS": 128, "BLOCK_C": 32, "PACKED": True, "EARLY": early}
@@ -196,8 +211,12 @@ def test_the_gather_asks_what_it_should(early):
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "rows")},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 3})
-    code = re.findall(r"\*/\s+(?:@!?U?P\w+ )?(LDG\.E\.128|MEMBAR|HGMMA)\b", disassembled(compiled.asm["cubin"]))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(multi_processor_count=132))
+    predicted, step = probes._by_issue(compiled, flops=4096 * 132 * 1_755_000)
+    # A millisecond, as issuing takes less than the products do.
+    assert predicted == "1.000" and ", 3 barriers, " in step
+    code = re.findall(r"\*/\s+(?:@!?U?P\w+ )?(LDG\.E\.128|HGMMA)\b", disassembled(compiled.asm["cubin"]))
     # Eight loads ahead of the loop, and eight in it.
-    fence = code.index("MEMBAR")
-    assert code[:fence].count("LDG.E.128") == (16 if early else 8)
-    assert code[fence:].count("LDG.E.128") == (0 if early else 8)
+    product = code.index("HGMMA")
+    assert code[:product].count("LDG.E.128") == (16 if early else 8)
+    assert code[product:].count("LDG.E.128") == (0 if early else 8)
