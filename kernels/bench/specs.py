@@ -82,11 +82,9 @@ def _pyramid(dtype: torch.dtype, *tile: tuple[int, int]) -> tuple[Layout, Tensor
 def _tail(dtype: torch.dtype) -> Iterator[CompileSpec]:
     rows, pyramid, sampled, _ = _pyramid(dtype)
     for name, launch in tail.launches(pyramid, sampled, rows, 8, False).items():
-        # These see sums alone, which have one type.
-        if dtype == torch.float32 or name not in ("merge", "add"):
-            yield launch.spec(f"block {name}", dtype)
+        yield launch.spec(f"block {name}", dtype)
     relu = tail.launches(pyramid, sampled, rows, 4, True)
-    for name in ("tail forward", "tail backward sums"):
+    for name in ("tail forward", "tail backward sums", "tail backward maps"):
         yield relu[name].spec(f"block {name} relu", dtype)
 
 
@@ -99,9 +97,9 @@ def _coefficients(dtype: torch.dtype) -> Iterator[CompileSpec]:
     def sums(*shape: int) -> Tensor:
         return _meta(*shape, dtype=real(dtype))
 
+    rows = _pyramid(dtype)[0]
     levels, hidden = len(SIZES), CHANNELS // 4
-    slots = levels * BATCH
-    vector, statistics, share = new(CHANNELS), sums(3, levels, 3, BATCH, CHANNELS), sums(levels, 3, 1, 1)
+    vector, statistics = new(CHANNELS), sums(3, levels, 3, BATCH, CHANNELS)
     gate = new(1, CHANNELS), new(1)
     network = new(hidden, CHANNELS), new(hidden), new(4 * CHANNELS, hidden), new(4 * CHANNELS)
     unbiased = *[vector] * 6, None, None, None
@@ -110,15 +108,13 @@ def _coefficients(dtype: torch.dtype) -> Iterator[CompileSpec]:
     if dtype == torch.float32:
         variants |= {" biased": (*[vector] * 9, *gate, *network), " relu": (*unbiased, *gate, *[None] * 4)}
     for name, parameters in variants.items():
-        units = 0 if parameters[-1] is None else hidden
-        lines, pooled = sums(levels, BATCH, 8 if units else 4, CHANNELS), sums(levels, BATCH, CHANNELS)
-        saved = coefficients.Saved(lines, pooled, statistics, share, parameters)
-        partial = sums(slots, coefficients.sums(CHANNELS, units) + (CHANNELS + units if units else 0))
-        yield coefficients.forward_launch(saved, 16, 1e-5).spec(f"block coefficients forward{name}", dtype)
-        backward = coefficients.backward_launch((lines, statistics), saved, partial, 16, 1e-5)
+        lines = sums(levels, BATCH, 4 if parameters[-1] is None else 8, CHANNELS)
+        saved = coefficients.Saved(lines, sums(levels, BATCH, CHANNELS), statistics, parameters)
+        forward = coefficients.forward_launch(sums(1), saved, 16, 1e-5, tail.counters(rows), rows)
+        yield forward.spec(f"block coefficients forward{name}", dtype)
+        bounds = _meta(levels * BATCH, 2, dtype=torch.int32)
+        backward = coefficients.backward_launch((sums(1), bounds), saved, statistics, sums(1), 16, 1e-5, rows)
         yield backward.spec(f"block coefficients backward{name}", dtype)
-    partial = sums(slots, coefficients.sums(CHANNELS, hidden) + CHANNELS + hidden)
-    yield coefficients.parameters_launch(partial, vector, CHANNELS, hidden).spec("block coefficients parameters", dtype)
 
 
 def _convolutions(dtype: torch.dtype) -> Iterator[CompileSpec]:

@@ -13,10 +13,10 @@ A program has a level and an image, together a slot, and all channels as one vec
 the size of a group, rounded up to a power of two. Names: `b_` a vector of channels, `g_` gradients. KINDS is 8, or 4
 without the last line.
 
-One row of `partial` is what the gradients of the parameters are made of, from one slot: C columns each for the three
+One row of `sums` is what the gradients of the parameters are made of, from one slot: C columns each for the three
 scales, shifts and biases and for the gate's weight, 4C for the gradient in front of the hard sigmoid, R for that in
 front of the ReLU, and one for the gate's bias, all of which are only to be added up; then C for p and R for relu(reduce
-. p), the other factors of the matrices' gradients.
+. p), the other factors of the matrices' gradients. Without a network it ends after the gate's weight and bias.
 """
 
 from typing import Any, NamedTuple
@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-SCALES = tl.constexpr(0)
-SHIFTS = tl.constexpr(3)
+from kernels.block.sums import is_last, merge_sums, sum_rows
+
 BIASES = tl.constexpr(6)
 GATE = tl.constexpr(9)
 LINES = tl.constexpr(10)
@@ -40,9 +40,11 @@ class Config(NamedTuple):
         HAS_BIAS, HAS_GATE: Whether the convolutions have biases, and scale attention its gate.
         KINDS: How many coefficients there are.
         EPS: Of the GroupNorms.
-        C, R: Channels, and hidden units of the network.
+        C, R: Channels, and hidden units of the parameters.
         GROUPS, SPAN: Groups, and elements of the vector for each.
-        BLOCK_R, BLOCK_O: Hidden units and lines that are worked on at a time.
+        BLOCK_R: Hidden units that are worked on at a time.
+        BLOCK_O: 4C, rounded up to a power of two.
+        TILE_H, TILE_W, BLOCK_T, BLOCK_C: Of the sums that are merged: size of a tile; tiles and channels at a time.
         REAL: Type of everything but the parameters.
     """
 
@@ -56,30 +58,34 @@ class Config(NamedTuple):
     SPAN: int
     BLOCK_R: int
     BLOCK_O: int
+    TILE_H: int
+    TILE_W: int
+    BLOCK_T: int
+    BLOCK_C: int
     REAL: Any
 
 
-class Norm(NamedTuple):
-    """(C,) parameters of a branch: scale and shift of its GroupNorm, and the bias of its convolution."""
+class Parameters(NamedTuple):
+    """Scales and shifts of the GroupNorms and biases of the convolutions, (C,), for a level itself, its finer and its
 
-    scale: Any
-    shift: Any
-    bias: Any
+    coarser neighbour; the gate's weight (C,) and bias (1,); the network's layers, (R, C), (R,), (4C, R) and (4C,).
+    """
 
-
-class Gate(NamedTuple):
-    """Weight (C,) and bias (1,) of the gate of scale attention."""
-
-    weight: Any
-    bias: Any
-
-
-class Network(NamedTuple):
-    """The layers of dynamic ReLU: (R, C), (R,) and (4C, R); the second one's bias is asked for by the forward alone."""
-
+    scale0: Any
+    scale1: Any
+    scale2: Any
+    shift0: Any
+    shift1: Any
+    shift2: Any
+    bias0: Any
+    bias1: Any
+    bias2: Any
+    gate: Any
+    gate_bias: Any
     reduce: Any
     reduce_bias: Any
     expand: Any
+    expand_bias: Any
 
 
 class Channels(NamedTuple):
@@ -123,6 +129,12 @@ def _channels(pointer, at, REAL: tl.constexpr):
 
 
 @triton.jit
+def _statistic(pointer, at):
+    # Other programs of the same launch may have written it.
+    return tl.load(pointer + at.c, mask=at.known, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
 def _group_mean(b_value, K: tl.constexpr):
     """The mean of its group for every channel; `b_value` is 0 where there is no channel."""
     means = tl.sum(tl.reshape(b_value, (K.GROUPS, K.SPAN)), 1) / (K.C // K.GROUPS)
@@ -130,45 +142,37 @@ def _group_mean(b_value, K: tl.constexpr):
 
 
 @triton.jit
-def _normal(statistics, stride, norm, at, K: tl.constexpr):
-    """The `Normal` of one map."""
+def _normal(statistics, stride, parameters, branch: tl.constexpr, at, K: tl.constexpr):
+    """The `Normal` of one map; mean, variance and upsampled mean are `stride` apart."""
     b_bias = tl.zeros_like(at.c).to(K.REAL)
     if K.HAS_BIAS:
-        b_bias = _channels(norm.bias, at, K.REAL)
-    b_mean = _channels(statistics, at, K.REAL) + b_bias
+        b_bias = _channels(parameters[6 + branch], at, K.REAL)
+    b_mean = _statistic(statistics, at) + b_bias
     b_group = _group_mean(b_mean, K)
     b_mean = tl.where(at.known, b_mean - b_group, 0.0)
-    b_variance = _channels(statistics + stride, at, K.REAL) + b_mean * b_mean
+    b_variance = _statistic(statistics + stride, at) + b_mean * b_mean
     # A literal would be rounded to float32, and all there is for a map that does not exist is EPS.
     b_inverse = tl.rsqrt(_group_mean(b_variance, K) + tl.full((), K.EPS, K.REAL))
-    b_pooled = _channels(statistics + 2 * stride, at, K.REAL) + b_bias - b_group
+    b_pooled = _statistic(statistics + 2 * stride, at) + b_bias - b_group
     b_bias -= b_group
-    b_scale = _channels(norm.scale, at, K.REAL)
+    b_scale = _channels(parameters[branch], at, K.REAL)
     b_slope = b_scale * b_inverse
-    b_shift = _channels(norm.shift, at, K.REAL)
+    b_shift = _channels(parameters[3 + branch], at, K.REAL)
     b_u, b_low = b_shift + b_slope * b_pooled, b_shift + b_slope * b_bias
     return Normal(b_slope, b_u, b_low, b_scale, b_inverse, b_mean, b_pooled, b_bias)
 
 
 @triton.jit
-def _weigh(b_u, share, gate, at, K: tl.constexpr):
+def _weigh(b_u, share, parameters, at, K: tl.constexpr):
     """The weight of a map, and its derivative by what the gate puts in front of its ReLU."""
     weight = share
     derivative = 0.0 * share
     if K.HAS_GATE:
-        x = tl.sum(_channels(gate.weight, at, K.REAL) * b_u, 0) + tl.load(gate.bias).to(K.REAL)
+        x = tl.sum(_channels(parameters.gate, at, K.REAL) * b_u, 0) + tl.load(parameters.gate_bias).to(K.REAL)
         opened = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
         weight = tl.minimum(opened + 3, 6.0, propagate_nan=tl.PropagateNan.ALL) / 6 * share
         derivative = tl.where((x > 0) & (x < 3), share * SIXTH, 0.0)
     return weight, derivative
-
-
-@triton.jit
-def _branch(branch, statistics, stride, share, norm, gate, at, K: tl.constexpr):
-    """A branch's A, and its parts of D and p."""
-    n = _normal(statistics, stride, norm, at, K)
-    weight, _ = _weigh(n.u, tl.load(share + branch), gate, at, K)
-    return n.slope * weight, n.low * weight, tl.where(at.known, n.u * weight, 0.0)
 
 
 @triton.jit
@@ -179,10 +183,10 @@ def _matrix(pointer, i, j, known_i, known_j, COLUMNS: tl.constexpr, REAL: tl.con
 
 
 @triton.jit
-def _hidden(b_p, r, network, at, K: tl.constexpr):
+def _hidden(b_p, r, parameters, at, K: tl.constexpr):
     """The rows r of the first matrix, and of its product in front of the ReLU."""
-    b_rows = _matrix(network.reduce, r, at.c, r < K.R, at.known, K.C, K.REAL)
-    return b_rows, tl.sum(b_rows * b_p[None, :], 1) + _load(network.reduce_bias, r, r < K.R, K.REAL)
+    b_rows = _matrix(parameters.reduce, r, at.c, r < K.R, at.known, K.C, K.REAL)
+    return b_rows, tl.sum(b_rows * b_p[None, :], 1) + _load(parameters.reduce_bias, r, r < K.R, K.REAL)
 
 
 @triton.jit
@@ -192,174 +196,164 @@ def _line_scale(kind, REAL: tl.constexpr):
     return scale, tl.where(kind == 0, 0.0, tl.where(kind == 2, -1.0, -0.5)).to(REAL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def forward_kernel(
-    statistics, share, coefficients, pooled, same, finer, coarser, gate, network, bias, batch, stride, K: tl.constexpr
+    partial,
+    statistics,
+    share,
+    coefficients,
+    pooled,
+    counters,
+    problems,
+    slots,
+    parameters,
+    batch,
+    K: tl.constexpr,
 ):
-    """Grid (slots, blocks of the 4C lines): `statistics` is (3, L, 3, N, C), kinds `stride` apart; `share` (L, 3).
+    """Grid (maps, blocks of C): the statistics of the maps, and by the last program of a slot its coefficients.
 
-    `same`, `finer` and `coarser` are the `Norm` of a level itself, its finer and its coarser neighbour,
-    `bias` (4C,) that of the last layer.
+    `partial` is (tiles, 3, C), `statistics` (3, L, 3, N, C), `share` (L, 3), `coefficients` (L, N, KINDS, C), `pooled`
+    (L, N, C); `slots` has problem and image of every level, branch and image; `counters` (L, N) are zero.
     """
-    slot = tl.program_id(0)
-    level, image = slot // batch, slot % batch
-    at = _vector(K)
-    statistics += (level * 3 * batch + image) * K.C
-    share += level * 3
-    step = batch * K.C
-    a0, d0, p0 = _branch(0, statistics, stride, share, same, gate, at, K)
-    a1, d1, p1 = _branch(1, statistics + step, stride, share, finer, gate, at, K)
-    a2, d2, p2 = _branch(2, statistics + 2 * step, stride, share, coarser, gate, at, K)
-    coefficients += slot * (K.KINDS * K.C)
-    if tl.program_id(1) == 0:
-        tl.store(coefficients + at.c, a0, mask=at.known)
-        tl.store(coefficients + K.C + at.c, a1, mask=at.known)
-        tl.store(coefficients + 2 * K.C + at.c, a2, mask=at.known)
-        tl.store(coefficients + 3 * K.C + at.c, d0 + d1 + d2, mask=at.known)
-    if K.KINDS == 8:
-        b_p = p0 + p1 + p2
-        tl.store(pooled + slot * K.C + at.c, b_p, mask=at.known & (tl.program_id(1) == 0))
-        i = tl.program_id(1) * K.BLOCK_O + tl.arange(0, K.BLOCK_O)
-        total = tl.zeros((K.BLOCK_O, K.BLOCK_R), dtype=K.REAL)
-        for number in range((K.R + K.BLOCK_R - 1) // K.BLOCK_R):
-            r = number * K.BLOCK_R + tl.arange(0, K.BLOCK_R)
-            _, x = _hidden(b_p, r, network, at, K)
+    merge_sums(partial, statistics, problems, slots, K.C, K.TILE_H, K.TILE_W, K.BLOCK_T, K.BLOCK_C, K.REAL)
+    level, image = tl.program_id(0) // (3 * batch), tl.program_id(0) % batch
+    slot = level * batch + image
+    if is_last(counters + slot, 3 * tl.num_programs(1)):
+        at = _vector(K)
+        statistics += (level * 3 * batch + image) * K.C
+        coefficients += slot * (K.KINDS * K.C)
+        b_d = tl.zeros((K.GROUPS * K.SPAN,), dtype=K.REAL)
+        b_p = tl.zeros((K.GROUPS * K.SPAN,), dtype=K.REAL)
+        for branch in tl.static_range(3):
+            n = _normal(statistics + branch * batch * K.C, tl.num_programs(0) * K.C, parameters, branch, at, K)
+            weight, derivative = _weigh(n.u, tl.load(share + level * 3 + branch), parameters, at, K)
+            tl.store(coefficients + branch * K.C + at.c, n.slope * weight, mask=at.known)
+            b_d += n.low * weight
+            b_p += tl.where(at.known, n.u * weight, 0.0)
+        tl.store(coefficients + 3 * K.C + at.c, b_d, mask=at.known)
+        if K.KINDS == 8:
+            tl.store(pooled + slot * K.C + at.c, b_p, mask=at.known)
+            i = tl.arange(0, K.BLOCK_O)
+            x = _load(parameters.expand_bias, i, i < 4 * K.C, K.REAL) + 3
+            for number in range((K.R + K.BLOCK_R - 1) // K.BLOCK_R):
+                r = number * K.BLOCK_R + tl.arange(0, K.BLOCK_R)
+                b_rows, hidden = _hidden(b_p, r, parameters, at, K)
+                hidden = tl.maximum(hidden, 0.0, propagate_nan=tl.PropagateNan.ALL)
+                x += tl.sum(_matrix(parameters.expand, i, r, i < 4 * K.C, r < K.R, K.R, K.REAL) * hidden[None, :], 1)
             x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            total += _matrix(network.expand, i, r, i < 4 * K.C, r < K.R, K.R, K.REAL) * x[None, :]
-        x = tl.sum(total, 1) + _load(bias, i, i < 4 * K.C, K.REAL) + 3
-        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        y = tl.minimum(x, 6.0, propagate_nan=tl.PropagateNan.ALL) / 6
-        line_scale, line_shift = _line_scale(i // K.C, K.REAL)
-        tl.store(coefficients + 4 * K.C + i, y * line_scale + line_shift, mask=i < 4 * K.C)
+            y = tl.minimum(x, 6.0, propagate_nan=tl.PropagateNan.ALL) / 6
+            line_scale, line_shift = _line_scale(i // K.C, K.REAL)
+            tl.store(coefficients + 4 * K.C + i, y * line_scale + line_shift, mask=i < 4 * K.C)
 
 
 @triton.jit
-def _line_gradient(grad, coefficients, i, K: tl.constexpr):
-    """The gradient in front of the hard sigmoid, whose flat parts are where a coefficient is at an end of its range."""
-    line_scale, line_shift = _line_scale(i // K.C, K.REAL)
-    line = _load(coefficients + 4 * K.C, i, i < 4 * K.C, K.REAL)
-    g_line = _load(grad + 4 * K.C, i, i < 4 * K.C, K.REAL)
-    return tl.where((line > line_shift) & (line < line_shift + line_scale), g_line * line_scale * SIXTH, 0.0)
-
-
-@triton.jit
-def _backward_network(grad, coefficients, b_p, partial, network, at, K: tl.constexpr):
-    """The gradient of p; the network's part of a row of `partial`. BLOCK_O covers all lines."""
+def _backward_network(partial, runs, coefficients, b_p, sums, parameters, at, K: tl.constexpr):
+    """The gradient of p; the network's part of a row of `sums`."""
     i = tl.arange(0, K.BLOCK_O)
-    g_line = _line_gradient(grad, coefficients, i, K)
-    tl.store(partial + LINES * K.C + i, g_line, mask=i < 4 * K.C)
-    factors = partial + (LINES + 4) * K.C + K.R + 1
+    known = i < 4 * K.C
+    g_line = sum_rows(partial + 4 * K.C, runs, K.KINDS * K.C, i, known, 4, K.REAL)
+    # The hard sigmoid is flat where a coefficient is at an end of its range.
+    line_scale, line_shift = _line_scale(i // K.C, K.REAL)
+    line = _load(coefficients + 4 * K.C, i, known, K.REAL)
+    g_line = tl.where((line > line_shift) & (line < line_shift + line_scale), g_line * line_scale * SIXTH, 0.0)
+    tl.store(sums + LINES * K.C + i, g_line, mask=known)
+    factors = sums + (LINES + 4) * K.C + K.R + 1
     tl.store(factors + at.c, b_p, mask=at.known)
     g_p = tl.zeros((K.GROUPS * K.SPAN,), dtype=K.REAL)
     for number in range((K.R + K.BLOCK_R - 1) // K.BLOCK_R):
         r = number * K.BLOCK_R + tl.arange(0, K.BLOCK_R)
-        b_rows, x = _hidden(b_p, r, network, at, K)
-        g_x = tl.sum(_matrix(network.expand, i, r, i < 4 * K.C, r < K.R, K.R, K.REAL) * g_line[:, None], 0)
+        b_rows, x = _hidden(b_p, r, parameters, at, K)
+        g_x = tl.sum(_matrix(parameters.expand, i, r, known, r < K.R, K.R, K.REAL) * g_line[:, None], 0)
         g_x = tl.where(x > 0, g_x, 0.0)
         g_p += tl.sum(b_rows * g_x[:, None], 0)
-        tl.store(partial + (LINES + 4) * K.C + r, g_x, mask=r < K.R)
+        tl.store(sums + (LINES + 4) * K.C + r, g_x, mask=r < K.R)
         tl.store(factors + K.C + r, tl.maximum(x, 0.0), mask=r < K.R)
     return g_p
 
 
-@triton.jit
-def _backward_branch(
-    branch, grad, g_p, statistics, grad_statistics, stride, share, partial, norm, gate, at, K: tl.constexpr
-):
-    """The gradients of one map's statistics; the branch's part of a row of `partial`.
-
-    Returns:
-        The gradients of the gate's weight and bias.
-    """
-    n = _normal(statistics, stride, norm, at, K)
-    weight, derivative = _weigh(n.u, tl.load(share + branch), gate, at, K)
-    g_a = _channels(grad + branch * K.C, at, K.REAL)
-    g_d = _channels(grad + 3 * K.C, at, K.REAL)
-    g_gate = tl.sum(g_a * n.slope + g_d * n.low + g_p * n.u, 0) * derivative
-    g_low = g_d * weight
-    g_u = g_p * weight
-    if K.HAS_GATE:
-        g_u += g_gate * _channels(gate.weight, at, K.REAL)
-    # u and low are shift + slope * (P or bias - mean_g M).
-    g_shift = g_u + g_low
-    g_slope = g_a * weight + g_u * n.pooled + g_low * n.bias
-    g_variance = -0.5 * n.inverse * n.inverse * n.inverse * _group_mean(g_slope * n.scale, K)
-    g_mean = 2 * g_variance * n.mean - _group_mean(g_shift * n.slope, K)
-    g_pooled = g_u * n.slope
-    c, known = at.c, at.known
-    tl.store(grad_statistics + c, g_mean, mask=known)
-    tl.store(grad_statistics + stride + c, g_variance, mask=known)
-    tl.store(grad_statistics + 2 * stride + c, g_pooled, mask=known)
-    tl.store(partial + (SCALES + branch) * K.C + c, g_slope * n.inverse, mask=known)
-    tl.store(partial + (SHIFTS + branch) * K.C + c, g_shift, mask=known)
-    tl.store(partial + (BIASES + branch) * K.C + c, g_mean + g_pooled + g_low * n.slope, mask=known)
-    return g_gate * n.u, g_gate
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "stride"])
 def backward_kernel(
-    grad,
+    partial,
+    bounds,
     coefficients,
     pooled,
     statistics,
     grad_statistics,
     share,
-    partial,
-    same,
-    finer,
-    coarser,
-    gate,
-    network,
+    sums,
+    parameters,
     batch,
     stride,
     K: tl.constexpr,
-    COLUMNS: tl.constexpr,
 ):
-    """Grid (slots,): the gradients of the statistics, and a row of `partial` (slots, COLUMNS)."""
+    """Grid (slots,): the gradients of the statistics, which are `stride` apart, and a row of `sums`.
+
+    The gradients of a slot's coefficients are the sum of some rows of `partial` (runs, KINDS, C); `bounds` (slots, 2)
+    has the first of them, and how many there are.
+    """
     slot = tl.program_id(0)
     level, image = slot // batch, slot % batch
     at = _vector(K)
-    first = (level * 3 * batch + image) * K.C
-    source, target = statistics + first, grad_statistics + first
-    share += level * 3
-    step = batch * K.C
-    grad += slot * (K.KINDS * K.C)
+    c, known = at
     coefficients += slot * (K.KINDS * K.C)
-    partial += slot * COLUMNS
+    sums += slot * ((LINES + K.KINDS - 4) * K.C + K.R + 1 + (K.KINDS // 8) * (K.C + K.R))
+    runs = tl.load(bounds + slot * 2 + 1)
+    partial += tl.load(bounds + slot * 2).to(tl.int64) * (K.KINDS * K.C)
+    g_d = sum_rows(partial + 3 * K.C, runs, K.KINDS * K.C, c, known, 8, K.REAL)
     g_p = tl.zeros((K.GROUPS * K.SPAN,), dtype=K.REAL)
     if K.KINDS == 8:
         b_p = _channels(pooled + slot * K.C, at, K.REAL)
-        g_p = _backward_network(grad, coefficients, b_p, partial, network, at, K)
-    g_gate0, g_open0 = _backward_branch(0, grad, g_p, source, target, stride, share, partial, same, gate, at, K)
-    source, target = source + step, target + step
-    g_gate1, g_open1 = _backward_branch(1, grad, g_p, source, target, stride, share, partial, finer, gate, at, K)
-    source, target = source + step, target + step
-    g_gate2, g_open2 = _backward_branch(2, grad, g_p, source, target, stride, share, partial, coarser, gate, at, K)
-    tl.store(partial + GATE * K.C + at.c, g_gate0 + g_gate1 + g_gate2, mask=at.known)
-    tl.store(partial + LINES * K.C + (K.KINDS - 4) * K.C + K.R, g_open0 + g_open1 + g_open2)
+        g_p = _backward_network(partial, runs, coefficients, b_p, sums, parameters, at, K)
+    g_gate_weight = tl.zeros((K.GROUPS * K.SPAN,), dtype=K.REAL)
+    g_gate_bias = tl.zeros((), dtype=K.REAL)
+    for branch in tl.static_range(3):
+        first = ((level * 3 + branch) * batch + image) * K.C
+        n = _normal(statistics + first, stride, parameters, branch, at, K)
+        weight, derivative = _weigh(n.u, tl.load(share + level * 3 + branch), parameters, at, K)
+        g_a = sum_rows(partial + branch * K.C, runs, K.KINDS * K.C, c, known, 8, K.REAL)
+        g_gate = tl.sum(g_a * n.slope + g_d * n.low + g_p * n.u, 0) * derivative
+        g_low = g_d * weight
+        g_u = g_p * weight
+        if K.HAS_GATE:
+            g_u += g_gate * _channels(parameters.gate, at, K.REAL)
+        g_gate_weight += g_gate * n.u
+        g_gate_bias += g_gate
+        # u and low are shift + slope * (P or bias - mean_g M).
+        g_shift = g_u + g_low
+        g_slope = g_a * weight + g_u * n.pooled + g_low * n.bias
+        g_variance = -0.5 * n.inverse * n.inverse * n.inverse * _group_mean(g_slope * n.scale, K)
+        g_mean = 2 * g_variance * n.mean - _group_mean(g_shift * n.slope, K)
+        g_pooled = g_u * n.slope
+        target = grad_statistics + first + c
+        tl.store(target, g_mean, mask=known)
+        tl.store(target + stride, g_variance, mask=known)
+        tl.store(target + 2 * stride, g_pooled, mask=known)
+        tl.store(sums + branch * K.C + c, g_slope * n.inverse, mask=known)
+        tl.store(sums + (3 + branch) * K.C + c, g_shift, mask=known)
+        tl.store(sums + (BIASES + branch) * K.C + c, g_mean + g_pooled + g_low * n.slope, mask=known)
+    tl.store(sums + GATE * K.C + c, g_gate_weight, mask=known)
+    tl.store(sums + (LINES + K.KINDS - 4) * K.C + K.R, g_gate_bias)
 
 
 @triton.jit
-def parameters_kernel(
-    partial,
+def add_parameters(
+    number,
+    sums,
     grads,
     slots,
     C: tl.constexpr,
     R: tl.constexpr,
-    SUMS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    MATRICES: tl.constexpr,
-    STEPS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    KINDS: tl.constexpr,
     BLOCK: tl.constexpr,
     REAL: tl.constexpr,
 ):
-    """Grid (blocks of the two matrices, then of the SUMS columns): the sums over all slots, in order.
+    """One block of the gradients of the parameters: of the two matrices first, then of the columns only to be added up.
 
-    `grads` is flat: the gradient of `expand` (4C, R), that of `reduce` (R, C), MATRICES elements, and the sums. R is 0
-    where there are no matrices.
+    `grads` is flat: the gradient of `expand` (4C, R), that of `reduce` (R, C), and the columns. Sums over the slots are
+    taken in their order. R is 0 where there are no matrices.
     """
-    number = tl.program_id(0)
+    columns: tl.constexpr = (LINES + KINDS - 4) * C + R + 1
+    pitch: tl.constexpr = columns + KINDS // 8 * (C + R)
     lines: tl.constexpr = (4 * C + BLOCK - 1) // BLOCK
     channels: tl.constexpr = (C + BLOCK - 1) // BLOCK
     hidden: tl.constexpr = (R + BLOCK - 1) // BLOCK
@@ -369,28 +363,24 @@ def parameters_kernel(
         is_expand = number < lines * hidden
         across = tl.where(is_expand, hidden, channels)
         block = tl.where(is_expand, number, number - lines * hidden)
-        rows, columns = tl.where(is_expand, 4 * C, R), tl.where(is_expand, R, C)
+        height, width = tl.where(is_expand, 4 * C, R), tl.where(is_expand, R, C)
         i = block // across * BLOCK + tl.arange(0, BLOCK)
         j = block % across * BLOCK + tl.arange(0, BLOCK)
         left = tl.where(is_expand, LINES * C, (LINES + 4) * C) + i
-        right = tl.where(is_expand, SUMS + C, SUMS) + j
+        right = tl.where(is_expand, columns + C, columns) + j
         total = tl.zeros((BLOCK, BLOCK), dtype=REAL)
-        for step in range(STEPS):
-            slot = step * BLOCK_T + tl.arange(0, BLOCK_T)
-            there = (slot < slots)[None, :]
-            here = partial + slot * COLUMNS
-            b_left = tl.load(here[None, :] + left[:, None], mask=there & (i < rows)[:, None], other=0.0)
-            b_right = tl.load(
-                here[:, None] + right[None, :], mask=(slot < slots)[:, None] & (j < columns)[None, :], other=0.0
-            )
+        first = 0
+        while first < slots:
+            slot = first + tl.arange(0, 16)
+            there = slot < slots
+            here = sums + slot * pitch
+            b_left = tl.load(here[None, :] + left[:, None], mask=there[None, :] & (i < height)[:, None], other=0.0)
+            b_right = tl.load(here[:, None] + right[None, :], mask=there[:, None] & (j < width)[None, :], other=0.0)
             total = tl.dot(b_left, b_right, total, input_precision="ieee", out_dtype=REAL)
-        target = grads + tl.where(is_expand, 0, 4 * C * R) + i[:, None] * columns + j[None, :]
-        tl.store(target, total.to(grads.dtype.element_ty), mask=(i < rows)[:, None] & (j < columns)[None, :])
+            first += 16
+        target = grads + tl.where(is_expand, 0, 4 * C * R) + i[:, None] * width + j[None, :]
+        tl.store(target, total.to(grads.dtype.element_ty), mask=(i < height)[:, None] & (j < width)[None, :])
     else:
         i = (number - products) * BLOCK + tl.arange(0, BLOCK)
-        sums = tl.zeros((BLOCK_T, BLOCK), dtype=REAL)
-        for step in range(STEPS):
-            slot = step * BLOCK_T + tl.arange(0, BLOCK_T)
-            there = (slot < slots)[:, None] & (i < SUMS)[None, :]
-            sums += tl.load(partial + slot[:, None] * COLUMNS + i[None, :], mask=there, other=0.0)
-        tl.store(grads + MATRICES + i, tl.sum(sums, 0).to(grads.dtype.element_ty), mask=i < SUMS)
+        added = sum_rows(sums, slots, pitch, i, i < columns, 16, REAL)
+        tl.store(grads + 5 * C * R + i, added.to(grads.dtype.element_ty), mask=i < columns)

@@ -17,7 +17,6 @@ from kernels.block.sums import add_runs
 from kernels.deform_conv.inverse import index, map_bins
 from kernels.deform_conv.launch import FORWARD
 from kernels.runtime.launch import Launch, triton_real
-from kernels.runtime.operator import differentiable_once
 from kernels.runtime.tiles import Table, Tiles, fit, precision
 
 # In 16 bits a tile of 128 pixels spills on NVIDIA: a thread's 128 sums, and the sums for the statistics on top.
@@ -113,7 +112,7 @@ class Maps:
 
 def convolve(
     pyramid: Tensor, predicted: Tensor, weights: Sequence[Tensor], sigmoid: bool, crop: bool, layout: Layout
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Every deformable convolution of a block, in one launch.
 
     Args:
@@ -126,41 +125,17 @@ def convolve(
         layout: Rows and tables of the pyramid.
 
     Returns:
-        The sampled maps (Q, C), without the convolutions' biases; and (tiles, 3, C), partial sums for the statistics of
-        `kernels.block.tail`, which have no gradient.
+        The sampled maps (Q, C), without the convolutions' biases; (tiles, 3, C), partial sums for the statistics of
+        `kernels.block.tail`; and what `gradients` needs.
     """
-    sampled, partial = _Convolve.apply(pyramid, predicted, sigmoid, crop, layout, *weights)
-    return sampled, partial
-
-
-class _Convolve(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, pyramid: Tensor, predicted: Tensor, sigmoid: bool, crop: bool, layout: Layout, *weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        ctx.settings = sigmoid, crop, layout
-        ctx.save_for_backward(pyramid, predicted, *weights)
-        # Packed at every call: a copy kept for the next one would miss what is written to a parameter's `.data`.
-        packed = torch.stack([w.permute(0, 2, 3, 1) for w in weights]).to(pyramid.dtype)
-        channels = pyramid.shape[1]
-        sampled = pyramid.new_empty((layout.sampled_rows, channels))
-        partial = pyramid.new_empty((len(layout.tiles()), 3, channels), dtype=layout.real)
-        maps = Maps(pyramid, predicted.contiguous(), sigmoid, crop, layout)
-        _forward_launch(maps, packed, sampled, partial).run()
-        ctx.mark_non_differentiable(partial)
-        # Otherwise zeros would be made for the gradient that `partial` does not have.
-        ctx.set_materialize_grads(False)
-        return sampled, partial
-
-    @staticmethod
-    @differentiable_once("dyhead_block")
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Any, ...]:
-        pyramid, predicted, *weights = ctx.saved_tensors
-        maps, wanted = Maps(pyramid, predicted.contiguous(), *ctx.settings), ctx.needs_input_grad
-        grad_pyramid, grad_predicted, grad_weights = _gradients(
-            maps, grad.contiguous(), weights, to_pyramid=wanted[0], to_weights=any(wanted[5:])
-        )
-        return grad_pyramid, grad_predicted, None, None, None, *grad_weights
+    # Packed at every call: a copy kept for the next one would miss what is written to a parameter's `.data`.
+    packed = torch.stack([w.permute(0, 2, 3, 1) for w in weights]).to(pyramid.dtype)
+    channels = pyramid.shape[1]
+    sampled = pyramid.new_empty((layout.sampled_rows, channels))
+    partial = pyramid.new_empty((len(layout.tiles()), 3, channels), dtype=layout.real)
+    maps = Maps(pyramid, predicted.contiguous(), sigmoid, crop, layout)
+    _forward_launch(maps, packed, sampled, partial).run()
+    return sampled, partial, (pyramid, maps.predicted, *weights)
 
 
 def _forward_launch(maps: Maps, packed: Tensor, sampled: Tensor, partial: Tensor) -> Launch:
@@ -170,30 +145,36 @@ def _forward_launch(maps: Maps, packed: Tensor, sampled: Tensor, partial: Tensor
     return maps.launch(forward_kernel, grid, size, tiles, **tensors)
 
 
-def _gradients(
-    maps: Maps, grad: Tensor, weights: Sequence[Tensor], to_pyramid: bool, to_weights: bool
+def gradients(
+    grad: Tensor,
+    saved: Sequence[Tensor],
+    sigmoid: bool,
+    crop: bool,
+    layout: Layout,
+    to_pyramid: bool,
+    to_weights: bool,
 ) -> tuple[Tensor | None, Tensor, Sequence[Tensor | None]]:
     """Gradients of `convolve`.
 
     Args:
-        maps: Its arguments; predictions are contiguous.
         grad: (Q, C), the gradient of its output, contiguous.
-        weights: (C, C, 3, 3) for a level itself, its finer and its coarser neighbour.
+        saved: What it returned for this.
+        sigmoid, crop, layout: Its arguments.
         to_pyramid: Whether the gradient of the pyramid is wanted.
         to_weights: Whether those of the weights are wanted.
 
     Returns:
-        Gradients of pyramid, predictions and weights. That of the pyramid is a sum of atomic additions, in any order,
-        unless PyTorch is told to use deterministic algorithms; with one level there are no neighbours, and their
-        weights get no gradient, not one of zeros.
+        Gradients of pyramid, predictions and weights. That of the pyramid is a sum of atomic additions, in any order
+        and not yet rounded to the pyramid's type, unless PyTorch is told to use deterministic algorithms; with one
+        level there are no neighbours, and their weights get no gradient, not one of zeros.
     """
+    pyramid, predicted, *weights = saved
+    maps = Maps(pyramid, predicted, sigmoid, crop, layout)
     packed = torch.stack([w.permute(2, 3, 1, 0) for w in weights]).to(grad.dtype)
     atomic = to_pyramid and not torch.are_deterministic_algorithms_enabled()
-    grad_pyramid = torch.zeros_like(maps.pyramid, dtype=maps.layout.real) if atomic else None
+    grad_pyramid = torch.zeros_like(pyramid, dtype=layout.real) if atomic else None
     grad_predicted = _points(maps, grad, packed, grad_pyramid)
-    if grad_pyramid is not None:
-        grad_pyramid = grad_pyramid.to(maps.pyramid.dtype)
-    elif to_pyramid:
+    if to_pyramid and not atomic:
         grad_pyramid = _pyramid(maps, grad, packed)
     return grad_pyramid, grad_predicted, _weights(maps, grad, weights) if to_weights else [None] * BRANCHES
 
@@ -324,7 +305,7 @@ def _weights(maps: Maps, grad: Tensor, weights: Sequence[Tensor]) -> list[Tensor
     partial = grad.new_empty((launch.grid[-1], channels, TAPS, channels), dtype=maps.layout.real)
     launch.arguments["partial"] = partial
     launch.run()
-    total = add_runs(partial, bounds, most=launch.grid[-1], dtype=weights[0].dtype)
+    total = add_runs(partial, bounds, dtype=weights[0].dtype)
     grads = [x.view(channels, 3, 3, channels).permute(0, 3, 1, 2) for x in total]
     return [*grads, *[None] * (BRANCHES - len(grads))]
 

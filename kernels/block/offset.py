@@ -1,7 +1,8 @@
-"""The convolution that predicts a block's offsets and masks, of all levels, as one function of the pyramid.
+"""The convolution that predicts a block's offsets and masks, of all levels, and its gradients.
 
-One launch writes the matrix that the deformable convolutions read. Its gradients are one launch for the pyramid and one
-for weight and bias, whose partial sums are added in the order of pixels: the same bits every time.
+One launch writes the matrix that the deformable convolutions read. Backward is one launch for the weight and the bias,
+in pieces of the pyramid, and one that makes the gradient of the pyramid and adds those pieces up, in their order: the
+same bits every time.
 """
 
 from typing import Any
@@ -14,8 +15,7 @@ from torch import Tensor
 from kernels.backend import INTERPRET
 from kernels.block import offset_kernels as kernels
 from kernels.block.layout import Layout
-from kernels.runtime.launch import Launch, triton_real
-from kernels.runtime.operator import differentiable_once
+from kernels.runtime.launch import Launch, multiprocessors, triton_real
 from kernels.runtime.tiles import Table, Tiles, fit, precision
 
 # Of the backward tables, `o` is the block of columns of the unfolded gradient.
@@ -31,50 +31,64 @@ _WEIGHT = Table(
     "block offsets backward weight",
     {"16": Tiles(4, 8, 128, 128, 8, 2), "32": Tiles(4, 8, 256, 64, 8, 2), "exact": Tiles(4, 8, 32, 32, 4, 2)},
 )
-# Runs over which the sum of the weight's gradient is spread; the interpreter's time is that of its programs' number.
-_RUNS = 4 if INTERPRET else 128
+# Programs that make the weight's gradient, for each multiprocessor, and columns of their sums that one program adds up.
+# The interpreter's time is that of its programs' number.
+_WEIGHT_PROGRAMS, _COLUMNS = (1 / 32, 2048) if INTERPRET else (2, 128)
 
 
-def predict(pyramid: Tensor, weight: Tensor, bias: Tensor, layout: Layout) -> Tensor:
+def forward(pyramid: Tensor, weight: Tensor, bias: Tensor, counters: Tensor, layout: Layout) -> Tensor:
     """An ordinary 3x3 convolution, stride 1, zeros around each level, of every level in one launch.
 
     Args:
         pyramid: (P, C), see `kernels.block.layout`.
-        weight: (O, C, 3, 3) of any floating type; it is rounded to that of `pyramid`.
-        bias: (O,).
+        weight: (O, C, 3, 3) of any floating type and strides; it is rounded to the type of `pyramid`. The kernel reads
+            it where it is, fastest in `torch.channels_last`.
+        bias: (O,), like `weight`.
+        counters: int32, contiguous; they are zeroed for a later launch.
         layout: Rows and tables of the pyramid.
 
     Returns:
         (P, O) in the type of `pyramid`. Sums are float32, or float64 for float64.
     """
-    predicted: Tensor = _Predict.apply(pyramid, weight, bias, layout)
+    predicted = pyramid.new_empty((layout.rows, len(weight)))
+    _forward_launch(pyramid, weight, bias, predicted, counters, layout).run()
     return predicted
 
 
-class _Predict(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, pyramid: Tensor, weight: Tensor, bias: Tensor, layout: Layout) -> Tensor:
-        outputs, channels = weight.shape[:2]
-        packed = pyramid.new_empty((outputs, 3, 3, channels)).copy_(weight.permute(0, 2, 3, 1))
-        predicted = pyramid.new_empty((layout.rows, outputs))
-        _forward_launch(pyramid, packed, bias.contiguous(), predicted, layout).run()
-        ctx.layout, ctx.types = layout, (weight.dtype, bias.dtype)
-        ctx.save_for_backward(pyramid, packed)
-        return predicted
+def backward(
+    grad: Tensor,
+    pyramid: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    others: Tensor | None,
+    to_parameters: bool,
+    layout: Layout,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `forward`, the same bits every time.
 
-    @staticmethod
-    @differentiable_once("dyhead_block")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        pyramid, packed = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_pyramid = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_pyramid = torch.empty_like(pyramid)
-            _input_launch(grad, packed, grad_pyramid, ctx.layout).run()
-        if any(ctx.needs_input_grad[1:]):
-            sums = _backward_parameters(grad, pyramid, ctx.layout)
-            grad_weight, grad_bias = (x.to(dtype) for x, dtype in zip(sums, ctx.types, strict=True))
-        return grad_pyramid, grad_weight, grad_bias, None
+    Args:
+        grad: (P, O), contiguous, in the type of `pyramid`.
+        pyramid, weight, bias: As in `forward`.
+        others: (P, C), contiguous, of any floating type: what the pyramid's gradient has from elsewhere. The sum is
+            rounded once. None if the pyramid needs no gradient.
+        to_parameters: Whether weight and bias need one.
+        layout: Rows and tables of the pyramid.
+
+    Returns:
+        The gradients of pyramid, weight and bias, each in the type and, where dense, the strides of what it is for.
+    """
+    grad_pyramid = None if others is None else torch.empty_like(pyramid)
+    gradients = (torch.empty_like(weight), torch.empty_like(bias)) if to_parameters else None
+    partial = None
+    if to_parameters:
+        launch = _weight_launch(grad, pyramid, layout)
+        outputs, channels = weight.shape[:2]
+        partial = grad.new_empty((launch.grid[0], (9 * channels + 1) * outputs), dtype=layout.real)
+        launch.arguments["partial"] = partial
+        launch.run()
+    if others is not None or to_parameters:
+        _input_launch(grad, weight, others, grad_pyramid, partial, gradients, layout).run()
+    return grad_pyramid, *(gradients or (None, None))
 
 
 def _tile_count(layout: Layout, tile: tuple[int, int]) -> int:
@@ -92,67 +106,72 @@ def _common(x: Tensor, channels: int, outputs: int, layout: Layout) -> dict[str,
     }
 
 
-def _on_tiles(
-    kernel: Any,
-    x: Tensor,
-    arguments: dict[str, Any],
-    tiles: Tiles,
-    blocks: dict[str, int],
-    grid: int,
+def _layer(weight: Tensor, bias: Tensor) -> kernels.Layer:
+    o, c, y, x = weight.stride()
+    return kernels.Layer(weight, bias, o, c, y, x, bias.stride(0))
+
+
+def _forward_launch(
+    pyramid: Tensor, weight: Tensor, bias: Tensor, predicted: Tensor, counters: Tensor, layout: Layout
+) -> Launch:
+    outputs, channels = weight.shape[:2]
+    tiles = fit(_FORWARD, pyramid.dtype, pyramid.device, channels, outputs)
+    size = tiles.height, tiles.width
+    # The problems of the levels from themselves come first.
+    arguments = {"pyramid": pyramid, "layer": _layer(weight, bias)}
+    arguments |= {"predicted": predicted, "problems": layout.table, "work": layout.tiles(size)}
+    arguments |= {"counters": counters, "count": counters.numel()}
+    constants = _common(pyramid, channels, outputs, layout)
+    constants |= {"TILE_H": size[0], "TILE_W": size[1], "BLOCK_C": tiles.c, "BLOCK_O": tiles.o}
+    grid = (_tile_count(layout, size), triton.cdiv(outputs, tiles.o))
+    return Launch(kernels.forward_kernel, grid, arguments, constants, tiles.warps, tiles.stages)
+
+
+def _input_launch(
+    grad: Tensor,
+    weight: Tensor,
+    others: Tensor | None,
+    grad_pyramid: Tensor | None,
+    partial: Tensor | None,
+    gradients: tuple[Tensor, Tensor] | None,
     layout: Layout,
 ) -> Launch:
-    """A launch on the tiles of the levels, and `grid` blocks of channels; `x` is a matrix to take the type from."""
-    outputs, _, _, channels = arguments["weight"].shape
-    size = tiles.height, tiles.width
-    tables = {"problems": layout.table, "work": layout.tiles(size)}
-    constants = _common(x, channels, outputs, layout) | blocks | {"TILE_H": size[0], "TILE_W": size[1]}
-    # The problems of the levels from themselves come first.
-    return Launch(
-        kernel, (_tile_count(layout, size), grid), {**arguments, **tables}, constants, tiles.warps, tiles.stages
-    )
-
-
-def _forward_launch(pyramid: Tensor, packed: Tensor, bias: Tensor, predicted: Tensor, layout: Layout) -> Launch:
-    outputs, channels = packed.shape[0], packed.shape[3]
-    tiles = fit(_FORWARD, pyramid.dtype, pyramid.device, channels, outputs)
-    arguments = {"pyramid": pyramid, "weight": packed, "bias": bias, "predicted": predicted}
-    blocks = {"BLOCK_C": tiles.c, "BLOCK_O": tiles.o}
-    grid = triton.cdiv(outputs, tiles.o)
-    return _on_tiles(kernels.forward_kernel, pyramid, arguments, tiles, blocks, grid, layout)
-
-
-def _input_launch(grad: Tensor, packed: Tensor, grad_pyramid: Tensor, layout: Layout) -> Launch:
-    outputs, channels = packed.shape[0], packed.shape[3]
+    """Without `others` there are no programs for the pyramid, without `partial` none for weight and bias."""
+    outputs, channels = weight.shape[:2]
     tiles = fit(_INPUT, grad.dtype, grad.device, channels, 9 * outputs)
-    arguments = {"grad": grad, "weight": packed, "grad_pyramid": grad_pyramid}
-    blocks = {"BLOCK_C": tiles.c, "BLOCK_K": tiles.o}
-    grid = triton.cdiv(channels, tiles.c)
-    return _on_tiles(kernels.backward_input_kernel, grad, arguments, tiles, blocks, grid, layout)
+    size, blocks = (tiles.height, tiles.width), triton.cdiv(channels, tiles.c)
+    adders = 0 if partial is None else triton.cdiv((9 * channels + 1) * outputs, _COLUMNS * blocks)
+    grad_weight, grad_bias = gradients or (weight, weight)
+    # Pointers must point somewhere, also where nothing is read or written.
+    arguments: dict[str, Any] = {"grad": grad, "layer": _layer(weight, weight)}
+    arguments |= {"others": grad if others is None else others}
+    arguments |= {"grad_pyramid": grad if grad_pyramid is None else grad_pyramid}
+    arguments |= {"partial": grad if partial is None else partial, "runs": 0 if partial is None else len(partial)}
+    arguments |= {
+        "grad_layer": _layer(grad_weight, grad_bias),
+        "adders": adders,
+    }
+    arguments |= {"problems": layout.table, "work": layout.tiles(size)}
+    constants = _common(grad, channels, outputs, layout)
+    constants |= {"TILE_H": size[0], "TILE_W": size[1], "BLOCK_C": tiles.c, "BLOCK_K": tiles.o, "BLOCK_S": _COLUMNS}
+    grid = (adders + (0 if others is None else _tile_count(layout, size)), blocks)
+    return Launch(kernels.backward_input_kernel, grid, arguments, constants, tiles.warps, tiles.stages)
 
 
 def _weight_launch(grad: Tensor, pyramid: Tensor, layout: Layout) -> Launch:
     """The launch lacks `partial`, whose length is the first number of its grid."""
     outputs, channels = grad.shape[1], pyramid.shape[1]
     tiles = fit(_WEIGHT, grad.dtype, grad.device, channels, 9 * outputs)
-    pixels = tiles.height * tiles.width
-    # A power of two, so that few sizes of maps need another compilation.
-    steps = triton.next_power_of_2(triton.cdiv(triton.cdiv(layout.rows, pixels), _RUNS))
-    work = layout.runs(steps * pixels)
-    grid = len(work), triton.cdiv(9 * outputs, tiles.o), triton.cdiv(channels, tiles.c)
+    pixels, blocks = tiles.height * tiles.width, (triton.cdiv(9 * outputs, tiles.o), triton.cdiv(channels, tiles.c))
+    runs = max(1, int(_WEIGHT_PROGRAMS * multiprocessors(grad.device)) // (blocks[0] * blocks[1]))
+    pixels_a_run = triton.cdiv(triton.cdiv(layout.rows, pixels), runs) * pixels
+    work = layout.runs(pixels_a_run)
     constants = _common(grad, channels, outputs, layout)
-    constants |= {"STEPS": steps, "PIXELS": pixels, "BLOCK_K": tiles.o, "BLOCK_C": tiles.c}
-    arguments: dict[str, Any] = {"grad": grad, "pyramid": pyramid, "problems": layout.table, "work": work}
+    constants |= {"PIXELS": pixels, "BLOCK_K": tiles.o, "BLOCK_C": tiles.c}
+    arguments: dict[str, Any] = {"grad": grad, "pyramid": pyramid, "pixels_a_run": pixels_a_run}
+    arguments |= {"problems": layout.table, "work": work}
+    grid = (len(work), *blocks)
     return Launch(kernels.backward_weight_kernel, grid, arguments, constants, tiles.warps, tiles.stages)
-
-
-def _backward_parameters(grad: Tensor, pyramid: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    outputs, channels = grad.shape[1], pyramid.shape[1]
-    launch = _weight_launch(grad, pyramid, layout)
-    partial = grad.new_empty((launch.grid[0], (9 * channels + 1) * outputs), dtype=layout.real)
-    launch.arguments["partial"] = partial
-    launch.run()
-    weight, bias = partial.sum(0).split([9 * channels * outputs, outputs])
-    return weight.view(3, 3, outputs, channels).permute(2, 3, 0, 1), bias
 
 
 def launches(pyramid: Tensor, predicted: Tensor, layout: Layout) -> dict[str, Launch]:
@@ -161,11 +180,16 @@ def launches(pyramid: Tensor, predicted: Tensor, layout: Layout) -> dict[str, La
     Making them makes the tables that they look up. The matrices' shapes and types count and not what they hold, so they
     may be on the `meta` device.
     """
-    packed = pyramid.new_empty(()).expand(predicted.shape[1], 3, 3, pyramid.shape[1])
-    weight = _weight_launch(predicted, pyramid, layout)
-    weight.arguments["partial"] = pyramid.new_empty(1, dtype=layout.real)
+    outputs, channels = predicted.shape[1], pyramid.shape[1]
+    weight = torch.empty(
+        (outputs, channels, 3, 3), dtype=pyramid.dtype, device="meta", memory_format=torch.channels_last
+    )
+    bias, partial = pyramid.new_empty(1).expand(outputs), pyramid.new_empty(1, 1, dtype=layout.real)
+    counters = pyramid.new_empty(1, dtype=torch.int32).expand(len(layout.sizes) * layout.batch)
+    sums = _weight_launch(predicted, pyramid, layout)
+    sums.arguments["partial"] = partial
     return {
-        "forward": _forward_launch(pyramid, packed, packed, predicted, layout),
-        "backward input": _input_launch(predicted, packed, pyramid, layout),
-        "backward weight": weight,
+        "forward": _forward_launch(pyramid, weight, bias, predicted, counters, layout),
+        "backward input": _input_launch(predicted, weight, partial, pyramid, partial, (weight, bias), layout),
+        "backward weight": sums,
     }

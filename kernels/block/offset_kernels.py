@@ -13,12 +13,26 @@ column k = tap * OUT + o of a pixel is the gradient of output o at the pixel tha
 Names as in `kernels.deform_conv.kernels`.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from kernels.block.layout import HEIGHT, INPUT_ROW, PROBLEM_COLUMNS, WIDTH
-from kernels.block.sums import work_item
+from kernels.block.sums import clear, sum_rows, work_item
 from kernels.sampling.kernels import tile_pixels
+
+
+class Layer(NamedTuple):
+    """Weight (OUT, C, 3, 3) and bias (OUT,) of the convolution, or their gradients, with their strides in elements."""
+
+    weight: Any
+    bias: Any
+    o: Any
+    c: Any
+    y: Any
+    x: Any
+    bias_o: Any
 
 
 @triton.jit
@@ -41,13 +55,20 @@ def _neighbours(x, step, pixels, H, W, C: tl.constexpr, BLOCK_C: tl.constexpr, I
 
 
 @triton.jit
+def _weights(layer, tap, o, c):
+    """Pointers to the weights of some outputs and inputs at some taps."""
+    return layer.weight + o * layer.o + c * layer.c + tap // 3 * layer.y + tap % 3 * layer.x
+
+
+@triton.jit(do_not_specialize=["count"])
 def forward_kernel(
     pyramid,
-    weight,
-    bias,
+    layer,
     predicted,
     problems,
     work,
+    counters,
+    count,
     C: tl.constexpr,
     OUT: tl.constexpr,
     TILE_H: tl.constexpr,
@@ -58,7 +79,12 @@ def forward_kernel(
     INDEX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (tiles, blocks of OUT): `pyramid` is (P, C), `weight` (OUT, 9, C), `predicted` (P, OUT)."""
+    """Grid (tiles, blocks of OUT): `pyramid` is (P, C), `predicted` (P, OUT), `layer` a `Layer`.
+
+    The counters are those of a later launch, see `clear`.
+    """
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        clear(counters, count)
     level, image, number = work_item(work)
     H, W, first = _level(problems, level, image)
     pixels = tile_pixels(number, H, W, TILE_H, TILE_W)
@@ -71,13 +97,12 @@ def forward_kernel(
         b_x = b_next
         b_next = _neighbours(x, tl.minimum(step + 1, steps - 1), pixels, H, W, C, BLOCK_C, INDEX)
         c = step // 9 * BLOCK_C + tl.arange(0, BLOCK_C)
-        b_weight = tl.load(
-            weight + o[None, :] * (9 * C) + (step % 9 * C + c)[:, None],
-            mask=(c < C)[:, None] & (o < OUT)[None, :],
-            other=0.0,
-        )
+        places = _weights(layer, step % 9, o[None, :], c[:, None])
+        b_weight = tl.load(places, mask=(c < C)[:, None] & (o < OUT)[None, :], other=0.0).to(b_x.dtype)
         total = tl.dot(b_x, b_weight, total, input_precision=PRECISION, out_dtype=REAL)
-    total += tl.load(bias + o, mask=o < OUT, other=0.0).to(REAL)[None, :]
+    b_bias = tl.load(layer.bias + o * layer.bias_o, mask=o < OUT, other=0.0)
+    # As wide as the sum, but rounded to the type of the pyramid first, as autocast rounds a parameter.
+    total += b_bias.to(pyramid.dtype.element_ty).to(REAL)[None, :]
     target = predicted + (first + pixels.y * W + pixels.x)[:, None] * OUT + o[None, :]
     tl.store(target, total.to(predicted.dtype.element_ty), mask=pixels.inside[:, None] & (o < OUT)[None, :])
 
@@ -93,10 +118,28 @@ def _unfolded(grad, y, x, inside, k, H, W, OUT: tl.constexpr, INDEX: tl.constexp
 
 
 @triton.jit
+def _add_runs(partial, runs, layer, block, C: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr, REAL: tl.constexpr):
+    """BLOCK columns of `partial`, see `backward_weight_kernel`, added up and put where they belong."""
+    size: tl.constexpr = 9 * OUT * C
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    total = sum_rows(partial, runs, size + OUT, i, i < size + OUT, 16, REAL)
+    k = i // C
+    target = _weights(layer, k // OUT, k % OUT, i % C)
+    tl.store(target, total.to(layer.weight.dtype.element_ty), mask=i < size)
+    target = layer.bias + (i - size) * layer.bias_o
+    tl.store(target, total.to(layer.bias.dtype.element_ty), mask=(i >= size) & (i < size + OUT))
+
+
+@triton.jit(do_not_specialize=["runs", "adders"])
 def backward_input_kernel(
     grad,
-    weight,
+    layer,
+    others,
     grad_pyramid,
+    partial,
+    runs,
+    grad_layer,
+    adders,
     problems,
     work,
     C: tl.constexpr,
@@ -105,36 +148,56 @@ def backward_input_kernel(
     TILE_W: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     REAL: tl.constexpr,
     INDEX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (tiles, blocks of C): `grad` is (P, OUT), `weight` (OUT, 9, C), `grad_pyramid` (P, C)."""
-    level, image, number = work_item(work)
-    H, W, first = _level(problems, level, image)
-    y, x, inside = tile_pixels(number, H, W, TILE_H, TILE_W)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros((TILE_H * TILE_W, BLOCK_C), dtype=REAL)
-    for step in range((9 * OUT + BLOCK_K - 1) // BLOCK_K):
-        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        b_grad = _unfolded(grad + first * OUT, y, x, inside, k, H, W, OUT, INDEX)
-        rows = weight + (k % OUT * 9 + k // OUT) * C
-        b_weight = tl.load(rows[:, None] + c[None, :], mask=(k < 9 * OUT)[:, None] & (c < C)[None, :], other=0.0)
-        total = tl.dot(b_grad, b_weight, total, input_precision=PRECISION, out_dtype=REAL)
-    target = grad_pyramid + (first + y * W + x)[:, None] * C + c[None, :]
-    tl.store(target, total.to(grad_pyramid.dtype.element_ty), mask=inside[:, None] & (c < C)[None, :])
+    """Grid (adders, then tiles; blocks of C): the gradient of the pyramid; besides, the sum of another launch's pieces.
+
+    `grad` is (P, OUT), `others` (P, C) is added, `grad_pyramid` is (P, C), `partial` (runs, 9 * OUT * C + OUT).
+    """
+    # Few programs and no launch of their own: they run beside the tiles.
+    if tl.program_id(0) < adders:
+        block = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        _add_runs(partial, runs, grad_layer, block, C, OUT, BLOCK_S, REAL)
+    else:
+        level, image, number = work_item(work - adders * 3)
+        H, W, first = _level(problems, level, image)
+        y, x, inside = tile_pixels(number, H, W, TILE_H, TILE_W)
+        c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+        total = tl.zeros((TILE_H * TILE_W, BLOCK_C), dtype=REAL)
+        for step in range((9 * OUT + BLOCK_K - 1) // BLOCK_K):
+            k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            b_grad = _unfolded(grad + first * OUT, y, x, inside, k, H, W, OUT, INDEX)
+            places = _weights(layer, (k // OUT)[:, None], (k % OUT)[:, None], c[None, :])
+            b_weight = tl.load(places, mask=(k < 9 * OUT)[:, None] & (c < C)[None, :], other=0.0).to(b_grad.dtype)
+            total = tl.dot(b_grad, b_weight, total, input_precision=PRECISION, out_dtype=REAL)
+        place = (first + y * W + x)[:, None] * C + c[None, :]
+        known = inside[:, None] & (c < C)[None, :]
+        total += tl.load(others + place, mask=known, other=0.0).to(REAL)
+        tl.store(grad_pyramid + place, total.to(grad_pyramid.dtype.element_ty), mask=known)
 
 
 @triton.jit
+def _run_block(grad, rows, pixel, end, k, c, H, W, C: tl.constexpr, OUT: tl.constexpr, INDEX: tl.constexpr):
+    """The unfolded gradient and the pyramid at some pixels of a run."""
+    inside = pixel < end
+    b_grad = _unfolded(grad, pixel // W, pixel % W, inside, k, H, W, OUT, INDEX)
+    place = rows + pixel.to(INDEX)[:, None] * C + c[None, :]
+    return b_grad, tl.load(place, mask=inside[:, None] & (c < C)[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=["pixels_a_run"])
 def backward_weight_kernel(
     grad,
     pyramid,
     partial,
+    pixels_a_run,
     problems,
     work,
     C: tl.constexpr,
     OUT: tl.constexpr,
-    STEPS: tl.constexpr,
     PIXELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -142,7 +205,7 @@ def backward_weight_kernel(
     INDEX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (runs of STEPS * PIXELS, blocks of 9 OUT, blocks of C): sums over a run's pixels.
+    """Grid (runs of pixels, blocks of 9 OUT, blocks of C): sums over a run's pixels, PIXELS at a time.
 
     A row of `partial` is the gradient of the weight (9, OUT, C), then that of the bias (OUT,), from one run.
     """
@@ -150,16 +213,20 @@ def backward_weight_kernel(
     H, W, first = _level(problems, level, image)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    grad += first * OUT
+    rows = pyramid + first * C
     total = tl.zeros((BLOCK_K, BLOCK_C), dtype=REAL)
     sums = tl.zeros((BLOCK_K,), dtype=REAL)
-    for step in range(STEPS):
-        pixel = (number * STEPS + step) * PIXELS + tl.arange(0, PIXELS)
-        inside = pixel < H * W
-        b_grad = _unfolded(grad + first * OUT, pixel // W, pixel % W, inside, k, H, W, OUT, INDEX)
-        rows = pyramid + (first + pixel) * C
-        b_x = tl.load(rows[:, None] + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
+    start = number * pixels_a_run
+    end = tl.minimum(start + pixels_a_run, H * W)
+    b_grad, b_x = _run_block(grad, rows, start + tl.arange(0, PIXELS), end, k, c, H, W, C, OUT, INDEX)
+    # The compiler loads nothing ahead in a loop of unknown length, so the next pixels are carried through it.
+    while start < end:
+        start += PIXELS
+        b_next, b_x_next = _run_block(grad, rows, start + tl.arange(0, PIXELS), end, k, c, H, W, C, OUT, INDEX)
         sums += tl.sum(b_grad.to(REAL), 0)
         total = tl.dot(tl.trans(b_grad), b_x, total, input_precision=PRECISION, out_dtype=REAL)
+        b_grad, b_x = b_next, b_x_next
     partial += tl.program_id(0).to(tl.int64) * (9 * OUT * C + OUT)
     tl.store(partial + k[:, None] * C + c[None, :], total, mask=(k < 9 * OUT)[:, None] & (c < C)[None, :])
     # At the tap in the middle every pixel sees itself.

@@ -23,14 +23,12 @@ from kernels.backend import INTERPRET
 from kernels.block import coefficients
 from kernels.block import tail_kernels as kernels
 from kernels.block.layout import Layout
-from kernels.block.sums import add_launch, add_runs
-from kernels.runtime.launch import Launch, steps, triton_real
-from kernels.runtime.operator import differentiable_once
+from kernels.runtime.launch import Launch, multiprocessors, triton_real
 
 # Elements of one program. The interpreter's time is that of its programs' number, hardly of their size.
 _FORWARD, _SUMS, _MAPS = (8192, 4096, 8192) if INTERPRET else (2048, 1024, 2048)
-_SUMS_STEPS = 2 if INTERPRET else 16
-_MERGED = 64
+# Programs that sum over pixels, for each multiprocessor; rows and columns of a matrix' gradient that one program makes.
+_SUMS_PROGRAMS, _ADDED = (1 / 8, 256) if INTERPRET else (4, 32)
 
 
 class Settings(NamedTuple):
@@ -47,56 +45,58 @@ class Settings(NamedTuple):
     eps: float
 
 
-def tail(
-    sampled: Tensor, partial: Tensor | None, parameters: Sequence[Tensor | None], settings: Settings, layout: Layout
-) -> Tensor:
+def counters(layout: Layout) -> Tensor:
+    """(L * N,) int32, not yet zeroed: what `forward` takes."""
+    return torch.empty(len(layout.sizes) * layout.batch, dtype=torch.int32, device=layout.device)
+
+
+def forward(
+    sampled: Tensor,
+    partial: Tensor,
+    parameters: Sequence[Tensor | None],
+    settings: Settings,
+    counters: Tensor,
+    layout: Layout,
+) -> tuple[Tensor, coefficients.Saved]:
     """Normalise, upsample and weight the sampled maps of every level, add them up, and activate the sum.
+
+    Args:
+        sampled: (Q, C), see `kernels.block.layout`; convolutions without their biases.
+        partial: (tiles, 3, C) as the convolution leaves it, the sums for the statistics.
+        parameters: As in `kernels.block.coefficients.Saved`.
+        settings: Which activation, and how to normalise.
+        counters: Of `counters`, zeroed by an earlier launch.
+        layout: Rows and tables of the pyramid.
+
+    Returns:
+        (P, C) in the type of `sampled`, and what `backward` needs besides `sampled`.
+    """
+    saved = coefficients.forward(partial, parameters, settings.groups, settings.eps, counters, layout)
+    out = sampled.new_empty((layout.rows, sampled.shape[1]))
+    _forward_launch(sampled, saved.coefficients, out, settings.rectified, layout).run()
+    return out, saved
+
+
+def backward(
+    grad: Tensor, sampled: Tensor, saved: coefficients.Saved, settings: Settings, layout: Layout, to_sampled: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of `forward`.
 
     A tie of the two lines of dynamic ReLU gives half of the gradient to each, as in `kernels.dynamic_relu`.
 
     Args:
-        sampled: (Q, C), see `kernels.block.layout`; convolutions without their biases.
-        partial: (tiles, 3, C) as the convolution leaves it, the sums for the statistics; None to compute them.
-        parameters: As in `kernels.block.coefficients.Saved`.
-        settings: Which activation, and how to normalise.
-        layout: Rows and tables of the pyramid.
+        grad: (P, C), the gradient of its output, contiguous.
+        sampled, settings, layout: Its arguments.
+        saved: What it returned for this.
+        to_sampled: Whether the gradient of `sampled` is wanted.
 
     Returns:
-        (P, C) in the type of `sampled`.
+        The gradients of `sampled`, (Q, C), and of the parameters.
     """
-    output: Tensor = _Tail.apply(sampled, partial, settings, layout, *parameters)
-    return output
-
-
-class _Tail(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        sampled: Tensor,
-        partial: Tensor | None,
-        settings: Settings,
-        layout: Layout,
-        *parameters: Tensor | None,
-    ) -> Tensor:
-        rectified, groups, eps = settings
-        merged = merge(statistics(sampled, layout) if partial is None else partial, layout)
-        saved = coefficients.forward(merged, layout.share, parameters, groups, eps)
-        ctx.settings, ctx.layout = settings, layout
-        ctx.save_for_backward(sampled, *saved[:-1], *parameters)
-        return _forward(sampled, saved.coefficients, rectified, layout)
-
-    @staticmethod
-    @differentiable_once("dyhead_block")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (rectified, groups, eps), layout = ctx.settings, ctx.layout
-        sampled, lines, pooled, merged, share, *parameters = ctx.saved_tensors
-        saved = coefficients.Saved(lines, pooled, merged, share, tuple(parameters))
-        grad_m, grad_coefficients = backward_sums(grad.contiguous(), sampled, saved.coefficients, rectified, layout)
-        grad_statistics, grads = coefficients.backward(grad_coefficients, saved, groups, eps)
-        grad_sampled = None
-        if ctx.needs_input_grad[0]:
-            grad_sampled = _backward_maps(grad_m, sampled, saved, grad_statistics, layout)
-        return grad_sampled, None, None, None, *grads
+    grad_m, partial = backward_sums(grad, sampled, saved.coefficients, settings.rectified, layout)
+    bounds = layout.run_bounds(_pixels_a_run(sampled, layout))
+    grad_statistics, sums = coefficients.backward(partial, bounds, saved, settings.groups, settings.eps, layout)
+    return backward_maps(grad_m, sampled, saved, grad_statistics, sums, layout, to_sampled)
 
 
 def _block_c(channels: int) -> int:
@@ -116,47 +116,21 @@ def _common(sampled: Tensor, layout: Layout) -> tuple[dict[str, Any], dict[str, 
     return {"sampled": sampled, "axes": layout.axes}, constants, triton.cdiv(channels, block)
 
 
-def _statistics_launch(sampled: Tensor, partial: Tensor, layout: Layout) -> Launch:
+def _statistics_launch(sampled: Tensor, partial: Tensor, counters: Tensor, layout: Layout) -> Launch:
     arguments, constants, _ = _common(sampled, layout)
     constants |= {"BLOCK_C": min(32, constants["BLOCK_C"]), "TILE_H": layout.tile[0], "TILE_W": layout.tile[1]}
     work = layout.tiles()
     grid = (len(work), triton.cdiv(sampled.shape[1], constants["BLOCK_C"]))
     arguments |= {"partial": partial, "problems": layout.table, "work": work}
+    arguments |= {"counters": counters, "count": counters.numel()}
     return Launch(kernels.statistics_kernel, grid, arguments, constants)
 
 
-def statistics(sampled: Tensor, layout: Layout) -> Tensor:
-    """The sums of every tile of the sampled maps, (tiles, 3, C), that `merge` takes."""
+def statistics(sampled: Tensor, counters: Tensor, layout: Layout) -> Tensor:
+    """The sums of every tile of the sampled maps, (tiles, 3, C), that `forward` takes; its counters are zeroed."""
     partial = sampled.new_empty((len(layout.tiles()), 3, sampled.shape[1]), dtype=layout.real)
-    _statistics_launch(sampled, partial, layout).run()
+    _statistics_launch(sampled, partial, counters, layout).run()
     return partial
-
-
-def _merge_launch(partial: Tensor, statistics: Tensor, layout: Layout) -> Launch:
-    block = min(32, _block_c(partial.shape[2]))
-    grid = (len(layout.slots), triton.cdiv(partial.shape[2], block))
-    arguments = {"partial": partial, "statistics": statistics, "problems": layout.table, "slots": layout.slots}
-    constants = {
-        "C": partial.shape[2],
-        "STEPS": steps(layout.most_tiles, _MERGED),
-        "TILE_H": layout.tile[0],
-        "TILE_W": layout.tile[1],
-        "BLOCK_T": _MERGED,
-        "BLOCK_C": block,
-        "REAL": triton_real(partial.dtype),
-    }
-    return Launch(kernels.merge_kernel, grid, {**arguments, "count": len(layout.slots)}, constants)
-
-
-def merge(partial: Tensor, layout: Layout) -> Tensor:
-    """Mean, biased variance and mean after upsampling of every channel of every sampled map.
-
-    Returns:
-        (3, L, 3, N, C), float32 or float64: kind, level, branch, image, channel; zeros for maps that do not exist.
-    """
-    merged = partial.new_empty((3, len(layout.sizes), 3, layout.batch, partial.shape[2]))
-    _merge_launch(partial, merged, layout).run()
-    return merged
 
 
 def _forward_launch(sampled: Tensor, coefficients: Tensor, out: Tensor, rectified: bool, layout: Layout) -> Launch:
@@ -168,10 +142,12 @@ def _forward_launch(sampled: Tensor, coefficients: Tensor, out: Tensor, rectifie
     return Launch(kernels.forward_kernel, (len(work), blocks), arguments | {"batch": layout.batch}, constants)
 
 
-def _forward(sampled: Tensor, coefficients: Tensor, rectified: bool, layout: Layout) -> Tensor:
-    out = sampled.new_empty((layout.rows, sampled.shape[1]))
-    _forward_launch(sampled, coefficients, out, rectified, layout).run()
-    return out
+def _pixels_a_run(sampled: Tensor, layout: Layout) -> int:
+    """Pixels over which one program sums: as many as give the multiprocessors about the same to do."""
+    channels = sampled.shape[1]
+    pixels = _pixels(channels, _SUMS)
+    runs = max(1, int(_SUMS_PROGRAMS * multiprocessors(sampled.device)) // triton.cdiv(channels, _block_c(channels)))
+    return triton.cdiv(triton.cdiv(layout.rows, pixels), runs) * pixels
 
 
 def _sums_launch(
@@ -184,59 +160,65 @@ def _sums_launch(
     layout: Layout,
 ) -> Launch:
     arguments, constants, blocks = _common(sampled, layout)
-    pixels = _pixels(sampled.shape[1], _SUMS)
-    work = layout.runs(pixels * _SUMS_STEPS)
+    pixels_a_run = _pixels_a_run(sampled, layout)
+    work = layout.runs(pixels_a_run)
     arguments |= {"grad": grad, "coefficients": coefficients, "grad_m": grad_m, "partial": partial}
-    arguments |= {"levels": layout.levels, "work": work, "batch": layout.batch}
-    constants |= {"KINDS": coefficients.shape[2], "RECTIFIED": rectified, "STEPS": _SUMS_STEPS, "PIXELS": pixels}
+    arguments |= {"levels": layout.levels, "work": work, "batch": layout.batch, "pixels_a_run": pixels_a_run}
+    constants |= {"KINDS": coefficients.shape[2], "RECTIFIED": rectified, "PIXELS": _pixels(sampled.shape[1], _SUMS)}
     return Launch(kernels.backward_sums_kernel, (len(work), blocks), arguments, constants)
-
-
-def _sums_bounds(channels: int, layout: Layout) -> tuple[Tensor, int]:
-    """The runs of every level and image, as `add_runs` takes them, and how many one of them has at most."""
-    pixels = _pixels(channels, _SUMS) * _SUMS_STEPS
-    return layout.run_bounds(pixels), max(triton.cdiv(h * w, pixels) for h, w in layout.sizes)
 
 
 def backward_sums(
     grad: Tensor, sampled: Tensor, coefficients: Tensor, rectified: bool, layout: Layout
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of m, (P, C), and of the coefficients."""
-    pixels = _pixels(sampled.shape[1], _SUMS) * _SUMS_STEPS
+    """The gradient of m, (P, C), and that of the coefficients in pieces, (runs, KINDS, C)."""
     grad_m = torch.empty_like(grad)
-    partial = coefficients.new_empty((len(layout.runs(pixels)), *coefficients.shape[2:]))
+    runs = len(layout.runs(_pixels_a_run(sampled, layout)))
+    partial = coefficients.new_empty((runs, *coefficients.shape[2:]))
     _sums_launch(grad, sampled, coefficients, grad_m, partial, rectified, layout).run()
-    total = add_runs(partial, *_sums_bounds(sampled.shape[1], layout), dtype=coefficients.dtype)
-    return grad_m, total.view_as(coefficients)
+    return grad_m, partial
 
 
 def _maps_launch(
     grad_m: Tensor,
     sampled: Tensor,
-    coefficients: Tensor,
-    statistics: Tensor,
+    saved: coefficients.Saved,
     grad_statistics: Tensor,
-    grad_sampled: Tensor,
+    sums: Tensor,
+    grads: Tensor,
+    grad_sampled: Tensor | None,
     layout: Layout,
 ) -> Launch:
+    """Without `grad_sampled` there are no programs for it."""
     arguments, constants, blocks = _common(sampled, layout)
-    pixels = _pixels(sampled.shape[1], _MAPS)
+    channels, hidden, kinds = sampled.shape[1], saved.hidden, saved.coefficients.shape[2]
+    pixels = _pixels(channels, _MAPS)
     work = layout.sampled_runs(pixels)
-    arguments |= {"grad_m": grad_m, "coefficients": coefficients, "statistics": statistics}
-    arguments |= {"grad_statistics": grad_statistics, "grad_sampled": grad_sampled, "firsts": layout.firsts}
-    arguments |= {"problems": layout.table, "work": work, "batch": layout.batch, "slots": len(layout.slots)}
-    constants |= {"KINDS": coefficients.shape[2], "SPAN": layout.span, "PIXELS": pixels}
-    return Launch(kernels.backward_maps_kernel, (len(work), blocks), arguments, constants)
+    matrices = sum(triton.cdiv(n, _ADDED) for n in (4 * channels, channels)) * triton.cdiv(hidden, _ADDED)
+    adders = matrices + triton.cdiv(coefficients.sums(saved), _ADDED)
+    arguments |= {"grad_m": grad_m, "coefficients": saved.coefficients, "statistics": saved.statistics}
+    arguments |= {"grad_statistics": grad_statistics, "firsts": layout.firsts, "problems": layout.table, "work": work}
+    arguments |= {"grad_sampled": sampled if grad_sampled is None else grad_sampled, "sums": sums, "grads": grads}
+    arguments |= {"batch": layout.batch, "slots": len(layout.slots), "span": layout.span, "adders": adders}
+    constants |= {"KINDS": kinds, "R": hidden, "PIXELS": pixels, "BLOCK_A": _ADDED}
+    grid = (adders + (0 if grad_sampled is None else len(work)), blocks)
+    return Launch(kernels.backward_maps_kernel, grid, arguments, constants)
 
 
-def _backward_maps(
-    grad_m: Tensor, sampled: Tensor, saved: coefficients.Saved, grad_statistics: Tensor, layout: Layout
-) -> Tensor:
-    """The gradient of the sampled maps, (Q, C)."""
-    grad_sampled = torch.empty_like(sampled)
-    tensors = grad_m, sampled, saved.coefficients, saved.statistics, grad_statistics, grad_sampled
-    _maps_launch(*tensors, layout).run()
-    return grad_sampled
+def backward_maps(
+    grad_m: Tensor,
+    sampled: Tensor,
+    saved: coefficients.Saved,
+    grad_statistics: Tensor,
+    sums: Tensor,
+    layout: Layout,
+    to_sampled: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradients of the sampled maps, (Q, C), and of the parameters; the last step of `backward`."""
+    grad_sampled = torch.empty_like(sampled) if to_sampled else None
+    grads = coefficients.empty_gradients(saved)
+    _maps_launch(grad_m, sampled, saved, grad_statistics, sums, grads, grad_sampled, layout).run()
+    return grad_sampled, coefficients.split_gradients(grads, saved)
 
 
 def launches(pyramid: Tensor, sampled: Tensor, layout: Layout, kinds: int, rectified: bool) -> dict[str, Launch]:
@@ -247,13 +229,14 @@ def launches(pyramid: Tensor, sampled: Tensor, layout: Layout, kinds: int, recti
     """
     levels, batch, channels = len(layout.sizes), layout.batch, sampled.shape[1]
     one = sampled.new_empty((), dtype=layout.real)
-    partial, statistics = one.expand(1, 3, channels), one.expand(3, levels, 3, batch, channels)
-    lines, sums = one.expand(levels, batch, kinds, channels), one.expand(1, kinds, channels)
+    layout.run_bounds(_pixels_a_run(sampled, layout))
+    statistics, lines = one.expand(3, levels, 3, batch, channels), one.expand(levels, batch, kinds, channels)
+    hidden = channels // 4 if kinds == 8 else 0
+    parameters = [*(one.expand(channels),) * 11, *((one.expand(hidden),) if hidden else (None,)) * 4]
+    saved = coefficients.Saved(lines, one, statistics, tuple(parameters))
     return {
-        "statistics": _statistics_launch(sampled, partial, layout),
-        "merge": _merge_launch(partial, statistics, layout),
+        "statistics": _statistics_launch(sampled, one, counters(layout), layout),
         "tail forward": _forward_launch(sampled, lines, pyramid, rectified, layout),
-        "tail backward sums": _sums_launch(pyramid, sampled, lines, pyramid, sums, rectified, layout),
-        "add": add_launch(sums, lines, *_sums_bounds(channels, layout)),
-        "tail backward maps": _maps_launch(pyramid, sampled, lines, statistics, statistics, sampled, layout),
+        "tail backward sums": _sums_launch(pyramid, sampled, lines, pyramid, one, rectified, layout),
+        "tail backward maps": _maps_launch(pyramid, sampled, saved, statistics, one, one, sampled, layout),
     }

@@ -15,6 +15,7 @@ RECTIFIED, m.
 import triton
 import triton.language as tl
 
+from kernels.block.coefficients_kernels import add_parameters
 from kernels.block.layout import (
     AXES,
     BRANCH,
@@ -23,7 +24,6 @@ from kernels.block.layout import (
     COARSER_ROW,
     COARSER_WIDTH,
     FINER_ROW,
-    FIRST_TILE,
     LEVEL,
     LEVEL_COLUMNS,
     OUT_HEIGHT,
@@ -34,9 +34,8 @@ from kernels.block.layout import (
     TARGET_HEIGHT,
     TARGET_ROW,
     TARGET_WIDTH,
-    TILES,
 )
-from kernels.block.sums import channel_block, matrix_rows, store_sums, work_item
+from kernels.block.sums import channel_block, clear, matrix_rows, store_sums, work_item
 from kernels.sampling.kernels import tile_pixels
 
 LEVEL_HEIGHT = tl.constexpr(0)
@@ -77,7 +76,7 @@ def _coefficient(coefficients, kind, c, known, C: tl.constexpr):
     return tl.load(coefficients + kind * C + c, mask=known, other=0.0)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def forward_kernel(
     sampled,
     coefficients,
@@ -117,7 +116,7 @@ def forward_kernel(
     tl.store(target, b_m.to(out.dtype.element_ty), mask=inside[:, None] & known[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "pixels_a_run"])
 def backward_sums_kernel(
     grad,
     sampled,
@@ -128,15 +127,15 @@ def backward_sums_kernel(
     levels,
     work,
     batch,
+    pixels_a_run,
     C: tl.constexpr,
     KINDS: tl.constexpr,
     RECTIFIED: tl.constexpr,
-    STEPS: tl.constexpr,
     PIXELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     REAL: tl.constexpr,
 ):
-    """Grid (runs of STEPS * PIXELS, blocks of C): the gradient of m, and sums over a run's pixels.
+    """Grid (runs of pixels, blocks of C): the gradient of m, and sums over a run's pixels, PIXELS at a time.
 
     `grad` is (P, C), `grad_m` (P, C), `partial` (runs, KINDS, C): gradients of the coefficients from one run.
     """
@@ -156,9 +155,12 @@ def backward_sums_kernel(
     s_first_m = tl.zeros((PIXELS, BLOCK_C), dtype=REAL)
     s_second = tl.zeros((PIXELS, BLOCK_C), dtype=REAL)
     s_second_m = tl.zeros((PIXELS, BLOCK_C), dtype=REAL)
-    for step in range(STEPS):
-        pixel = (number * STEPS + step) * PIXELS + tl.arange(0, PIXELS)
-        inside = pixel < pixels
+    # Triton 3.6 interprets no `range` up to a run-time number under NumPy 2.4.
+    start = number * pixels_a_run
+    end = tl.minimum(start + pixels_a_run, pixels)
+    while start < end:
+        pixel = start + tl.arange(0, PIXELS)
+        inside = pixel < end
         b_same, b_finer, b_up = _maps(sampled, axes, row, image, pixel, inside, c, known, C, REAL)
         place = tl.load(row + SAME_ROW) + image.to(tl.int64) * pixels + pixel
         b_grad = matrix_rows(grad, place, inside, c, known, C, REAL)
@@ -185,6 +187,7 @@ def backward_sums_kernel(
         s_same += b_grad * b_same
         s_finer += b_grad * b_finer
         s_up += b_grad * b_up
+        start += PIXELS
     target = partial + tl.program_id(0).to(tl.int64) * (KINDS * C) + c
     tl.store(target, tl.sum(s_same, 0), mask=known)
     tl.store(target + C, tl.sum(s_finer, 0), mask=known)
@@ -204,7 +207,7 @@ def backward_sums_kernel(
         tl.store(target + 3 * C, b_first, mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "slots", "span", "adders"])
 def backward_maps_kernel(
     grad_m,
     sampled,
@@ -216,77 +219,100 @@ def backward_maps_kernel(
     firsts,
     problems,
     work,
+    sums,
+    grads,
     batch,
     slots,
+    span,
+    adders,
     C: tl.constexpr,
+    R: tl.constexpr,
     KINDS: tl.constexpr,
-    SPAN: tl.constexpr,
     PIXELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_A: tl.constexpr,
     REAL: tl.constexpr,
 ):
-    """Grid (runs of PIXELS of the sampled maps, blocks of C): the gradient of the sampled maps, statistics included.
+    """Grid (adders, then runs of PIXELS of the sampled maps; blocks of C): the gradient of the sampled maps.
 
     `statistics` and `grad_statistics` are (3, slots, C): mean, variance, upsampled mean; a slot is a level, a branch
-    and an image. A pixel of a coarser neighbour gathers from the SPAN * SPAN target pixels that may take of it.
+    and an image. A pixel of a coarser neighbour gathers from the span * span target pixels that may take of it.
+
+    The adders make the gradients of the parameters: `add_parameters` has `sums` and `grads`.
     """
-    problem, image, number = work_item(work)
-    c, known = channel_block(C, BLOCK_C)
-    row = problems + problem * PROBLEM_COLUMNS
-    height, width = tl.load(row + OUT_HEIGHT), tl.load(row + OUT_WIDTH)
-    target_h, target_w = tl.load(row + TARGET_HEIGHT), tl.load(row + TARGET_WIDTH)
-    level, branch = tl.load(row + LEVEL), tl.load(row + BRANCH)
-    pixel = number * PIXELS + tl.arange(0, PIXELS)
-    inside = pixel < height * width
-    y, x = pixel // width, pixel % width
-    first = tl.load(row + TARGET_ROW) + image.to(tl.int64) * target_h * target_w
-    start = tl.load(row + AXES)
-    share = tl.load(axes + start + 2 + y, mask=inside, other=0.0)
-    share *= tl.load(axes + start + 2 + height + x, mask=inside, other=0.0)
-    if branch == 2:
-        scale_y, scale_x = tl.load(axes + start), tl.load(axes + start + 1)
-        top = tl.load(firsts + start + 2 + y, mask=inside, other=0)
-        left = tl.load(firsts + start + 2 + height + x, mask=inside, other=0)
-        b_grad = tl.zeros((PIXELS, BLOCK_C), dtype=REAL)
-        for step in range(SPAN * SPAN):
-            down, right = top + step // SPAN, left + step % SPAN
-            y0, y1, fy = _between(down.to(REAL), scale_y, height)
-            x0, x1, fx = _between(right.to(REAL), scale_x, width)
-            factor = tl.where(y0 == y, 1 - fy, 0.0) + tl.where(y1 == y, fy, 0.0)
-            factor *= tl.where(x0 == x, 1 - fx, 0.0) + tl.where(x1 == x, fx, 0.0)
-            taken = inside & (down < target_h) & (right < target_w) & (factor != 0)
-            b_grad += matrix_rows(grad_m, first + down * target_w + right, taken, c, known, C, REAL) * factor[:, None]
+    # They wait for the same launch as the runs, and are too few for one of their own.
+    if tl.program_id(0) < adders:
+        if tl.program_id(1) == 0:
+            add_parameters(tl.program_id(0), sums, grads, slots // 3, C, R, KINDS, BLOCK_A, REAL)
     else:
-        b_grad = matrix_rows(grad_m, first + pixel, inside, c, known, C, REAL)
-    place = tl.load(row + OUTPUT_ROW) + image.to(tl.int64) * height * width + pixel
-    b_value = matrix_rows(sampled, place, inside, c, known, C, REAL)
-    slot = ((level * 3 + branch) * batch + image) * C
-    b_mean = _coefficient(statistics + slot, 0, c, known, C)
-    b_by_mean = _coefficient(grad_statistics + slot, 0, c, known, C)
-    b_by_variance = _coefficient(grad_statistics + slot, slots, c, known, C)
-    b_by_pooled = _coefficient(grad_statistics + slot, 2 * slots, c, known, C)
-    count = (height * width).to(REAL)
-    b_grad *= _coefficient(coefficients + (level * batch + image) * (KINDS * C), branch, c, known, C)
-    b_grad += (b_by_mean + 2 * b_by_variance * (b_value - b_mean)) / count
-    b_grad += b_by_pooled * (share / (target_h * target_w).to(REAL))[:, None]
-    target = grad_sampled + place[:, None] * C + c[None, :]
-    tl.store(target, b_grad.to(grad_sampled.dtype.element_ty), mask=inside[:, None] & known[None, :])
+        problem, image, number = work_item(work - adders * 3)
+        c, known = channel_block(C, BLOCK_C)
+        row = problems + problem * PROBLEM_COLUMNS
+        height, width = tl.load(row + OUT_HEIGHT), tl.load(row + OUT_WIDTH)
+        target_h, target_w = tl.load(row + TARGET_HEIGHT), tl.load(row + TARGET_WIDTH)
+        level, branch = tl.load(row + LEVEL), tl.load(row + BRANCH)
+        pixel = number * PIXELS + tl.arange(0, PIXELS)
+        inside = pixel < height * width
+        y, x = pixel // width, pixel % width
+        first = tl.load(row + TARGET_ROW) + image.to(tl.int64) * target_h * target_w
+        start = tl.load(row + AXES)
+        share = tl.load(axes + start + 2 + y, mask=inside, other=0.0)
+        share *= tl.load(axes + start + 2 + height + x, mask=inside, other=0.0)
+        if branch == 2:
+            scale_y, scale_x = tl.load(axes + start), tl.load(axes + start + 1)
+            top = tl.load(firsts + start + 2 + y, mask=inside, other=0)
+            left = tl.load(firsts + start + 2 + height + x, mask=inside, other=0)
+            b_grad = tl.zeros((PIXELS, BLOCK_C), dtype=REAL)
+            step = 0
+            while step < span * span:
+                down, right = top + step // span, left + step % span
+                y0, y1, fy = _between(down.to(REAL), scale_y, height)
+                x0, x1, fx = _between(right.to(REAL), scale_x, width)
+                factor = tl.where(y0 == y, 1 - fy, 0.0) + tl.where(y1 == y, fy, 0.0)
+                factor *= tl.where(x0 == x, 1 - fx, 0.0) + tl.where(x1 == x, fx, 0.0)
+                taken = inside & (down < target_h) & (right < target_w) & (factor != 0)
+                b_grad += (
+                    matrix_rows(grad_m, first + down * target_w + right, taken, c, known, C, REAL) * factor[:, None]
+                )
+                step += 1
+        else:
+            b_grad = matrix_rows(grad_m, first + pixel, inside, c, known, C, REAL)
+        place = tl.load(row + OUTPUT_ROW) + image.to(tl.int64) * height * width + pixel
+        b_value = matrix_rows(sampled, place, inside, c, known, C, REAL)
+        slot = ((level * 3 + branch) * batch + image) * C
+        b_mean = _coefficient(statistics + slot, 0, c, known, C)
+        b_by_mean = _coefficient(grad_statistics + slot, 0, c, known, C)
+        b_by_variance = _coefficient(grad_statistics + slot, slots, c, known, C)
+        b_by_pooled = _coefficient(grad_statistics + slot, 2 * slots, c, known, C)
+        count = (height * width).to(REAL)
+        b_grad *= _coefficient(coefficients + (level * batch + image) * (KINDS * C), branch, c, known, C)
+        b_grad += (b_by_mean + 2 * b_by_variance * (b_value - b_mean)) / count
+        b_grad += b_by_pooled * (share / (target_h * target_w).to(REAL))[:, None]
+        target = grad_sampled + place[:, None] * C + c[None, :]
+        tl.store(target, b_grad.to(grad_sampled.dtype.element_ty), mask=inside[:, None] & known[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def statistics_kernel(
     sampled,
     partial,
     axes,
     problems,
     work,
+    counters,
+    count,
     C: tl.constexpr,
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
     REAL: tl.constexpr,
 ):
-    """Grid (tiles of the sampled maps, blocks of C): `partial` (tiles, 3, C), for maps that come without it."""
+    """Grid (tiles of the sampled maps, blocks of C): `partial` (tiles, 3, C), for maps that come without it.
+
+    The counters are those of a later launch, see `clear`.
+    """
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        clear(counters, count)
     problem, image, number = work_item(work)
     c, known = channel_block(C, BLOCK_C)
     row = problems + problem * PROBLEM_COLUMNS
@@ -295,55 +321,3 @@ def statistics_kernel(
     place = tl.load(row + OUTPUT_ROW) + image.to(tl.int64) * height * width + pixels.y * width + pixels.x
     b_value = matrix_rows(sampled, place, pixels.inside, c, known, C, REAL)
     store_sums(b_value, pixels, partial, axes, row, c, known, C, REAL)
-
-
-@triton.jit
-def merge_kernel(
-    partial,
-    statistics,
-    problems,
-    slots,
-    count,
-    C: tl.constexpr,
-    STEPS: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    REAL: tl.constexpr,
-):
-    """Grid (slots, blocks of C): mean, variance and upsampled mean of one map, (3, slots, C); zeros for no map.
-
-    Variances of tiles are merged through their means (Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm
-    for Computing Sample Variances", 1979); sums of squares would cancel.
-    """
-    slot = tl.program_id(0)
-    c, known = channel_block(C, BLOCK_C)
-    problem, image = tl.load(slots + slot * 2), tl.load(slots + slot * 2 + 1)
-    row = problems + tl.maximum(problem, 0) * PROBLEM_COLUMNS
-    height, width, tiles = tl.load(row + OUT_HEIGHT), tl.load(row + OUT_WIDTH), tl.load(row + TILES)
-    tiles = tl.where(problem < 0, 0, tiles)
-    first = (tl.load(row + FIRST_TILE) + image * tiles).to(tl.int64)
-    s_sum = tl.zeros((BLOCK_T, BLOCK_C), dtype=REAL)
-    s_pooled = tl.zeros((BLOCK_T, BLOCK_C), dtype=REAL)
-    for step in range(STEPS):
-        tile = step * BLOCK_T + tl.arange(0, BLOCK_T)
-        s_sum += matrix_rows(partial, (first + tile) * 3, tile < tiles, c, known, C, REAL)
-        s_pooled += matrix_rows(partial, (first + tile) * 3 + 2, tile < tiles, c, known, C, REAL)
-    pixels = (height * width).to(REAL)
-    b_mean = tl.sum(s_sum, 0) / pixels
-    s_squares = tl.zeros((BLOCK_T, BLOCK_C), dtype=REAL)
-    across = tl.cdiv(width, TILE_W)
-    for step in range(STEPS):
-        tile = step * BLOCK_T + tl.arange(0, BLOCK_T)
-        there = tile < tiles
-        size = tl.minimum(height - tile // across * TILE_H, TILE_H) * tl.minimum(width - tile % across * TILE_W, TILE_W)
-        size = tl.where(there, size, 1).to(REAL)[:, None]
-        b_distance = matrix_rows(partial, (first + tile) * 3, there, c, known, C, REAL) / size - b_mean[None, :]
-        b_squares = matrix_rows(partial, (first + tile) * 3 + 1, there, c, known, C, REAL)
-        s_squares += tl.where(there[:, None], b_squares + size * b_distance * b_distance, 0.0)
-    target = statistics + slot * C + c
-    b_pooled = tl.sum(s_pooled, 0) / (tl.load(row + TARGET_HEIGHT) * tl.load(row + TARGET_WIDTH)).to(REAL)
-    tl.store(target, b_mean, mask=known)
-    tl.store(target + count * C, tl.sum(s_squares, 0) / pixels, mask=known)
-    tl.store(target + 2 * count * C, b_pooled, mask=known)

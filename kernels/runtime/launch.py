@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -37,9 +37,10 @@ def triton_real(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if real(dtype) == torch.float64 else tl.float32
 
 
-def steps(total: int, block: int) -> int:
-    """Blocks that cover `total`, rounded up to a power of two, so that few variants of a kernel are compiled."""
-    return int(triton.next_power_of_2(triton.cdiv(total, block)))
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has; elsewhere 132, those of an H100 or H200."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,12 @@ class Launch:
 
     def spec(self, name: str, dtype: torch.dtype, uses_dot: bool = False) -> CompileSpec:
         """What ahead-of-time compilation needs; the launch may have tensors on the `meta` device."""
-        numbers = {path: x for path, x in self._leaves() if isinstance(x, int)}
+        as_they_are = {parameter.name for parameter in self.kernel.params if parameter.do_not_specialize}
+        numbers = {path: x for path, x in self._leaves() if isinstance(x, int) and path[0] not in as_they_are}
         return CompileSpec(
             name=name,
             kernel=self.kernel,
-            signature={key: _types(value) for key, value in self.arguments.items()},
+            signature={key: _types(value, key in as_they_are) for key, value in self.arguments.items()},
             constexprs=self._constexprs(),
             num_warps=self.warps,
             num_stages=self.stages,
@@ -188,12 +190,15 @@ class Launcher:
         launch.run()
 
 
-def _types(value: Any) -> Any:
-    """The type of an argument as Triton writes it, and a NamedTuple of types for a NamedTuple."""
+def _types(value: Any, as_it_is: bool = False) -> Any:
+    """The type of an argument as Triton writes it, and a NamedTuple of types for a NamedTuple.
+
+    The launcher compiles a number that is 1 into the kernel, unless the kernel takes that argument as it is.
+    """
     if isinstance(value, tuple):
         return type(value)(*map(_types, value))
     if isinstance(value, Tensor):
         return f"*{_NAMES[value.dtype]}"
     if isinstance(value, int):
-        return "constexpr" if value == 1 else "i32" if value < 2**31 else "i64"
+        return "constexpr" if value == 1 and not as_it_is else "i32" if value < 2**31 else "i64"
     return "fp32"

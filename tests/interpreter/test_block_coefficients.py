@@ -1,14 +1,18 @@
-"""The coefficients of a block's tail under the interpreter: plain PyTorch's numbers, forward and every gradient."""
+"""The coefficients of a block's tail under the interpreter: plain PyTorch's numbers, forward and every gradient.
+
+Maps have powers of two of pixels and are one tile each, so that their statistics become sums and back without an error.
+"""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from kernels.block import coefficients as block_coefficients
+from kernels.block import tail as block_tail
+from kernels.block.layout import Layout, layout
 
 GROUPS, EPS = 16, 1e-5
-# Four levels as a pyramid has them: the first has no finer neighbour, the last no coarser one.
-SHARE = torch.tensor([[1 / 2, 0, 1 / 2], [1 / 3, 1 / 3, 1 / 3], [1 / 3, 1 / 3, 1 / 3], [1 / 2, 1 / 2, 0]])
+SIZES = ((8, 8), (4, 4), (2, 2), (1, 1))
 
 
 @pytest.fixture(autouse=True)
@@ -17,26 +21,24 @@ def poisoned(poison):
 
 
 def make(levels=4, batch=2, channels=32, hidden=8, gate=True, network=True, biases=(False,) * 3, dtype=torch.float64):
-    """Statistics, share, and parameters as the functions take them; gates and hard sigmoids on both sides of kinks."""
+    """Statistics, layout, and parameters as the functions take them; gates and hard sigmoids on both sides of kinks."""
     generator = torch.Generator().manual_seed(5)
 
     def new(*shape, scale=1.0):
         return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
 
-    share = (SHARE[:levels] if levels > 1 else torch.tensor([[1.0, 0, 0]])).to(
-        torch.promote_types(dtype, torch.float32)
-    )
+    tables = layout(SIZES[:levels], batch, torch.device("cpu"), torch.promote_types(dtype, torch.float32), (8, 8))
     statistics = torch.randn(3, levels, 3, batch, channels, generator=generator, dtype=torch.float64)
     statistics[1].abs_()
-    statistics = (statistics * (share[None, :, :, None, None] > 0)).to(share.dtype).requires_grad_()
+    statistics = (statistics * (tables.share > 0)).to(tables.real).requires_grad_()
     norms = [(new(channels), new(channels), new(channels) if biased else None) for biased in biases]
     gate = (new(1, channels, scale=2 / channels**0.5), new(1)) if gate else None
     shapes = ((hidden, channels), (hidden,), (4 * channels, hidden), (4 * channels,))
     network = tuple(new(*shape) for shape in shapes) if network else None
-    return statistics, share[..., None, None], norms, gate, network
+    return statistics, tables, norms, gate, network
 
 
-def reference(statistics, share, norms, gate, network):
+def reference(statistics, tables, norms, gate, network):
     """The definition in plain PyTorch, differentiable by autograd."""
 
     def of_groups(x):
@@ -56,7 +58,7 @@ def reference(statistics, share, norms, gate, network):
     pooled = slope * pooled + intercept
     intercept = intercept + slope * bias
 
-    weight = share
+    weight = share = tables.share
     if gate is not None:
         weight = F.hardsigmoid(F.relu(F.linear(pooled, *(x.to(mean.dtype) for x in gate)))) * share
     lines = [*(slope * weight).unbind(1), (intercept * weight).sum(1)]
@@ -76,20 +78,34 @@ def flat(norms, gate, network):
     return *scales, *shifts, *biases, *(gate or (None,) * 2), *(network or (None,) * 4)
 
 
-def coefficients(statistics, share, norms, gate, network):
+def coefficients(statistics, tables, norms, gate, network):
     """The kernels' coefficients, differentiable by autograd."""
-    return Kernels.apply(statistics, share, *flat(norms, gate, network))
+    return Kernels.apply(statistics, tables, *flat(norms, gate, network))
 
 
 class Kernels(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, statistics, share, *parameters):
-        ctx.saved = block_coefficients.forward(statistics, share, parameters, GROUPS, EPS)
+    def forward(ctx, statistics, tables, *parameters):
+        ctx.tables, counters = tables, block_tail.counters(tables).zero_()
+        rows = []
+        for p in tables.problems:
+            pixels, target = (height * width for height, width in (p.size, p.target))
+            rows.append(statistics[:, p.level, p.branch] * torch.tensor([pixels, pixels, target])[:, None, None])
+        partial = torch.cat(rows, 1).transpose(0, 1).contiguous()
+        ctx.saved = block_coefficients.forward(partial, parameters, GROUPS, EPS, counters, tables)
+        same = (ctx.saved.statistics == statistics) | ~statistics.isfinite().all(0)
+        assert same.all()
         return ctx.saved.coefficients.clone()
 
     @staticmethod
     def backward(ctx, grad):
-        grad_statistics, grads = block_coefficients.backward(grad.contiguous(), ctx.saved, GROUPS, EPS)
+        # Every level and image is one piece less than half, and the rest.
+        tables, channels = ctx.tables, grad.shape[-1]
+        pieces = torch.stack([0.25 * grad, 0.75 * grad], 2).flatten(0, 2)
+        bounds = torch.tensor([[2 * i, 2] for i in range(len(pieces) // 2)], dtype=torch.int32)
+        grad_statistics, sums = block_coefficients.backward(pieces, bounds, ctx.saved, GROUPS, EPS, tables)
+        maps = (grad.new_zeros(rows, channels) for rows in (tables.rows, tables.sampled_rows))
+        _, grads = block_tail.backward_maps(*maps, ctx.saved, grad_statistics, sums, tables, to_sampled=False)
         return grad_statistics, None, *grads
 
 
@@ -126,9 +142,9 @@ def test_gates_and_hard_sigmoids_are_on_both_sides_of_their_kinks():
     arguments = make()
     out = results(reference, arguments)["coefficients"]
     assert all((out[:, :, 4] == y).any() for y in (0, 2)) and ((out[:, :, 4] > 0) & (out[:, :, 4] < 2)).any()
-    statistics, share, norms, (weight, bias), network = arguments
-    opened = reference(statistics, share, norms, (weight, bias), network)[:, :, :3]
-    closed = reference(statistics, share, norms, None, network)[:, :, :3]
+    statistics, tables, norms, (weight, bias), network = arguments
+    opened = reference(statistics, tables, norms, (weight, bias), network)[:, :, :3]
+    closed = reference(statistics, tables, norms, None, network)[:, :, :3]
     weights = (opened / closed).mean(-1)
     assert (weights < 0.5 + 1e-6).any() and (weights > 1 - 1e-6).any()
     assert ((weights > 0.5 + 1e-6) & (weights < 1 - 1e-6)).any()
@@ -152,15 +168,18 @@ def test_one_level_has_no_neighbours():
 
 
 def test_more_of_everything_than_one_block(monkeypatch):
-    for name, value in {"_LINES": 64, "_ELEMENTS": 256, "_SLOTS": 16, "_COLUMNS": 16}.items():
-        monkeypatch.setattr(block_coefficients, name, value)
+    monkeypatch.setattr(block_coefficients, "_ELEMENTS", 256)
+    monkeypatch.setattr(block_coefficients, "_MERGED", (1, 16))
+    monkeypatch.setattr(block_tail, "_ADDED", 16)
     check(make(batch=5, channels=48, hidden=24))
 
 
 def double(x):
-    """The same in float64: tensors, and sequences of such."""
+    """The same in float64: tensors, layouts, and sequences of such."""
     if isinstance(x, torch.Tensor):
         return x.detach().double().requires_grad_(x.requires_grad)
+    if isinstance(x, Layout):
+        return layout(x.sizes, x.batch, x.device, torch.float64, x.tile)
     return None if x is None else [double(y) for y in x]
 
 
@@ -177,12 +196,12 @@ def test_loses_no_more_than_plain_pytorch(dtype):
 
 
 def test_statistics_far_from_zero_do_not_cancel():
-    statistics, share, norms, gate, network = make(levels=2, dtype=torch.float32)
+    statistics, tables, norms, gate, network = make(levels=2, dtype=torch.float32)
     with torch.no_grad():
-        statistics[0] += 1000
-        statistics[2] += 1000
-    exact = coefficients(statistics.double(), share.double(), norms, gate, network)
-    found = coefficients(statistics, share, norms, gate, network)
+        statistics[0] += 1000 * (tables.share > 0)
+        statistics[2] += 1000 * (tables.share > 0)
+    exact = coefficients(statistics.double(), double(tables), norms, gate, network)
+    found = coefficients(statistics, tables, norms, gate, network)
     # D itself is about 1000 slopes; the gates and the lines see differences of numbers that are near each other.
     for kinds in (slice(0, 3), slice(4, 8)):
         torch.testing.assert_close(found[:, :, kinds].double(), exact[:, :, kinds], rtol=0, atol=2e-3)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.block import conv as block_conv
-from kernels.block.conv import convolve
+from kernels.block.conv import convolve, gradients
 from kernels.block.layout import COARSER, join, layout
 from kernels.deform_conv.operator import reference
 from kernels.runtime.launch import Launch
@@ -36,11 +36,12 @@ def make(sizes=((5, 4), (3, 2)), channels=16, batch=1, crop=True, spread=1.5, dt
     return tables, [x.requires_grad_() for x in leaves], cotangent
 
 
-def run(tables, leaves, cotangent, sigmoid, crop):
+def run(tables, leaves, cotangent, sigmoid, crop, to_pyramid=True, to_weights=True):
     """The sampled maps, and the gradients of pyramid, predictions and weights."""
-    pyramid, predicted, *weights = leaves
-    sampled, _ = convolve(pyramid, predicted, weights, sigmoid, crop, tables)
-    return [sampled.detach(), *torch.autograd.grad(sampled, leaves, cotangent, allow_unused=True)]
+    pyramid, predicted, *weights = (x.detach() for x in leaves)
+    sampled, _, saved = convolve(pyramid, predicted, weights, sigmoid, crop, tables)
+    of_pyramid, of_predicted, of_weights = gradients(cotangent, saved, sigmoid, crop, tables, to_pyramid, to_weights)
+    return [sampled, of_pyramid, of_predicted, *of_weights]
 
 
 def rows(tables, matrix, row, size):
@@ -147,10 +148,8 @@ def test_deterministic_algorithms_give_the_same_bits_twice(deterministic):
 def test_gradients_that_nobody_wants_are_not_made(launches):
     tables, leaves, cotangent = make(sizes=((3, 2), (2, 1)))
     right = expected(tables, leaves, cotangent, True, True)
-    pyramid, predicted, *weights = leaves
-    fixed = [x.detach() for x in (pyramid, *weights)]
-    sampled, _ = convolve(fixed[0], predicted, fixed[1:], True, True, tables)
-    (found,) = torch.autograd.grad(sampled, predicted, cotangent)
+    _, of_pyramid, found, *of_weights = run(tables, leaves, cotangent, True, True, to_pyramid=False, to_weights=False)
+    assert of_pyramid is None and of_weights == [None] * 3
     torch.testing.assert_close(found, right[2], rtol=1e-10, atol=1e-10)
     assert [x.kernel.__name__ for x in launches] == ["forward_kernel", *BACKWARD[:2]]
     assert not launches[1].constants["TO_PYRAMID"]
