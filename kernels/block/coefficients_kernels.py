@@ -226,7 +226,7 @@ def forward_kernel(
         b_p = tl.zeros((K.GROUPS * K.SPAN,), dtype=K.REAL)
         for branch in tl.static_range(3):
             n = _normal(statistics + branch * batch * K.C, tl.num_programs(0) * K.C, parameters, branch, at, K)
-            weight, derivative = _weigh(n.u, tl.load(share + level * 3 + branch), parameters, at, K)
+            weight, _slope = _weigh(n.u, tl.load(share + level * 3 + branch), parameters, at, K)
             tl.store(coefficients + branch * K.C + at.c, n.slope * weight, mask=at.known)
             b_d += n.low * weight
             b_p += tl.where(at.known, n.u * weight, 0.0)
@@ -237,7 +237,7 @@ def forward_kernel(
             x = _load(parameters.expand_bias, i, i < 4 * K.C, K.REAL) + 3
             for number in range((K.R + K.BLOCK_R - 1) // K.BLOCK_R):
                 r = number * K.BLOCK_R + tl.arange(0, K.BLOCK_R)
-                b_rows, hidden = _hidden(b_p, r, parameters, at, K)
+                _b_rows, hidden = _hidden(b_p, r, parameters, at, K)
                 hidden = tl.maximum(hidden, 0.0, propagate_nan=tl.PropagateNan.ALL)
                 x += tl.sum(_matrix(parameters.expand, i, r, i < 4 * K.C, r < K.R, K.R, K.REAL) * hidden[None, :], 1)
             x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
