@@ -197,8 +197,9 @@ def _maps_launch(
     matrices = sum(triton.cdiv(n, _ADDED) for n in (4 * channels, channels)) * triton.cdiv(hidden, _ADDED)
     adders = matrices + triton.cdiv(coefficients.sums(saved), _ADDED)
     arguments |= {"grad_m": grad_m, "coefficients": saved.coefficients, "statistics": saved.statistics}
-    arguments |= {"grad_statistics": grad_statistics, "firsts": layout.firsts, "problems": layout.table, "work": work}
-    arguments |= {"grad_sampled": sampled if grad_sampled is None else grad_sampled, "sums": sums, "grads": grads}
+    arguments |= {"grad_statistics": grad_statistics, "problems": layout.table, "work": work}
+    arguments |= {"axes": kernels.Axes(layout.axes, layout.firsts), "parameters": kernels.Added(sums, grads)}
+    arguments |= {"grad_sampled": sampled if grad_sampled is None else grad_sampled}
     arguments |= {"batch": layout.batch, "slots": len(layout.slots), "span": layout.span, "adders": adders}
     constants |= {"KINDS": kinds, "R": hidden, "PIXELS": pixels, "BLOCK_A": _ADDED}
     grid = (adders + (0 if grad_sampled is None else len(work)), blocks)

@@ -12,6 +12,8 @@ coefficients. KINDS counts the coefficients: with 4 there is no a1, b1, a2, b2, 
 RECTIFIED, m.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -40,6 +42,20 @@ from kernels.sampling.kernels import tile_pixels
 
 LEVEL_HEIGHT = tl.constexpr(0)
 LEVEL_WIDTH = tl.constexpr(1)
+
+
+class Axes(NamedTuple):
+    """`axes` and `firsts` of `kernels.block.layout`."""
+
+    weights: Any
+    firsts: Any
+
+
+class Added(NamedTuple):
+    """`sums` and `grads` of `add_parameters`."""
+
+    sums: Any
+    grads: Any
 
 
 @triton.jit
@@ -216,11 +232,9 @@ def backward_maps_kernel(
     grad_statistics,
     grad_sampled,
     axes,
-    firsts,
     problems,
     work,
-    sums,
-    grads,
+    parameters,
     batch,
     slots,
     span,
@@ -238,12 +252,12 @@ def backward_maps_kernel(
     `statistics` and `grad_statistics` are (3, slots, C): mean, variance, upsampled mean; a slot is a level, a branch
     and an image. A pixel of a coarser neighbour gathers from the span * span target pixels that may take of it.
 
-    The adders make the gradients of the parameters: `add_parameters` has `sums` and `grads`.
+    The adders make the gradients of the parameters.
     """
     # They wait for the same launch as the runs, and are too few for one of their own.
     if tl.program_id(0) < adders:
         if tl.program_id(1) == 0:
-            add_parameters(tl.program_id(0), sums, grads, slots // 3, C, R, KINDS, BLOCK_A, REAL)
+            add_parameters(tl.program_id(0), parameters.sums, parameters.grads, slots // 3, C, R, KINDS, BLOCK_A, REAL)
     else:
         problem, image, number = work_item(work - adders * 3)
         c, known = channel_block(C, BLOCK_C)
@@ -256,12 +270,12 @@ def backward_maps_kernel(
         y, x = pixel // width, pixel % width
         first = tl.load(row + TARGET_ROW) + image.to(tl.int64) * target_h * target_w
         start = tl.load(row + AXES)
-        share = tl.load(axes + start + 2 + y, mask=inside, other=0.0)
-        share *= tl.load(axes + start + 2 + height + x, mask=inside, other=0.0)
+        share = tl.load(axes.weights + start + 2 + y, mask=inside, other=0.0)
+        share *= tl.load(axes.weights + start + 2 + height + x, mask=inside, other=0.0)
         if branch == 2:
-            scale_y, scale_x = tl.load(axes + start), tl.load(axes + start + 1)
-            top = tl.load(firsts + start + 2 + y, mask=inside, other=0)
-            left = tl.load(firsts + start + 2 + height + x, mask=inside, other=0)
+            scale_y, scale_x = tl.load(axes.weights + start), tl.load(axes.weights + start + 1)
+            top = tl.load(axes.firsts + start + 2 + y, mask=inside, other=0)
+            left = tl.load(axes.firsts + start + 2 + height + x, mask=inside, other=0)
             b_grad = tl.zeros((PIXELS, BLOCK_C), dtype=REAL)
             step = 0
             while step < span * span:
