@@ -9,9 +9,14 @@ that file that are not measured now stay as they are.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +66,14 @@ def neighbours(tiles: Tiles) -> Iterator[Tiles]:
         yield from (replace(tiles, **{name: size}) for size in sizes if size != getattr(tiles, name))
 
 
-def search(start: Tiles, seconds: Callable[[Tiles], float | None]) -> tuple[Tiles, float, float]:
+def search(
+    start: Tiles,
+    seconds: Callable[[Tiles], float | None],
+    prepare: Callable[[list[Tiles]], object] = lambda candidates: None,
+) -> tuple[Tiles, float, float]:
     """The best tiles found, their time and that of `start`; `seconds` is None for tiles that will not do.
+
+    `prepare` is given what is timed next.
 
     Raises:
         RuntimeError: `start` itself will not do.
@@ -74,10 +85,10 @@ def search(start: Tiles, seconds: Callable[[Tiles], float | None]) -> tuple[Tile
     best, least, previous = start, at_start, None
     while best != previous:
         previous = best
-        for tiles in neighbours(previous):
-            if tiles not in times:
-                times[tiles] = seconds(tiles)
-            time = times[tiles]
+        candidates = [tiles for tiles in neighbours(previous) if tiles not in times]
+        prepare(candidates)
+        for tiles in candidates:
+            time = times[tiles] = seconds(tiles)
             if time is not None and time < GAIN * least:
                 best, least = tiles, time
     return best, least, at_start
@@ -101,10 +112,41 @@ def judge(kernel: str, runs: list[Callable[[], list[Tensor]]], limit: float) -> 
     return seconds
 
 
+@cache
+def _kept_call(name: str, wanted: tuple[str, ...], shape: Shape, precision: str, device: str) -> Callable[[], Any]:
+    return calls(OPS[name], wanted, shape, precision, device)
+
+
+def _compile(kernel: str, tiles: Tiles, deterministic: bool, precision: str, call: tuple[Any, ...]) -> None:
+    """Make one call of a kernel with these tiles, in a process of its own."""
+    torch.use_deterministic_algorithms(deterministic)
+    with float32_products(precision), on_trial(kernel, tiles):
+        _kept_call(*call)()
+
+
+def compile_ahead(
+    pool: Executor, kernel: str, precision: str, every_call: list[tuple[Any, ...]], candidates: list[Tiles]
+) -> None:
+    """Compile all candidates at once, into Triton's cache on disk: in turn it takes longer than timing them."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    pairs = [(tiles, call) for tiles in candidates for call in every_call]
+    # What does not do is found out again where it is timed, and without a pool the search is slower, no more.
+    with suppress(BrokenExecutor):
+        wait([pool.submit(_compile, kernel, tiles, deterministic, precision, call) for tiles, call in pairs])
+
+
 def tune(
-    table: Table, wanted: tuple[str, ...], precision: str, device: torch.device, shapes: list[Shape]
+    table: Table,
+    wanted: tuple[str, ...],
+    precision: str,
+    device: torch.device,
+    shapes: list[Shape],
+    pool: Executor | None = None,
 ) -> dict[str, Any]:
-    """Search the tiles of one kernel; returns a row of a tuned file, with the times of both in milliseconds."""
+    """Search the tiles of one kernel; returns a row of a tuned file, with the times of both in milliseconds.
+
+    With a `pool` of processes, kernels are compiled there ahead of their turn.
+    """
     op, dtype, channels = OPS["deform_conv2d"], DTYPES[precision], shapes[0].channels
     before = torch.are_deterministic_algorithms_enabled()
     # Only they take the kernel that gathers the input's gradient.
@@ -114,7 +156,9 @@ def tune(
             runs = [calls(op, wanted, shape, precision, str(device)) for shape in shapes]
             limit = 4 * rounding(dtype, 9 * channels) + (2.0**-9 if precision == "tf32" else 0)
             start = fit(table, dtype, device, channels, channels)
-            best, seconds, at_start = search(start, judge(table.kernel, runs, limit))
+            every_call = [(op.name, wanted, shape, precision, str(device)) for shape in shapes]
+            ahead = [partial(compile_ahead, pool, table.kernel, precision, every_call)] if pool else []
+            best, seconds, at_start = search(start, judge(table.kernel, runs, limit), *ahead)
             names = {"kernel": table.kernel, "class": type_class(dtype, device), "channels": channels}
     finally:
         torch.use_deterministic_algorithms(before)
@@ -148,10 +192,12 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = [job for job in jobs if options.only in f"{job[0].kernel} {job[2]}"]
     if not chosen:
         parser.error(f"nothing contains {options.only!r}; there are {', '.join(t.kernel for t, _ in KERNELS)}")
-    for table, wanted, precision in chosen:
-        row = tune(table, wanted, precision, device, pyramid(batch=8)[:2])
-        write(tuned_file(name), name, row)
-        print(f"{table.kernel} {precision}: {row['ms_before']:.3f} ms before, {row['ms']:.3f} ms with {row['tiles']}")
+    workers = max(1, min(8, (os.cpu_count() or 1) - 1))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for table, wanted, precision in chosen:
+            row = tune(table, wanted, precision, device, pyramid(batch=8)[:2], pool)
+            write(tuned_file(name), name, row)
+            print(f"{table.kernel} {precision}: {row['ms_before']:.3f} ms before, {row['ms']:.3f} with {row['tiles']}")
     return 0
 
 

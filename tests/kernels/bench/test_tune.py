@@ -1,6 +1,8 @@
 """The search for tiles: what it finds, what it passes over, and the file it leaves."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -30,6 +32,23 @@ def test_the_search_goes_downhill_to_the_best_tiles():
 
     assert tune.search(START, seconds) == (BEST, 1.0, distance(START))
     assert len(seen) == len(set(seen)), "tiles were measured twice"
+
+
+def test_candidates_are_compiled_ahead_and_faults_there_change_nothing(monkeypatch):
+    seen = []
+
+    def call():
+        seen.append(tiles._on_trial.get("some kernel"))
+        if seen[-1].warps == 4:
+            raise TritonError
+
+    monkeypatch.setattr(tune, "calls", lambda op, wanted, shape, precision, device: call)
+    tune._kept_call.cache_clear()
+    with ThreadPoolExecutor(1) as pool:
+        ahead = partial(tune.compile_ahead, pool, "some kernel", "fp32", [("dynamic_relu", (), SHAPE, "fp32", "cpu")])
+        assert tune.search(START, distance, ahead)[0] == BEST
+    assert len(seen) == len(set(seen)) and BEST in seen and tiles._on_trial == {}
+    tune._kept_call.cache_clear()
 
 
 def test_tiles_that_will_not_do_are_passed_over_and_noise_changes_nothing():
