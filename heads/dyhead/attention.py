@@ -63,11 +63,14 @@ class Branch(nn.Module):
 
 
 def offset_convolution(channels: int) -> nn.Conv2d:
-    """The 3×3 convolution that predicts 18 offsets and 9 logits of the mask; it starts as zero."""
+    """The 3×3 convolution that predicts 18 offsets and 9 logits of the mask; it starts as zero.
+
+    Its weight is channels last, as the kernels of a fused block read it fastest.
+    """
     convolution = nn.Conv2d(channels, 3 * TAPS, 3, padding=1)
     for parameter in convolution.parameters():
         nn.init.zeros_(parameter)
-    return convolution
+    return convolution.to(memory_format=torch.channels_last)
 
 
 class SpatialAttention(SpecialParameters):

@@ -166,7 +166,6 @@ class Layout:
     def _make_tables(self) -> None:
         tiles = self._tile_counts(self.tile)
         first_tiles = _starts([self.batch * n for n in tiles])
-        self.most_tiles = max(tiles)
         rows, slots = [], torch.full((len(self.sizes), BRANCHES, self.batch, 2), -1, dtype=torch.int32)
         levels = [[*size, self.problem_rows[i], -1, -1, 1, 1, 0] for i, size in enumerate(self.sizes)]
         for i, p in enumerate(self.problems):

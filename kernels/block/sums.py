@@ -66,7 +66,8 @@ def sum_rows(matrix, rows, pitch, i, known, BLOCK_T: tl.constexpr, REAL: tl.cons
     while first < rows:
         row = first + tl.arange(0, BLOCK_T)
         place = matrix + row.to(tl.int64)[:, None] * pitch + i[None, :]
-        s_total += tl.load(place, mask=(row < rows)[:, None] & known[None, :], other=0.0)
+        # Nobody reads it twice, and other programs of the same launch may have written it, see `is_last`.
+        s_total += tl.load(place, mask=(row < rows)[:, None] & known[None, :], other=0.0, cache_modifier=".cg")
         first += BLOCK_T
     return tl.sum(s_total, 0)
 

@@ -27,8 +27,9 @@ from kernels.runtime.launch import Launch, multiprocessors, triton_real
 
 # Elements of one program. The interpreter's time is that of its programs' number, hardly of their size.
 _FORWARD, _SUMS, _MAPS = (8192, 4096, 8192) if INTERPRET else (2048, 1024, 2048)
-# Programs that sum over pixels, for each multiprocessor; rows and columns of a matrix' gradient that one program makes.
-_SUMS_PROGRAMS, _ADDED = (1 / 8, 256) if INTERPRET else (4, 32)
+# Programs that sum over pixels, as many as a multiprocessor runs at once; rows and columns of a matrix that one program
+# adds up.
+_SUMS_PROGRAMS, _ADDED = (1 / 8, 256) if INTERPRET else (3, 32)
 
 
 class Settings(NamedTuple):

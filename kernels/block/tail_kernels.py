@@ -277,18 +277,21 @@ def backward_maps_kernel(
             top = tl.load(axes.firsts + start + 2 + y, mask=inside, other=0)
             left = tl.load(axes.firsts + start + 2 + height + x, mask=inside, other=0)
             b_grad = tl.zeros((PIXELS, BLOCK_C), dtype=REAL)
-            step = 0
-            while step < span * span:
-                down, right = top + step // span, left + step % span
-                y0, y1, fy = _between(down.to(REAL), scale_y, height)
-                x0, x1, fx = _between(right.to(REAL), scale_x, width)
-                factor = tl.where(y0 == y, 1 - fy, 0.0) + tl.where(y1 == y, fy, 0.0)
-                factor *= tl.where(x0 == x, 1 - fx, 0.0) + tl.where(x1 == x, fx, 0.0)
-                taken = inside & (down < target_h) & (right < target_w) & (factor != 0)
-                b_grad += (
-                    matrix_rows(grad_m, first + down * target_w + right, taken, c, known, C, REAL) * factor[:, None]
-                )
-                step += 1
+            down = 0
+            while down < span:
+                target_y = top + down
+                y0, y1, fy = _between(target_y.to(REAL), scale_y, height)
+                factor_y = tl.where(y0 == y, 1 - fy, 0.0) + tl.where(y1 == y, fy, 0.0)
+                across = 0
+                while across < span:
+                    target_x = left + across
+                    x0, x1, fx = _between(target_x.to(REAL), scale_x, width)
+                    factor = factor_y * (tl.where(x0 == x, 1 - fx, 0.0) + tl.where(x1 == x, fx, 0.0))
+                    taken = inside & (target_y < target_h) & (target_x < target_w) & (factor != 0)
+                    b_target = matrix_rows(grad_m, first + target_y * target_w + target_x, taken, c, known, C, REAL)
+                    b_grad += b_target * factor[:, None]
+                    across += 1
+                down += 1
         else:
             b_grad = matrix_rows(grad_m, first + pixel, inside, c, known, C, REAL)
         place = tl.load(row + OUTPUT_ROW) + image.to(tl.int64) * height * width + pixel
