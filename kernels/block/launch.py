@@ -146,7 +146,7 @@ class _Block(torch.autograd.Function):
             with torch.enable_grad():
                 leaf = predicted.detach().requires_grad_()
                 points = _points(leaf, ctx.mode, tables)
-            (grad_points,) = torch.autograd.grad(points, leaf, grad_points)
+            grad_points = torch.autograd.grad(points, leaf, grad_points)[0].contiguous()
         grad_pyramid, *grad_offset = offset.backward(
             grad_points, pyramid, parameters[0], parameters[1], grad_pyramid, to_offset, tables
         )

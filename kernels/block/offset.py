@@ -33,7 +33,7 @@ _WEIGHT = Table(
 )
 # Programs that make the weight's gradient, for each multiprocessor, and columns of their sums that one program adds up.
 # The interpreter's time is that of its programs' number.
-_WEIGHT_PROGRAMS, _COLUMNS = (1 / 32, 2048) if INTERPRET else (2, 128)
+_WEIGHT_PROGRAMS, _COLUMNS = 2, 2048 if INTERPRET else 128
 
 
 def forward(pyramid: Tensor, weight: Tensor, bias: Tensor, counters: Tensor, layout: Layout) -> Tensor:
@@ -163,7 +163,7 @@ def _weight_launch(grad: Tensor, pyramid: Tensor, layout: Layout) -> Launch:
     outputs, channels = grad.shape[1], pyramid.shape[1]
     tiles = fit(_WEIGHT, grad.dtype, grad.device, channels, 9 * outputs)
     pixels, blocks = tiles.height * tiles.width, (triton.cdiv(9 * outputs, tiles.o), triton.cdiv(channels, tiles.c))
-    runs = max(1, int(_WEIGHT_PROGRAMS * multiprocessors(grad.device)) // (blocks[0] * blocks[1]))
+    runs = max(1, _WEIGHT_PROGRAMS * multiprocessors(grad.device) // (blocks[0] * blocks[1]))
     pixels_a_run = triton.cdiv(triton.cdiv(layout.rows, pixels), runs) * pixels
     work = layout.runs(pixels_a_run)
     constants = _common(grad, channels, outputs, layout)

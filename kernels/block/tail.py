@@ -29,7 +29,7 @@ from kernels.runtime.launch import Launch, multiprocessors, triton_real
 _FORWARD, _SUMS, _MAPS = (8192, 4096, 8192) if INTERPRET else (2048, 1024, 2048)
 # Programs that sum over pixels, as many as a multiprocessor runs at once; rows and columns of a matrix that one program
 # adds up.
-_SUMS_PROGRAMS, _ADDED = (1 / 8, 256) if INTERPRET else (3, 32)
+_SUMS_PROGRAMS, _ADDED = 3, 256 if INTERPRET else 32
 
 
 class Settings(NamedTuple):
@@ -147,7 +147,7 @@ def _pixels_a_run(sampled: Tensor, layout: Layout) -> int:
     """Pixels over which one program sums: as many as give the multiprocessors about the same to do."""
     channels = sampled.shape[1]
     pixels = _pixels(channels, _SUMS)
-    runs = max(1, int(_SUMS_PROGRAMS * multiprocessors(sampled.device)) // triton.cdiv(channels, _block_c(channels)))
+    runs = max(1, _SUMS_PROGRAMS * multiprocessors(sampled.device) // triton.cdiv(channels, _block_c(channels)))
     return triton.cdiv(triton.cdiv(layout.rows, pixels), runs) * pixels
 
 

@@ -39,7 +39,9 @@ def triton_real(dtype: torch.dtype) -> tl.dtype:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors a GPU has; elsewhere 132, those of an H100 or H200."""
+    """How many multiprocessors a GPU has; elsewhere 132, those of an H100 or H200, and 1 under the interpreter."""
+    if INTERPRET:
+        return 1
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 

@@ -98,7 +98,7 @@ def test_several_blocks_of_more_channels_than_groups():
 def test_many_runs_and_tiles(monkeypatch):
     for name in ("_FORWARD", "_SUMS", "_MAPS"):
         monkeypatch.setattr(block_tail, name, 512)
-    monkeypatch.setattr(block_tail, "_SUMS_PROGRAMS", 1 / 8)
+    monkeypatch.setattr(block_tail, "_SUMS_PROGRAMS", 16)
     check(*make("C", sizes=((9, 18), (5, 9)), batch=2))
 
 

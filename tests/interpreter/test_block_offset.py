@@ -75,7 +75,7 @@ def test_channels_that_are_no_power_of_two():
 def test_several_blocks_of_everything(monkeypatch):
     # Blocks of 16 of 48 channels, of 16 of 27 outputs and of 243 columns, tiles of 2 x 4, runs of 16 pixels.
     monkeypatch.setattr(block_offset, "fit", lambda *_: Tiles(2, 4, 16, 16, 4, 2))
-    monkeypatch.setattr(block_offset, "_WEIGHT_PROGRAMS", 3 * 48 / 132)
+    monkeypatch.setattr(block_offset, "_WEIGHT_PROGRAMS", 3 * 48)
     monkeypatch.setattr(block_offset, "_COLUMNS", 256)
     check(make(sizes=((3, 5), (2, 3)), channels=48, batch=1))
 
