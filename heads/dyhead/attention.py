@@ -70,7 +70,8 @@ def offset_convolution(channels: int) -> nn.Conv2d:
     convolution = nn.Conv2d(channels, 3 * TAPS, 3, padding=1)
     for parameter in convolution.parameters():
         nn.init.zeros_(parameter)
-    return convolution.to(memory_format=torch.channels_last)
+    convolution.weight.data = convolution.weight.data.contiguous(memory_format=torch.channels_last)
+    return convolution
 
 
 class SpatialAttention(SpecialParameters):
