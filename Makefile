@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+CHECKED = .venv-sanitize
 
-.PHONY: grid test bench report lint clean
+.PHONY: grid test sanitize bench report lint clean
 
 grid: $(VENV)/installed
 	$(BIN)/python -m ablations.run --grid
@@ -14,6 +15,10 @@ test: $(VENV)/installed-test
 	$(BIN)/pytest -n auto --dist worksteal || passed=1; \
 	TRITON_INTERPRET=1 $(BIN)/pytest -n auto --dist worksteal tests/interpreter tests/kernels/regions || passed=1; \
 	exit $$passed
+
+# What a GPU would do, by the IR of the kernels: out of bounds, races, what nobody wrote, and 16 bits.
+sanitize: $(CHECKED)/installed-ttsem
+	OMP_NUM_THREADS=1 $(CHECKED)/bin/pytest -n auto --dist worksteal tests/sanitize
 
 bench: $(VENV)/installed-test
 	$(BIN)/pytest --benchmark-only
@@ -27,7 +32,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CHECKED) build *.egg-info .pytest_cache .ruff_cache
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,3 +43,9 @@ $(VENV)/installed-test: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt -e '.[test]'
 	touch $@ $(VENV)/installed
+
+# tests/sanitize/requirements.txt says why what this package declares that it needs is passed over.
+$(CHECKED)/installed-ttsem: pyproject.toml constraints.txt tests/sanitize/requirements.txt
+	$(MAKE) VENV=$(CHECKED) $(CHECKED)/installed-test
+	$(CHECKED)/bin/pip install --no-deps --ignore-requires-python -r tests/sanitize/requirements.txt
+	touch $@

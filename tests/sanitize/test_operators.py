@@ -1,0 +1,95 @@
+"""The operators in 16 bits as a GPU executes them, forward and backward, against float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from deform_conv_cases import CASES, Case, check, gradients
+from half_precision import check_half
+
+from kernels import batched_nms, border_align, deform_conv2d, dynamic_relu, nms, roi_align, use_backend
+
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+# Several programs in every direction, and not a whole number of tiles.
+SEVERAL = Case("several", "", batch=2, channels=20, outputs=18, size=(5, 17))
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def differentiated(function, leaves, *others, names=("input",)):
+    """The output, and the gradients of the first arguments for a fixed random cotangent."""
+    leaves = [x.requires_grad_() for x in leaves]
+    output = function(*leaves, *others)
+    found = torch.autograd.grad(output, leaves, random(*output.shape, seed=7).to(output))
+    return {"output": output.detach()} | dict(zip(names, found, strict=True))
+
+
+@HALVES
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "unmasked"])
+def test_deform_conv2d(masked, dtype, algorithms):
+    case = replace(SEVERAL, masked=masked)
+
+    def run(other):
+        # Where rounding moves a coordinate across a pixel, the gradient is another: odd sixteenths never come near.
+        inputs = {name: x if x is None else x.detach() for name, x in case.inputs(torch.float64).items()}
+        inputs["offset"] = ((8 * inputs["offset"]).floor() + 0.5).div(8).clamp(-8, 8)
+        inputs = {name: x if x is None else x.to(dtype).to("cuda", other) for name, x in inputs.items()}
+        return gradients(deform_conv2d, inputs, case.geometry)
+
+    check_half(run, dtype)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_geometries_of_deform_conv2d(case):
+    check(deform_conv2d, case, torch.bfloat16, "cuda")
+
+
+@HALVES
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous_format"])
+def test_dynamic_relu(layout, dtype):
+    def run(other):
+        x, lines = random(2, 33, 9, 7).to(dtype), random(2, 4, 33, seed=1).to(dtype)
+        leaves = [x.to("cuda", other, memory_format=getattr(torch, layout)), lines.to("cuda", other)]
+        return differentiated(dynamic_relu, leaves, names=("input", "coefficients"))
+
+    check_half(run, dtype)
+
+
+def boxes(*shape, largest):
+    corner = (largest * torch.rand(*shape, 2, generator=torch.Generator().manual_seed(1))).round(decimals=1)
+    return torch.cat([corner - 1, corner + largest / 2], -1).to("cuda")
+
+
+@HALVES
+@pytest.mark.parametrize("settings", [(2, True), (0, False)], ids=str)
+def test_roi_align(settings, dtype, algorithms):
+    def run(other):
+        features = random(2, 20, 9, 11).to(dtype).to("cuda", other)
+        lists = list(boxes(2, 3, largest=64.0))
+        return differentiated(roi_align, [features], lists, (3, 4), 0.125, *settings)
+
+    check_half(run, dtype)
+
+
+@HALVES
+def test_border_align(dtype, algorithms):
+    def run(other):
+        features = random(2, 24, 9, 11).to(dtype).to("cuda", other)
+        return differentiated(border_align, [features], boxes(2, 5, largest=8.0), 4)
+
+    check_half(run, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_nms(dtype):
+    # More boxes than a word of suppressed ones has bits, and scores that tie.
+    found = boxes(150, largest=16.0).to(dtype)
+    scores = random(150).mul(4).round().to("cuda", dtype)
+    labels = torch.arange(150, device="cuda") % 3
+    kept = nms(found, scores, 0.7), batched_nms(found, scores, labels, 0.7, max_output=20)
+    with use_backend("torch"):
+        expected = nms(found, scores, 0.7), batched_nms(found, scores, labels, 0.7, max_output=20)
+    assert [x.tolist() for x in kept] == [x.tolist() for x in expected]
+    assert 20 < len(kept[0]) < 140
