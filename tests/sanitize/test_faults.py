@@ -51,6 +51,32 @@ def test_a_fault(planted, kind, buffer, statement):
     assert (fault.kind, fault.buffer) == (kind, buffer) and fault.source_text.startswith(statement)
 
 
+@triton.jit
+def _mean(parts, out, counter, WAITS: tl.constexpr, SEM: tl.constexpr):
+    """Grid (4): every program stores a part; with WAITS the last one to do so, else everyone, adds up all of them."""
+    tl.store(parts + tl.program_id(0), tl.program_id(0).to(tl.float32))
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counter, 1, sem=SEM)
+    if (arrived == 3) | (not WAITS):
+        tl.store(out + (0 if WAITS else arrived), tl.sum(tl.load(parts + tl.arange(0, 4)), 0) / 4)
+
+
+@pytest.mark.parametrize("planted", [None, "everyone goes on", "nothing is released"])
+def test_the_last_program_to_arrive_may_read_what_all_have_written(planted):
+    from ttsem.sanitize import KernelFault
+
+    parts, out = torch.zeros(4, device="cuda"), torch.zeros(4, device="cuda")
+    counter = torch.zeros(1, dtype=torch.int32, device="cuda")
+    settings = planted != "everyone goes on", "relaxed" if planted == "nothing is released" else "acq_rel"
+    if planted:
+        with pytest.raises(KernelFault) as caught:
+            _mean[(4,)](parts, out, counter, *settings)
+        assert (caught.value.fault.kind, caught.value.fault.buffer) == ("race", "parts")
+    else:
+        _mean[(4,)](parts, out, counter, *settings)
+        assert out[0] == 1.5
+
+
 def test_a_sum_that_does_not_begin_at_zero():
     assert sums(torch.empty(13, device="cuda")).isnan().all()
 
