@@ -96,6 +96,11 @@ class Op:
         expected = self._expected(inputs, cotangent)
         return {name: _relative_error(found[name], expected[name]) for name in found}
 
+    def output_error(self, function: Callable[..., Tensor], inputs: dict[str, Tensor]) -> float:
+        """The error of the output alone, as in `errors`, of a `function` that has no gradients."""
+        with torch.no_grad():
+            return _relative_error(function(**inputs), self.reference(**{n: x.double() for n, x in inputs.items()}))
+
     def limits(self, inputs: dict[str, Tensor], floor: float) -> dict[str, float]:
         """What `errors` may be: `tolerance` times the reference's own in this precision, and `floor` on top.
 

@@ -36,7 +36,7 @@ NUMBERS = {
     "per_empty": "÷ empty",
 }
 OURS = ("ours", "graph")
-RIVALS = ("torchvision", "plain", "eager", "compiled", "dense")
+RIVALS = ("torchvision", "onnxruntime", "plain", "eager", "compiled", "dense")
 NOTES = """\
 - ms: percentiles of a call's time. error: the largest difference from float64 of outputs and gradients, each relative
   to the largest value it should have; rows whose error is beyond its limit are not reported.

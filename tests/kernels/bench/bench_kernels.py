@@ -10,12 +10,13 @@ Without `--benchmark-only` every small CPU case runs once, untimed, so that this
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 
 import pytest
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
+from onnx_deform_conv import onnxruntime_deform_conv2d
 from timing import (
     Missing,
     copies_past_the_cache,
@@ -38,7 +39,7 @@ CPU_SHAPES = (Shape("16x16", 8, 64, 16, 16), Shape("2x2", 8, 64, 2, 2))
 GPU_SHAPES = tuple(shape for batch in (1, 8, 16) for shape in pyramid(batch))
 # `dense` is no rival but the bound: a channels-last 3x3 convolution of the same shape.
 PROVIDERS = {
-    "deform_conv2d": ("ours", "torchvision", "plain", "compiled", "dense"),
+    "deform_conv2d": ("ours", "torchvision", "onnxruntime", "plain", "compiled", "dense"),
     "dynamic_relu": ("ours", "plain", "compiled"),
 }
 
@@ -69,8 +70,8 @@ class Case:
 
 def cases(device: str, timed: bool) -> list[Case]:
     gpu = device == "cuda"
-    # A CPU's large map takes seconds, and its check minutes, so there is one, and only where times are wanted.
-    shapes = GPU_SHAPES if gpu else CPU_SHAPES + tuple(pyramid(1)[:1] if timed else ())
+    # A CPU's large maps take seconds, and their checks minutes, so there are two, and only where times are wanted.
+    shapes = GPU_SHAPES if gpu else CPU_SHAPES + tuple(pyramid(1)[:2] if timed else ())
     return [
         Case(op, provider, shape, precision, mode, device)
         for op in OPS.values()
@@ -82,6 +83,8 @@ def cases(device: str, timed: bool) -> list[Case]:
         # Nothing is multiplied in an elementwise operator, and no order of sums is left to chance.
         if op.name != "dynamic_relu" or (precision != "tf32" and mode in MODES)
         if mode in MODES or provider == "ours"
+        # It has nothing but a forward for CPUs.
+        if provider != "onnxruntime" or (mode == "forward" and not gpu)
     ]
 
 
@@ -116,6 +119,8 @@ def function_of(case: Case) -> Callable[..., Tensor]:
         return compiled(case.op, case.shape, case.precision)
     if case.provider == "torchvision":
         return torchvision_function
+    if case.provider == "onnxruntime":
+        return partial(onnxruntime_deform_conv2d, padding=(1, 1))
     return lambda input, offset, weight, mask: F.conv2d(input, weight, padding=1)
 
 
@@ -134,7 +139,11 @@ def checked(op: Op, provider: str, shape: Shape, precision: str, device: str, de
         return None
     case = Case(op, provider, shape, precision, "both", device)
     within = deterministic_algorithms if deterministic else nullcontext
-    errors = op.errors(function_of(case), op.make_inputs(shape, DTYPES[precision], device, 0), within)
+    inputs = op.make_inputs(shape, DTYPES[precision], device, 0)
+    if provider == "onnxruntime":
+        errors = {"output": op.output_error(function_of(case), inputs)}
+    else:
+        errors = op.errors(function_of(case), inputs, within)
     if provider == "ours":
         allowed = limits(op, shape, precision, device)
         wrong = {name: (error, allowed[name]) for name, error in errors.items() if not error <= allowed[name]}
@@ -191,6 +200,9 @@ def test_kernel(case, benchmark, record_property):
         error = checked(case.op, case.provider, case.shape, case.precision, case.device, deterministic)
         sets = input_sets(case.op, case.shape, case.precision, case.device)
         function = function_of(case)
+        if case.provider == "onnxruntime":
+            # It reads no other layout, and would copy.
+            sets = [{name: x.detach().contiguous() for name, x in inputs.items()} for inputs in sets]
         with deterministic_algorithms() if deterministic else nullcontext():
             call = in_turn([timed_call(function, inputs, plain_mode(case.mode)) for inputs in sets])
             if seconds := measure(call, benchmark):
