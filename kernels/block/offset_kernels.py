@@ -179,15 +179,6 @@ def backward_input_kernel(
         tl.store(grad_pyramid + place, total.to(grad_pyramid.dtype.element_ty), mask=known)
 
 
-@triton.jit
-def _run_block(grad, rows, pixel, end, k, c, H, W, C: tl.constexpr, OUT: tl.constexpr, INDEX: tl.constexpr):
-    """The unfolded gradient and the pyramid at some pixels of a run."""
-    inside = pixel < end
-    b_grad = _unfolded(grad, pixel // W, pixel % W, inside, k, H, W, OUT, INDEX)
-    place = rows + pixel.to(INDEX)[:, None] * C + c[None, :]
-    return b_grad, tl.load(place, mask=inside[:, None] & (c < C)[None, :], other=0.0)
-
-
 @triton.jit(do_not_specialize=["pixels_a_run"])
 def backward_weight_kernel(
     grad,
@@ -219,14 +210,18 @@ def backward_weight_kernel(
     sums = tl.zeros((BLOCK_K,), dtype=REAL)
     start = number * pixels_a_run
     end = tl.minimum(start + pixels_a_run, H * W)
-    b_grad, b_x = _run_block(grad, rows, start + tl.arange(0, PIXELS), end, k, c, H, W, C, OUT, INDEX)
-    # The compiler loads nothing ahead in a loop of unknown length, so the next pixels are carried through it.
+    pixel = start + tl.arange(0, PIXELS)
+    b_next = _unfolded(grad, pixel // W, pixel % W, pixel < end, k, H, W, OUT, INDEX)
+    # The compiler loads nothing ahead in a loop of unknown length, so the gradient that is gathered next is carried.
     while start < end:
+        b_grad = b_next
+        place = rows + pixel.to(INDEX)[:, None] * C + c[None, :]
+        b_x = tl.load(place, mask=(pixel < end)[:, None] & (c < C)[None, :], other=0.0)
         start += PIXELS
-        b_next, b_x_next = _run_block(grad, rows, start + tl.arange(0, PIXELS), end, k, c, H, W, C, OUT, INDEX)
+        pixel += PIXELS
+        b_next = _unfolded(grad, pixel // W, pixel % W, pixel < end, k, H, W, OUT, INDEX)
         sums += tl.sum(b_grad.to(REAL), 0)
         total = tl.dot(tl.trans(b_grad), b_x, total, input_precision=PRECISION, out_dtype=REAL)
-        b_grad, b_x = b_next, b_x_next
     partial += tl.program_id(0).to(tl.int64) * (9 * OUT * C + OUT)
     tl.store(partial + k[:, None] * C + c[None, :], total, mask=(k < 9 * OUT)[:, None] & (c < C)[None, :])
     # At the tap in the middle every pixel sees itself.
