@@ -187,8 +187,9 @@ def test_a_whole_official_checkpoint_goes_to_its_places():
     }
     for ours, theirs in places.items():
         assert torch.equal(loaded[ours], state[theirs]), ours
-    # Each tensor went somewhere, and nowhere twice.
-    assert sorted(float(v.sum()) for v in loaded.values()) == sorted(float(v.sum()) for v in state.values())
+    # Each tensor went somewhere, and nowhere twice. Sums are rounded in the order of memory.
+    found, expected = (sorted(float(v.contiguous().sum()) for v in x.values()) for x in (loaded, state))
+    assert found == expected
 
     # Sizes and kind of the blocks are read off the weights.
     opened = open_released("official", {"model": state})
