@@ -12,6 +12,7 @@ points; K = T*C is the length of one row of the column matrix.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -22,8 +23,9 @@ from kernels.deform_conv.plan import Plan, plan_of
 
 # Columns are made and consumed in pieces of this many elements, which stay in the cache.
 PIECE = 1 << 20
-# The backward holds the gradients of all columns of the images it works on; it takes as many images as this allows.
-LONGEST = 1 << 26
+# So many elements of the columns' gradients are held before they are added up: 24 MB, as freed blocks beyond 32 MB go
+# back to the system, and getting pages anew costs as much as a tenth of all products.
+HELD = 6 << 20
 
 
 class Corners(NamedTuple):
@@ -102,18 +104,28 @@ def _find_corners(offsets: list[Tensor], masks: list[Tensor], plan: Plan) -> Cor
     return Corners(index.view(-1), weight.view(-1), fraction, mask)
 
 
-def _bags(table: Tensor, corners: Corners, plan: Plan, points: slice) -> Tensor:
+@lru_cache(maxsize=8)
+def _numbers(points: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each point's corners begin, and the last ones end (points + 1,); the points of corners (4*points,)."""
+    owner = torch.arange(points, dtype=dtype, device=device).repeat_interleave(4)
+    return torch.arange(0, 4 * points + 1, 4, dtype=dtype, device=device), owner
+
+
+def _bags(table: Tensor, corners: Corners, points: slice) -> Tensor:
     """The columns (len(points), C/G) of a range of points."""
-    ends = plan.first[: points.stop - points.start + 1]
+    ends, _ = _numbers(points.stop - points.start, corners.row.dtype, table.device)
     index, weight = (t[4 * points.start : 4 * points.stop] for t in (corners.row, corners.weight))
     return torch.embedding_bag(table, index, ends, False, 0, False, weight, True)[0]
 
 
-def _pieces(plan: Plan, row: int) -> list[tuple[slice, slice]]:
-    """Ranges of output pixels to work on together, each with the range of its points; `row` is K."""
-    pixels, step = plan.origin.numel() // plan.fan, max(1, PIECE // row)
-    ranges = [(start, min(start + step, pixels)) for start in range(0, pixels, step)]
-    return [(slice(start, stop), slice(start * plan.fan, stop * plan.fan)) for start, stop in ranges]
+def _pieces(pixels: slice, step: int) -> list[slice]:
+    """A range in pieces of at most `step`, or of 1."""
+    starts = range(pixels.start, pixels.stop, max(1, step))
+    return [slice(start, min(start + starts.step, pixels.stop)) for start in starts]
+
+
+def _points_of(pixels: slice, plan: Plan) -> slice:
+    return slice(pixels.start * plan.fan, pixels.stop * plan.fan)
 
 
 def _pack(weight: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -150,9 +162,12 @@ def forward(
     bias = None if bias is None else bias.to(dtype)
     table = _fill_table(inputs, plan, dtype)
     corners = _find_corners(offsets, masks, plan)
-    out = table.new_empty((plan.origin.numel() // plan.fan, weight.shape[0]))
-    for pixels, points in _pieces(plan, taps * inputs[0].shape[1]):
-        columns = _bags(table, corners, plan, points).view(pixels.stop - pixels.start, -1)
+    rows = outputs[0].permute(0, 2, 3, 1)
+    as_rows = len(outputs) == 1 and rows.dtype == dtype and rows.is_contiguous()
+    shape = plan.origin.numel() // plan.fan, weight.shape[0]
+    out = rows.view(shape) if as_rows else table.new_empty(shape)
+    for pixels in _pieces(slice(0, len(out)), PIECE // (taps * inputs[0].shape[1])):
+        columns = _bags(table, corners, _points_of(pixels, plan)).view(pixels.stop - pixels.start, -1)
         if groups > 1:
             product = torch.bmm(_group(columns, taps, groups), packed.transpose(1, 2)).transpose(0, 1).flatten(1)
             torch.add(product, 0 if bias is None else bias, out=out[pixels])
@@ -160,8 +175,9 @@ def forward(
             torch.mm(columns, packed[0].t(), out=out[pixels])
         else:
             torch.addmm(bias, columns, packed[0].t(), out=out[pixels])
-    for part, output in zip(_split(out, outputs), outputs, strict=True):
-        output.copy_(part)
+    if not as_rows:
+        for part, output in zip(_split(out, outputs), outputs, strict=True):
+            output.copy_(part)
 
 
 def _split(rows: Tensor, like: list[Tensor]) -> list[Tensor]:
@@ -186,87 +202,59 @@ def backward(
     """
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     to_inputs, to_offsets, to_masks, to_weight, to_bias = results
-    pixels = sum(offset.shape[2] * offset.shape[3] for offset in offsets)
-    step = max(1, LONGEST // (pixels * inputs[0].shape[1] * weight.shape[2] * weight.shape[3]))
-    images = _Images(to_inputs, to_offsets, to_masks, grads, inputs, offsets, masks)
-    batch, grad_weight = inputs[0].shape[0], weight.new_empty(0)
-    for start in range(0, batch, step):
-        some = images
-        if step < batch:
-            some = _Images(*([x[start : start + step] for x in tensors] for tensors in images))
-        part = _backward_images(some, weight, geometry, dtype, bool(to_weight))
-        grad_weight = part if start == 0 else grad_weight + part
-    if to_weight:
-        shape = (weight.shape[0], *weight.shape[2:], weight.shape[1])
-        to_weight[0].copy_(grad_weight.view(shape).permute(0, 3, 1, 2))
-    if to_bias:
-        sums = [grad.sum((0, 2, 3), dtype=dtype) for grad in grads]
-        to_bias[0].copy_(sum(sums[1:], sums[0]))
-
-
-class _Images(NamedTuple):
-    """What belongs to some images: where their gradients go, and what those come from; a tensor for each level."""
-
-    to_inputs: list[Tensor]
-    to_offsets: list[Tensor]
-    to_masks: list[Tensor]
-    grads: list[Tensor]
-    inputs: list[Tensor]
-    offsets: list[Tensor]
-    masks: list[Tensor]
-
-
-def _backward_images(
-    images: _Images, weight: Tensor, geometry: Sequence[Sequence[int]], dtype: torch.dtype, needs_weight: bool
-) -> Tensor:
-    """Write the gradients of some images; return that of the packed weight, or nothing in a tensor."""
-    to_inputs, to_offsets, to_masks, grads, inputs, offsets, masks = images
     plan = plan_of(inputs, offsets, weight, geometry, dtype)
     channels, taps = inputs[0].shape[1], weight.shape[2] * weight.shape[3]
     groups = channels // weight.shape[1]
     packed = _pack(weight, groups, dtype)
     table = _fill_table(inputs, plan, dtype)
     corners = _find_corners(offsets, masks, plan)
-    grad = torch.cat([g.permute(0, 2, 3, 1).reshape(-1, weight.shape[0]) for g in grads]).to(dtype)
+    rows = [x.permute(0, 2, 3, 1).reshape(-1, weight.shape[0]) for x in grads]
+    grad = (rows[0] if len(rows) == 1 else torch.cat(rows)).to(dtype)
     needs_columns, needs_dots = bool(to_inputs or to_offsets or to_masks), bool(to_offsets or to_masks)
-    grad_columns = table.new_empty((grad.shape[0] if needs_columns else 0, taps * channels))
+    held = max(1, HELD // (taps * channels))
+    grad_columns = table.new_empty((min(held, len(grad)) if needs_columns else 0, taps * channels))
     dots = table.new_empty(corners.weight.shape if needs_dots else 0)
-    grad_weight = torch.zeros_like(packed if needs_weight else packed[:0])
-    for pixels, points in _pieces(plan, taps * channels):
-        piece = grad[pixels]
-        grouped = piece.view(len(piece), groups, -1).transpose(0, 1)
-        if needs_weight:
-            columns = _bags(table, corners, plan, points).view(len(piece), -1)
-            if groups > 1:
-                grad_weight.baddbmm_(grouped.transpose(1, 2), _group(columns, taps, groups))
-            else:
-                grad_weight[0].addmm_(piece.t(), columns)
-        if needs_columns:
-            if groups > 1:
-                _ungroup(torch.bmm(grouped, packed), taps, grad_columns[pixels])
-            else:
-                torch.mm(piece, packed[0], out=grad_columns[pixels])
-        if needs_dots:
-            dots[4 * points.start : 4 * points.stop] = _corner_dots(grad_columns[pixels], table, corners, plan, points)
+    grad_table = torch.zeros_like(table if to_inputs else table[:0])
+    grad_weight = torch.zeros_like(packed if to_weight else packed[:0])
+    for together in _pieces(slice(0, len(grad)), held):
+        for pixels in _pieces(together, PIECE // (taps * channels)):
+            piece, points = grad[pixels], _points_of(pixels, plan)
+            grouped = piece.view(len(piece), groups, -1).transpose(0, 1)
+            if to_weight:
+                columns = _bags(table, corners, points).view(len(piece), -1)
+                if groups > 1:
+                    grad_weight.baddbmm_(grouped.transpose(1, 2), _group(columns, taps, groups))
+                else:
+                    grad_weight[0].addmm_(piece.t(), columns)
+            if needs_columns:
+                own = grad_columns[pixels.start - together.start : pixels.stop - together.start]
+                if groups > 1:
+                    _ungroup(torch.bmm(grouped, packed), taps, own)
+                else:
+                    torch.mm(piece, packed[0], out=own)
+                if needs_dots:
+                    dots[4 * points.start : 4 * points.stop] = _corner_dots(own, table, corners, points)
+        if to_inputs:
+            _add_to_table(grad_table, grad_columns, corners, _points_of(together, plan))
     if needs_dots:
         _write_point_gradients(dots, corners, offsets, plan, to_offsets, to_masks)
     if to_inputs:
-        summed = _sum_into_table(grad_columns.view(-1, channels // plan.groups), corners, plan)
-        for target, view in zip(to_inputs, _maps(summed, plan), strict=True):
+        for target, view in zip(to_inputs, _maps(grad_table, plan), strict=True):
             torch.unflatten(target, 1, view.shape[1:3]).copy_(view)
-    return grad_weight
+    if to_weight:
+        shape = (weight.shape[0], *weight.shape[2:], weight.shape[1])
+        to_weight[0].copy_(grad_weight.view(shape).permute(0, 3, 1, 2))
+    if to_bias:
+        sums = [x.sum((0, 2, 3), dtype=dtype) for x in grads]
+        to_bias[0].copy_(sum(sums[1:], sums[0]))
 
 
-def _corner_dots(grad_columns: Tensor, table: Tensor, corners: Corners, plan: Plan, points: slice) -> Tensor:
+def _corner_dots(grad_columns: Tensor, table: Tensor, corners: Corners, points: slice) -> Tensor:
     """The product of every corner's row of the table with the gradient of its point's column."""
     count = points.stop - points.start
+    ends, owner = _numbers(count, corners.row.dtype, table.device)
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad_columns.view(count, -1),
-        table,
-        corners.row[4 * points.start : 4 * points.stop],
-        plan.first[:count],
-        plan.owner[: 4 * count],
-        0,
+        grad_columns.view(count, -1), table, corners.row[4 * points.start : 4 * points.stop], ends[:-1], owner, 0
     )
 
 
@@ -301,13 +289,20 @@ def _write_point_gradients(
             target.copy_(part)
 
 
-def _sum_into_table(grad_columns: Tensor, corners: Corners, plan: Plan) -> Tensor:
-    """Gradient of the table: of every row, the sum over the corners that lie on it, always in the same order."""
-    rows = plan.groups * plan.rows
+def _add_to_table(grad_table: Tensor, grad_columns: Tensor, corners: Corners, points: slice) -> None:
+    """Add to every row of the table the gradients of the corners that lie on it, always in the same order."""
+    rows, weight = (x[4 * points.start : 4 * points.stop] for x in (corners.row, corners.weight))
+    first, last = 0, len(grad_table) - 1
+    # On a GPU a look at the numbers would wait for them.
+    if rows.is_cpu:
+        first, last = (int(x) for x in rows.aminmax())
+        rows = rows - first
+    count = last - first + 1
     # Radix sort: short keys take half the time.
-    keys = corners.row.to(torch.int16) if rows < 2**15 else corners.row
-    order = torch.sort(keys, stable=True).indices
-    ends = torch.zeros(rows + 1, dtype=torch.int64, device=keys.device)
-    torch.cumsum(torch.bincount(corners.row, minlength=rows), 0, out=ends[1:])
-    weight = corners.weight.index_select(0, order)
-    return torch.embedding_bag(grad_columns, order >> 2, ends, False, 0, False, weight, True)[0]
+    order = torch.sort(rows.to(torch.int16) if count <= 2**15 else rows, stable=True).indices
+    ends = torch.zeros(count + 1, dtype=torch.int64, device=rows.device)
+    torch.cumsum(torch.bincount(rows, minlength=count), 0, out=ends[1:])
+    columns = grad_columns.view(-1, grad_table.shape[1])
+    weight = weight.index_select(0, order)
+    sums = torch.embedding_bag(columns, order >> 2, ends, False, 0, False, weight, True)[0]
+    grad_table[first : last + 1] += sums

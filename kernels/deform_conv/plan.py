@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # Constants of larger problems are built on every call: making them costs little there, keeping them much.
-KEPT_POINTS = 1 << 17
+KEPT_POINTS = 1 << 18
 # Height and width.
 Pair = tuple[int, int]
 
@@ -25,8 +25,6 @@ class Plan(NamedTuple):
     high: Tensor  # (2, M) the map's size, y then x
     pitch: Tensor  # (M,) table rows between two lines of the map
     origin: Tensor  # (M,) table row of the map's pixel (0, 0)
-    owner: Tensor  # (4M,) the point that a corner belongs to
-    first: Tensor  # (M + 1,) the first corner of every point
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -70,10 +68,8 @@ def _build_plan(
         high = torch.tensor(size, device=device, dtype=dtype)[:, None].expand_as(start)
         levels.append((start.to(dtype), high, torch.full_like(origin, pitch, dtype=integer), origin.to(integer)))
     start, high, line, origin = (torch.cat(parts, -1) for parts in zip(*levels, strict=True))
-    owner = torch.arange(origin.numel(), device=device, dtype=integer).repeat_interleave(4)
-    first = torch.arange(0, 4 * origin.numel() + 1, 4, device=device, dtype=integer)
     fan = kernel[0] * kernel[1] * groups
-    return Plan(sizes, batch, groups, fan, rows, start, high, line, origin, owner, first)
+    return Plan(sizes, batch, groups, fan, rows, start, high, line, origin)
 
 
 _keep_plan = lru_cache(maxsize=32)(_build_plan)
