@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from deform_conv_cases import CASES, Case, check, gradients
+from deform_conv_cases import CASES, Case, check
 from half_precision import check_half
 
 from kernels import batched_nms, border_align, deform_conv2d, dynamic_relu, nms, roi_align, use_backend
@@ -18,12 +18,10 @@ def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def differentiated(function, leaves, *others, names=("input",)):
-    """The output, and the gradients of the first arguments for a fixed random cotangent."""
-    leaves = [x.requires_grad_() for x in leaves]
-    output = function(*leaves, *others)
-    found = torch.autograd.grad(output, leaves, random(*output.shape, seed=7).to(output))
-    return {"output": output.detach()} | dict(zip(names, found, strict=True))
+def leaf(x, dtype, other, layout="contiguous_format"):
+    """The numbers of `x` in `dtype` as a tensor of type `other`."""
+    rounded = x.detach().to(dtype).to("cuda", other, memory_format=getattr(torch, layout))
+    return rounded.requires_grad_()
 
 
 @HALVES
@@ -31,12 +29,12 @@ def differentiated(function, leaves, *others, names=("input",)):
 def test_deform_conv2d(masked, dtype, algorithms):
     case = replace(SEVERAL, masked=masked)
 
-    def run(other):
+    def run(other, draw):
         # Where rounding moves a coordinate across a pixel, the gradient is another: odd sixteenths never come near.
-        inputs = {name: x if x is None else x.detach() for name, x in case.inputs(torch.float64).items()}
+        inputs = case.inputs(torch.float64)
         inputs["offset"] = ((8 * inputs["offset"]).floor() + 0.5).div(8).clamp(-8, 8)
-        inputs = {name: x if x is None else x.to(dtype).to("cuda", other) for name, x in inputs.items()}
-        return gradients(deform_conv2d, inputs, case.geometry)
+        inputs = {name: leaf(x, dtype, other) for name, x in inputs.items() if x is not None}
+        return [deform_conv2d(**inputs, **case.geometry)], inputs
 
     check_half(run, dtype)
 
@@ -49,10 +47,9 @@ def test_geometries_of_deform_conv2d(case):
 @HALVES
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous_format"])
 def test_dynamic_relu(layout, dtype):
-    def run(other):
-        x, lines = random(2, 33, 9, 7).to(dtype), random(2, 4, 33, seed=1).to(dtype)
-        leaves = [x.to("cuda", other, memory_format=getattr(torch, layout)), lines.to("cuda", other)]
-        return differentiated(dynamic_relu, leaves, names=("input", "coefficients"))
+    def run(other, draw):
+        x, lines = leaf(random(2, 33, 9, 7), dtype, other, layout), leaf(random(2, 4, 33, seed=1), dtype, other)
+        return [dynamic_relu(x, lines)], {"input": x, "coefficients": lines}
 
     check_half(run, dtype)
 
@@ -65,19 +62,18 @@ def boxes(*shape, largest):
 @HALVES
 @pytest.mark.parametrize("settings", [(2, True), (0, False)], ids=str)
 def test_roi_align(settings, dtype, algorithms):
-    def run(other):
-        features = random(2, 20, 9, 11).to(dtype).to("cuda", other)
-        lists = list(boxes(2, 3, largest=64.0))
-        return differentiated(roi_align, [features], lists, (3, 4), 0.125, *settings)
+    def run(other, draw):
+        features = leaf(random(2, 20, 9, 11), dtype, other)
+        return [roi_align(features, list(boxes(2, 3, largest=64.0)), (3, 4), 0.125, *settings)], {"features": features}
 
     check_half(run, dtype)
 
 
 @HALVES
 def test_border_align(dtype, algorithms):
-    def run(other):
-        features = random(2, 24, 9, 11).to(dtype).to("cuda", other)
-        return differentiated(border_align, [features], boxes(2, 5, largest=8.0), 4)
+    def run(other, draw):
+        features = leaf(random(2, 24, 9, 11), dtype, other)
+        return [border_align(features, boxes(2, 5, largest=8.0), 4)], {"features": features}
 
     check_half(run, dtype)
 

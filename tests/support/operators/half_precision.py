@@ -1,35 +1,51 @@
 """What the Triton path may lose in 16 bits, measured by what plain PyTorch loses."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from kernels import use_backend
 
+Run = Callable[[torch.dtype, int], tuple[Sequence[Tensor], dict[str, Tensor]]]
 
-def check_half(run: Callable[[torch.dtype], dict[str, Tensor]], dtype: torch.dtype) -> None:
-    """Compare with plain PyTorch in float64.
+
+def check_half(run: Run, dtype: torch.dtype, draws: int = 1) -> None:
+    """Compare outputs, and gradients for random cotangents, with plain PyTorch in float64.
 
     The norm of the errors may be that of plain PyTorch in 16 bits, or twice that of plain PyTorch in float32 with its
     results rounded to 16 bits, whichever is larger, and a quarter more, for rounding is chance. A weight and a bias
     count together: the error of a sum that is a single number is chance altogether.
 
     Args:
-        run: Computes results by name from the same numbers, those of `dtype`, in the type that it is given.
+        run: Makes outputs from the same numbers, those of `dtype`, in the type that it is given, and says by name what
+            to differentiate them in. Other numbers for another draw.
         dtype: float16 or bfloat16.
+        draws: Over how many draws errors are added up.
     """
-    with use_backend("torch"):
-        exact, chain, wide = run(torch.float64), run(dtype), run(torch.float32)
-    found = run(dtype)
-    assert found.keys() == exact.keys()
     layers = defaultdict(list)
-    for name, value in exact.items():
-        errors = [(x[name].to(dtype).double() - value).norm() ** 2 for x in (found, chain, wide)]
-        layers[name.removesuffix(".weight").removesuffix(".bias")].append(torch.stack(errors))
+    for draw in range(draws):
+        with use_backend("torch"):
+            exact, *lost = (_results(run(other, draw), dtype) for other in (torch.float64, dtype, torch.float32))
+        found = _results(run(dtype, draw), dtype)
+        assert found.keys() == exact.keys()
+        for name, value in exact.items():
+            errors = [(x[name].to(dtype).double() - value).norm() ** 2 for x in (found, *lost)]
+            layers[name.removesuffix(".weight").removesuffix(".bias")].append(torch.stack(errors))
     for name, errors in layers.items():
         error, lost, least = sum(errors).sqrt().tolist()
         limit = 1.25 * max(lost, 2 * least)
         # Not `error > limit`, which NaN passes.
         assert error <= limit, f"{name}: error {error:.3g}, PyTorch's {lost:.3g}, in float32 {least:.3g}"
+
+
+def _results(made: tuple[Sequence[Tensor], dict[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
+    outputs, leaves = made
+    generator = torch.Generator().manual_seed(2)
+    # Rounded to the same numbers in every type.
+    cotangents = [torch.randn(y.shape, generator=generator).to(dtype).to(y) for y in outputs]
+    # With a single level the neighbours' weights are not used.
+    grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True)
+    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)} | dict(zip(leaves, grads, strict=True))
+    return {name: x for name, x in found.items() if x is not None}
