@@ -196,7 +196,7 @@ def _loads(widths: Counter[int]) -> str:
 def _compile_numbered(job: tuple[int, str]) -> Row:
     # Kernels cannot be pickled, so a worker process is given the number of a spec.
     number, target = job
-    return compile_spec(all_specs()[number], target)
+    return compile_spec(all_specs(target)[number], target)
 
 
 def compile_all(targets: Iterable[str], only: str = "", processes: int = 1) -> list[Row]:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kernels.block import coefficients, conv, offset, tail
 from kernels.block.layout import Layout, layout
-from kernels.deform_conv import inverse
 from kernels.deform_conv import launch as deform_conv
 from kernels.dynamic_relu import launch as dynamic_relu
 from kernels.regions import border_align_kernels as border_align
@@ -18,6 +17,12 @@ from kernels.regions import nms_kernels as nms
 from kernels.regions import roi_align_kernels as roi_align
 from kernels.runtime.compile_spec import CompileSpec
 from kernels.runtime.launch import real
+from kernels.runtime.tiles import assuming
+from kernels.sampling import inverse
+from kernels.sampling import launch as sampling
+from kernels.sampling.inverse import Bins
+from kernels.sampling.inverse_kernels import Index
+from kernels.sampling.pack_kernels import Weights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # P3 to P7, padded to a multiple of 32.
@@ -25,12 +30,17 @@ SIZES = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
 BATCH, CHANNELS = 8, 256
 
 
-def all_specs() -> list[CompileSpec]:
-    """The kernels of every operator."""
-    specs = [spec for dtype in DTYPES for spec in _deform_conv(dtype)]
-    specs += [spec for dtype in (*DTYPES, torch.float64) for spec in _dynamic_relu(dtype)]
-    for family in (_tail, _coefficients, _convolutions, _offsets, _roi_align, _border_align, _nms):
-        specs += [spec for dtype in DTYPES for spec in family(dtype)]
+# How the GPUs that are compiled for multiply matrices, `kernels.runtime.tiles.family`.
+FAMILIES = {"sm_80": "mma", "sm_86": "mma", "sm_90": "wgmma", "sm_100": "wgmma", "sm_120": "mma", "gfx942": "mfma"}
+
+
+def all_specs(target: str = "sm_90") -> list[CompileSpec]:
+    """The kernels of every operator, with the tiles they have on a GPU of `FAMILIES`."""
+    with assuming(FAMILIES[target]):
+        specs = [spec for dtype in DTYPES for spec in _deform_conv(dtype)]
+        specs += [spec for dtype in (*DTYPES, torch.float64) for spec in _dynamic_relu(dtype)]
+        for operator in (_tail, _coefficients, _convolutions, _offsets, _roi_align, _border_align, _nms):
+            specs += [spec for dtype in DTYPES for spec in operator(dtype)]
     return specs
 
 
@@ -46,20 +56,32 @@ def _deform_conv(dtype: torch.dtype) -> Iterator[CompileSpec]:
 
     height, width = SIZES[0]
     x, offset, mask = (new(BATCH, channels, height, width) for channels in (CHANNELS, 18, 9))
+    bins = Bins(None, 16, 0, 0)
+    sums, numbers = _meta(1, 4, dtype=real(dtype)), _meta(16, dtype=torch.int32)
     for outputs, suffix in ((256, ""), (512, " in pieces")):
         weight, out = new(outputs, CHANNELS, 3, 3), new(BATCH, outputs, height, width)
         (level,) = deform_conv.levels([x], [offset], [mask], weight, [1, 1], [1, 1], [1, 1])
-        points = deform_conv.points_launch(level, weight, out, level.x.to(real(dtype)), offset, mask)
-        yield points.spec(f"deform_conv2d backward points{suffix}", dtype, uses_dot=True)
-        bins, gather = inverse.compile_launches(level, weight, out.permute(0, 2, 3, 1))
-        yield gather.spec(f"deform_conv2d inverse gather{suffix}", dtype, uses_dot=True)
+        plan, rest = sampling.new_plan(level.x, 1), (level.shape, level.maps)
+        points = sampling.samples_launch(out, level.x, weight, plan, sums, sums, *rest)
+        yield points.spec(f"deform_conv2d backward samples and map{suffix}", dtype, uses_dot=True)
+        gather = inverse.gather_launch(out, weight, plan, Index(numbers, numbers), level.x, bins, 9, *rest)
+        yield gather.spec(f"deform_conv2d backward gather{suffix}", dtype, uses_dot=True)
         if outputs == 256:
-            yield bins.spec("deform_conv2d inverse bins", dtype)
-            forward = deform_conv.forward_launch(level, weight, weight, out)
+            geometry = (level.shape, level.geometry, level.maps)
+            yield deform_conv.plan_launch(offset, mask, plan, *geometry).spec("deform_conv2d plan", dtype)
+            points = deform_conv.gradients_launch(sums, offset, mask, offset, mask, *geometry)
+            yield points.spec("deform_conv2d backward points", dtype)
+            keys = inverse.bins_launch(level.x, plan, numbers, bins, 16, *rest)
+            yield keys.spec("deform_conv2d backward bins", dtype)
+            forward = sampling.forward_launch(level.x, weight, weight, plan, out, None, *rest)
             yield forward.spec("deform_conv2d forward", dtype, uses_dot=True)
-            sums = deform_conv.weight_launch(level, out)
-            sums.arguments["partial"] = _meta(1, dtype=real(dtype))
-            yield sums.spec("deform_conv2d backward weight", dtype, uses_dot=True)
+            samples = sampling.samples_launch(out, level.x, weight, plan, sums, None, *rest)
+            yield samples.spec("deform_conv2d backward samples", dtype, uses_dot=True)
+            parts = sampling.weight_launch(out, level.x, plan, sums, None, 64, *rest)
+            yield parts.spec("deform_conv2d backward weight", dtype, uses_dot=True)
+            partial = _meta(4, 256, 9, 256, dtype=real(dtype))
+            total = sampling.sum_launch(partial, Weights(*[weight] * 3, *weight.stride()), None, 3)
+            yield total.spec("deform_conv2d backward weight sum", dtype)
 
 
 def _dynamic_relu(dtype: torch.dtype) -> Iterator[CompileSpec]:
@@ -118,11 +140,11 @@ def _coefficients(dtype: torch.dtype) -> Iterator[CompileSpec]:
 
 
 def _convolutions(dtype: torch.dtype) -> Iterator[CompileSpec]:
-    tiles = conv.tile(dtype, torch.device("meta"), CHANNELS)
-    rows, pyramid, sampled, predicted = _pyramid(dtype, (tiles.height, tiles.width))
+    tile = conv.tile(_meta(1, CHANNELS, dtype=dtype))
+    rows, pyramid, sampled, predicted = _pyramid(dtype, tile)
+    plain = ("plan", "backward points", "backward bins", "backward weight sum")
     for name, launch in conv.launches(pyramid, predicted, sampled, rows).items():
-        multiplies = name not in ("backward predicted", "backward bins")
-        yield launch.spec(f"block convolutions {name}", dtype, uses_dot=multiplies)
+        yield launch.spec(f"block convolutions {name}", dtype, uses_dot=name not in plain)
 
 
 def _offsets(dtype: torch.dtype) -> Iterator[CompileSpec]:

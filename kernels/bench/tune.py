@@ -27,12 +27,12 @@ from triton.errors import TritonError
 
 from kernels.bench.op import OPS, Op, Shape, pyramid, rounding
 from kernels.bench.roofline import DTYPES, default_device, float32_products, seconds_per_call
-from kernels.deform_conv.inverse import GATHER
-from kernels.deform_conv.launch import FORWARD, POINTS, WEIGHT
 from kernels.runtime.tiles import Table, Tiles, fit, on_trial, read_tuned, tuned_file, type_class
+from kernels.sampling.inverse import GATHER
+from kernels.sampling.launch import FORWARD, SAMPLES, WEIGHT
 
 # The kernels, and the gradients that need this one and no other; none is the forward pass.
-KERNELS = ((FORWARD, ()), (POINTS, ("input", "offset", "mask")), (WEIGHT, ("weight",)), (GATHER, ("input",)))
+KERNELS = ((FORWARD, ()), (SAMPLES, ("input", "offset", "mask")), (WEIGHT, ("weight",)), (GATHER, ("input",)))
 # One precision of every class of types.
 PRECISIONS = ("bf16", "tf32", "fp32")
 CHOICES = {

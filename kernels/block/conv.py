@@ -1,335 +1,198 @@
-"""The deformable convolutions of a DyHead block, of all levels and branches, and their gradients, in a few launches."""
+"""The deformable convolutions of a DyHead block, of all levels and branches, and their gradients, in a few launches.
+
+They are the products of `kernels.sampling`, whose tiles are found by the tables of `kernels.block.layout`.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.block import conv_backward_kernels
-from kernels.block.conv_kernels import Config, Tables, forward_kernel
+from kernels.block import plan_kernels
 from kernels.block.layout import BRANCHES, Layout
 from kernels.block.parameters import TAPS
-from kernels.block.sums import add_runs
-from kernels.deform_conv.inverse import index, map_bins
-from kernels.deform_conv.launch import FORWARD
+from kernels.block.plan_kernels import Config
 from kernels.runtime.launch import Launch, triton_real
-from kernels.runtime.tiles import Table, Tiles, fit, precision
+from kernels.sampling import inverse
+from kernels.sampling import launch as sampling
+from kernels.sampling.inverse import Bins
+from kernels.sampling.inverse_kernels import Index
+from kernels.sampling.launch import Shape
+from kernels.sampling.pack_kernels import Weights
+from kernels.sampling.plan_kernels import Plan
+from kernels.sampling.product_kernels import Sums
 
-# In 16 bits a tile of 128 pixels spills on NVIDIA: a thread's 128 sums, and the sums for the statistics on top.
-_FORWARD = Table("block convolutions forward", FORWARD | {"16": Tiles(8, 8, 32, 256, 8, 3)})
-# Chosen without a GPU: large, and compiled by Triton 3.6 and 3.7 for all targets without a spill.
-_POINTS = Table(
-    "block convolutions backward points",
-    {"16": Tiles(8, 16, 64, 256, 8, 1), "32": Tiles(8, 8, 64, 256, 8, 1), "exact": Tiles(4, 8, 16, 32, 4, 1)},
-)
-# The addresses of the additions take registers.
-_POINTS_AND_PYRAMID = Table(
-    "block convolutions backward points and pyramid",
-    _POINTS | {"16": Tiles(8, 8, 64, 256, 8, 1), "32": Tiles(8, 8, 32, 256, 8, 1)},
-)
-_PYRAMID = Table(
-    "block convolutions backward pyramid",
-    {"16": Tiles(8, 16, 256, 64, 8, 2), "32": Tiles(8, 8, 256, 64, 8, 2), "exact": Tiles(4, 8, 32, 16, 4, 2)},
-)
-_WEIGHT = Table(
-    "block convolutions backward weight",
-    {"16": Tiles(4, 8, 128, 256, 8, 2), "32": Tiles(4, 8, 128, 256, 8, 1), "exact": Tiles(4, 8, 16, 32, 4, 1)},
-)
-
-# Programs over which the sums of the weights' gradients are spread, at most: some waves of the largest GPUs.
-_WEIGHT_PROGRAMS = 1024
-_PREDICTED_PIXELS = 64
-# Samples that `collect` multiplies at a time.
-_ENTRIES = 32
-# The pixels of one program that finds the bins of samples.
-_BINNED = (16, 16)
+# Pixels of one program that makes or differentiates a plan.
+_PIXELS = 128
 
 
-def tile(dtype: torch.dtype, device: torch.device, channels: int) -> Tiles:
-    """The tile of the convolution, which the layout must have too."""
-    return fit(_FORWARD, dtype, device, channels, channels)
+class Points(NamedTuple):
+    """Offsets and masks of a block, and how they are read.
 
+    Attributes:
+        matrix: (P, 27): 18 offsets and 9 masks of every pixel, contiguous. Without `crop`, one more row for every pixel
+            of the coarser neighbours' maps, which read these rows and not those of the level.
+        sigmoid: Whether the masks are still to pass a sigmoid.
+        crop: Whether a coarser neighbour reads the upper left corner of the level's offsets and masks.
+    """
 
-@dataclass(frozen=True)
-class Maps:
-    """What the convolutions read: maps, offsets and masks as `convolve` takes them."""
-
-    pyramid: Tensor
-    predicted: Tensor
+    matrix: Tensor
     sigmoid: bool
     crop: bool
-    layout: Layout
 
-    @property
-    def channels(self) -> int:
-        return self.pyramid.shape[1]
-
-    def fit(self, table: Table) -> Tiles:
-        return fit(table, self.pyramid.dtype, self.pyramid.device, self.channels, self.channels)
-
-    def launch(self, kernel: Any, grid: tuple[int, ...], size: tuple[int, int], tiles: Tiles, **others: Any) -> Launch:
-        """The launch of a kernel whose programs sample tiles of `size`.
-
-        Args:
-            kernel: One of the block's convolution kernels.
-            grid: Numbers of programs.
-            size: Height and width of a tile in pixels.
-            tiles: Blocks of channels, warps and stages.
-            others: Arguments besides those that many of these kernels take, by the kernel's names for them; in capitals
-                what is known at compilation.
-        """
-        layout, dtype = self.layout, self.pyramid.dtype
-        # From a row of a coarser neighbour's map to the row of its predictions.
-        tables = Tables(layout.table, layout.tiles(size), layout.rows - layout.coarser_row)
-        config = Config(
-            C=self.channels,
-            CROP=self.crop,
-            SIGMOID=self.sigmoid,
-            TILE_H=size[0],
-            TILE_W=size[1],
-            BLOCK_C=tiles.c,
-            BLOCK_O=tiles.o,
-            REAL=triton_real(dtype),
-            # Sums of several indices within an image must fit as well.
-            INDEX=tl.int32 if max(h * w for h, w in layout.sizes) * self.channels < 2**30 else tl.int64,
-            PRECISION=precision(dtype, self.pyramid.device),
-        )
-        common = {
-            "pyramid": self.pyramid,
-            "predicted": self.predicted,
-            "tables": tables,
-            "sampled_rows": layout.sampled_rows,
-        }
-        values = {name: value for name, value in common.items() if name in kernel.arg_names} | others
-        arguments = {name: value for name, value in values.items() if name.islower()}
-        constants = {name: value for name, value in values.items() if name.isupper()}
-        return Launch(kernel, grid, arguments, {"K": config, **constants}, tiles.warps, tiles.stages)
+    def config(self) -> Config:
+        dtype = self.matrix.dtype
+        kind = sampling.TYPES[dtype], dtype.itemsize == 2, triton_real(dtype)
+        return Config(self.crop, self.sigmoid, *kind)
 
 
-def convolve(
-    pyramid: Tensor, predicted: Tensor, weights: Sequence[Tensor], sigmoid: bool, crop: bool, layout: Layout
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+def shape(channels: int) -> Shape:
+    """Of the convolutions' weights."""
+    return Shape(channels, channels, 1, channels, TAPS)
+
+
+def tile(x: Tensor) -> tuple[int, int]:
+    """Height and width of the convolution's tiles for maps like x, which the layout must have too."""
+    tiles = sampling.tiles_of(sampling.FORWARD, x, shape(x.shape[1]))
+    return tiles.height, tiles.width
+
+
+def plan_launch(points: Points, plan: Plan, layout: Layout) -> Launch:
+    work = layout.runs(_PIXELS)
+    arguments = {"points": points.matrix, "plan": plan, "levels": layout.levels, "work": work, **_rows(layout)}
+    return Launch(plan_kernels.plan_kernel, (len(work),), arguments, {"K": points.config(), "PIXELS": _PIXELS}, 4, 1)
+
+
+def _rows(layout: Layout) -> dict[str, int]:
+    return {"sampled_rows": layout.sampled_rows, "coarser_points": layout.rows - layout.coarser_row}
+
+
+def _gradients_launch(products: Tensor, points: Points, grad_points: Tensor, layout: Layout) -> Launch:
+    work = layout.runs(_PIXELS)
+    tensors = {"products": products, "points": points.matrix, "grad_points": grad_points}
+    arguments = tensors | {"levels": layout.levels, "work": work, **_rows(layout)}
+    constants = {"K": points.config(), "PIXELS": _PIXELS}
+    return Launch(plan_kernels.gradients_kernel, (len(work), TAPS), arguments, constants, 4, 1)
+
+
+def forward(pyramid: Tensor, plan: Plan, weights: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Every deformable convolution of a block, in one launch.
 
     Args:
         pyramid: (P, C), see `kernels.block.layout`.
-        predicted: (P, 27) of the same type: 18 offsets and 9 masks of every pixel. Without `crop`, one more row for
-            every pixel of the coarser neighbours' maps, which read these rows and not those of the level.
-        weights: (C, C, 3, 3) for a level itself, its finer and its coarser neighbour.
-        sigmoid: Whether the masks are still to pass a sigmoid.
-        crop: Whether a coarser neighbour reads the top left corner of the level's offsets and masks.
+        plan: Of all samples.
+        weights: Of a level itself, its finer and its coarser neighbour: a `Packing.forward`.
         layout: Rows and tables of the pyramid.
 
     Returns:
         The sampled maps (Q, C), without the convolutions' biases; (tiles, 3, C), partial sums for the statistics of
-        `kernels.block.tail`; and what `gradients` needs.
+        `kernels.block.tail`.
     """
-    # Packed at every call: a copy kept for the next one would miss what is written to a parameter's `.data`.
-    packed = torch.stack([w.permute(0, 2, 3, 1) for w in weights]).to(pyramid.dtype)
     channels = pyramid.shape[1]
     sampled = pyramid.new_empty((layout.sampled_rows, channels))
     partial = pyramid.new_empty((len(layout.tiles()), 3, channels), dtype=layout.real)
-    maps = Maps(pyramid, predicted.contiguous(), sigmoid, crop, layout)
-    _forward_launch(maps, packed, sampled, partial).run()
-    return sampled, partial, (pyramid, maps.predicted, *weights)
+    sums = Sums(partial, layout.axes)
+    sampling.forward_launch(pyramid, weights, None, plan, sampled, sums, shape(channels), layout).run()
+    return sampled, partial
 
 
-def _forward_launch(maps: Maps, packed: Tensor, sampled: Tensor, partial: Tensor) -> Launch:
-    tiles, size = maps.fit(_FORWARD), maps.layout.tile
-    grid = (len(maps.layout.tiles(size)), triton.cdiv(maps.channels, tiles.o))
-    tensors = {"weight": packed, "sampled": sampled, "partial": partial, "axes": maps.layout.axes}
-    return maps.launch(forward_kernel, grid, size, tiles, **tensors)
-
-
-def gradients(
-    grad: Tensor,
-    saved: Sequence[Tensor],
-    sigmoid: bool,
-    crop: bool,
-    layout: Layout,
-    to_pyramid: bool,
-    to_weights: bool,
-) -> tuple[Tensor | None, Tensor, Sequence[Tensor | None]]:
-    """Gradients of `convolve`.
+def backward(
+    grad: Tensor, pyramid: Tensor, points: Points, plan: Plan, weights: Tensor, layout: Layout, to_pyramid: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of `forward` for pyramid and points.
 
     Args:
         grad: (Q, C), the gradient of its output, contiguous.
-        saved: What it returned for this.
-        sigmoid, crop, layout: Its arguments.
+        pyramid, plan, layout: Its arguments.
+        points: Which the plan is of.
+        weights: The same in the order of backward: a `Packing.packed`.
         to_pyramid: Whether the gradient of the pyramid is wanted.
-        to_weights: Whether those of the weights are wanted.
 
     Returns:
-        Gradients of pyramid, predictions and weights. That of the pyramid is a sum of atomic additions, in any order
-        and not yet rounded to the pyramid's type, unless PyTorch is told to use deterministic algorithms; with one
-        level there are no neighbours, and their weights get no gradient, not one of zeros.
+        That of the pyramid is a sum of atomic additions, in any order and not yet rounded to the pyramid's type, unless
+        PyTorch is told to use deterministic algorithms: then it is gathered by an inverse index.
     """
-    pyramid, predicted, *weights = saved
-    maps = Maps(pyramid, predicted, sigmoid, crop, layout)
-    packed = torch.stack([w.permute(2, 3, 1, 0) for w in weights]).to(grad.dtype)
     atomic = to_pyramid and not torch.are_deterministic_algorithms_enabled()
     grad_pyramid = torch.zeros_like(pyramid, dtype=layout.real) if atomic else None
-    grad_predicted = _points(maps, grad, packed, grad_pyramid)
+    products = pyramid.new_empty((TAPS * layout.sampled_rows, 4), dtype=layout.real)
+    of = shape(pyramid.shape[1])
+    sampling.samples_launch(grad, pyramid, weights, plan, products, grad_pyramid, of, layout).run()
+    grad_points = torch.empty_like(points.matrix)
+    _gradients_launch(products, points, grad_points, layout).run()
     if to_pyramid and not atomic:
-        grad_pyramid = _pyramid(maps, grad, packed)
-    return grad_pyramid, grad_predicted, _weights(maps, grad, weights) if to_weights else [None] * BRANCHES
+        grad_pyramid = _gathered(grad, pyramid, plan, weights, layout)
+    return grad_pyramid, grad_points
 
 
-def _points_launch(maps: Maps, grad: Tensor, packed: Tensor, grad_pyramid: Tensor | None, partial: Tensor) -> Launch:
-    tiles = maps.fit(_POINTS if grad_pyramid is None else _POINTS_AND_PYRAMID)
-    size = tiles.height, tiles.width
-    return maps.launch(
-        conv_backward_kernels.backward_points_kernel,
-        (len(maps.layout.tiles(size)) * TAPS,),
-        size,
-        tiles,
-        grad=grad,
-        weight=packed,
-        partial=partial,
-        # A pointer must point somewhere, also where nothing is written.
-        grad_pyramid=partial if grad_pyramid is None else grad_pyramid,
-        TO_PYRAMID=grad_pyramid is not None,
-    )
+def _bins(pyramid: Tensor, layout: Layout) -> Bins:
+    tiles = sampling.tiles_of(inverse.GATHER, pyramid, shape(pyramid.shape[1]))
+    counts = tuple(inverse.map_bins(*size, tiles) for size in layout.sizes)
+    return Bins(layout.level_starts(counts), layout.batch * sum(counts), 0, 0)
 
 
-def _predicted_launch(partial: Tensor, grad_predicted: Tensor, crop: bool, layout: Layout) -> Launch:
-    work = layout.runs(_PREDICTED_PIXELS)
-    arguments: dict[str, Any] = {"partial": partial, "grad_predicted": grad_predicted, "levels": layout.levels}
-    arguments |= {"work": work, "sampled_rows": layout.sampled_rows}
-    constants = {"CROP": crop, "PIXELS": _PREDICTED_PIXELS}
-    return Launch(conv_backward_kernels.backward_predicted_kernel, (len(work),), arguments, constants)
-
-
-def _points(maps: Maps, grad: Tensor, packed: Tensor, grad_pyramid: Tensor | None) -> Tensor:
-    """The gradient of the predictions; that of the pyramid is added to `grad_pyramid` if there is one."""
-    layout = maps.layout
-    partial = grad.new_empty((maps.predicted.shape[1], layout.sampled_rows), dtype=layout.real)
-    _points_launch(maps, grad, packed, grad_pyramid, partial).run()
-    grad_predicted = torch.empty_like(maps.predicted)
-    _predicted_launch(partial, grad_predicted, maps.crop, layout).run()
-    if not maps.crop:
-        grad_predicted[layout.rows :] = partial[:, layout.coarser_row :].T
-    return grad_predicted
-
-
-class _Inverse(NamedTuple):
-    """The samples of a block by the bins they lie in; names are those of the kernels' arguments.
-
-    Attributes:
-        order: The samples' numbers, as in `kernels.deform_conv.inverse.Index`.
-        starts: Where in `order` every bin begins, as there.
-        places: (9 * Q, 3), y, x and mask of every sample.
-        level_bins: (L,) int32, the first bin of every level.
-        bins: The number of bins of one tap.
-    """
-
-    order: Tensor
-    starts: Tensor
-    places: Tensor
-    level_bins: Tensor
-    bins: int
-
-
-def _bins_launch(maps: Maps, keys: Tensor, places: Tensor, level_bins: Tensor, bins: int) -> Launch:
-    tiles, tensors = maps.fit(_PYRAMID), {"keys": keys, "places": places, "level_bins": level_bins}
-    grid = (len(maps.layout.tiles(_BINNED)), TAPS)
-    sizes = {"BIN_H": tiles.height, "BIN_W": tiles.width}
-    return maps.launch(conv_backward_kernels.bins_kernel, grid, _BINNED, tiles, **tensors, bins=bins, **sizes)
-
-
-def _level_bins(maps: Maps) -> tuple[Tensor, int]:
-    """The first bin of every level, (L,) int32, and the number of bins of one tap."""
-    tiles = maps.fit(_PYRAMID)
-    counts = tuple(map_bins(*size, tiles) for size in maps.layout.sizes)
-    return maps.layout.level_starts(counts), maps.layout.batch * sum(counts)
-
-
-def _invert(maps: Maps) -> _Inverse:
-    layout, device = maps.layout, maps.predicted.device
-    level_bins, bins = _level_bins(maps)
-    samples = TAPS * layout.sampled_rows
-    keys = torch.empty(samples, dtype=torch.int32, device=device)
-    places = torch.empty((samples, 3), dtype=layout.real, device=device)
-    _bins_launch(maps, keys, places, level_bins, bins).run()
-    return _Inverse(*index(keys, BRANCHES * TAPS * bins), places, level_bins, bins)
-
-
-def _pyramid_launches(maps: Maps, grad: Tensor, packed: Tensor, inverse: _Inverse, target: Tensor) -> list[Launch]:
-    """Those of the finest level, which no finer one samples and which is most of the pyramid, and of the others."""
-    tiles, count = maps.fit(_PYRAMID), len(maps.layout.sizes)
-    size = tiles.height, tiles.width
-    tensors = {"grad": grad, "weight": packed, "grad_pyramid": target, "levels": maps.layout.levels}
-    launches = []
-    for levels, branches in ((range(1), min(count, BRANCHES - 1)), (range(1, count), BRANCHES))[: min(count, 2)]:
-        work = maps.layout.level_tiles(size, levels)
-        grid = (len(work), triton.cdiv(maps.channels, tiles.c))
-        constants = {"TAPS": branches * TAPS, "ENTRIES": _ENTRIES}
-        others = tensors | constants | inverse._asdict()
-        launches.append(
-            maps.launch(conv_backward_kernels.backward_pyramid_kernel, grid, size, tiles, work=work, **others)
-        )
-    return launches
-
-
-def _pyramid(maps: Maps, grad: Tensor, packed: Tensor) -> Tensor:
+def _gathered(grad: Tensor, pyramid: Tensor, plan: Plan, weights: Tensor, layout: Layout) -> Tensor:
     """The gradient of the pyramid, the same bits every time."""
-    target = torch.empty_like(maps.pyramid)
-    for launch in _pyramid_launches(maps, grad, packed, _invert(maps), target):
-        launch.run()
+    of, taps, bins = shape(pyramid.shape[1]), BRANCHES * TAPS, _bins(pyramid, layout)
+    keys = torch.empty(TAPS * layout.sampled_rows, dtype=torch.int32, device=grad.device)
+    inverse.bins_launch(pyramid, plan, keys, bins, taps * bins.number, of, layout).run()
+    found, target = inverse.index(keys, taps * bins.number), torch.empty_like(pyramid)
+    inverse.gather_launch(grad, weights, plan, found, target, bins, taps, of, layout).run()
     return target
 
 
-def _weight_launch(maps: Maps, grad: Tensor) -> tuple[Launch, Tensor]:
-    """The launch lacks `partial`, whose length is the last number of its grid; with it the `bounds` of its sums."""
-    tiles = maps.fit(_WEIGHT)
+def _weight_launch(grad: Tensor, pyramid: Tensor, plan: Plan, layout: Layout) -> tuple[Launch, Tensor]:
+    """The launch, whose `partial` holds what is to be added up; with it the `bounds` of these sums."""
+    of = shape(pyramid.shape[1])
+    tiles, _, _ = sampling.weight_steps(pyramid, of)
     size = tiles.height, tiles.width
-    steps, blocks = TAPS * triton.cdiv(maps.channels, tiles.c), triton.cdiv(maps.channels, tiles.o)
-    splits = max(1, _WEIGHT_PROGRAMS // (steps * blocks))
-    # A power of two, so that few sizes of maps need another compilation.
-    count = triton.next_power_of_2(triton.cdiv(len(maps.layout.tiles(size)), splits))
-    splits, bounds = maps.layout.splits(size, count)
-    grid = (steps, blocks, len(splits))
-    launch = maps.launch(
-        conv_backward_kernels.backward_weight_kernel, grid, size, tiles, grad=grad, splits=splits, TILES=count
-    )
-    return launch, bounds
+    each = sampling.weight_splits(pyramid, of, len(layout.tiles(size)))
+    splits, bounds = layout.splits(size, each)
+    partial = pyramid.new_empty((len(splits), of.outputs, TAPS, of.channels), dtype=layout.real)
+    return sampling.weight_launch(grad, pyramid, plan, partial, splits, each, of, layout), bounds
 
 
-def _weights(maps: Maps, grad: Tensor, weights: Sequence[Tensor]) -> list[Tensor | None]:
-    launch, bounds = _weight_launch(maps, grad)
-    channels = maps.channels
-    partial = grad.new_empty((launch.grid[-1], channels, TAPS, channels), dtype=maps.layout.real)
-    launch.arguments["partial"] = partial
+def backward_weights(
+    grad: Tensor, pyramid: Tensor, plan: Plan, weights: Sequence[Tensor], layout: Layout
+) -> list[Tensor | None]:
+    """Gradients of `forward` for the three weights (C, C, 3, 3), in the type of theirs.
+
+    With one level there are no neighbours, and their weights get no gradient, not one of zeros.
+    """
+    launch, bounds = _weight_launch(grad, pyramid, plan, layout)
     launch.run()
-    total = add_runs(partial, bounds, dtype=weights[0].dtype)
-    grads = [x.view(channels, 3, 3, channels).permute(0, 3, 1, 2) for x in total]
+    grads = [torch.empty_like(weights[0]) for _ in bounds]
+    _sum_launch(launch.arguments["partial"], grads, bounds).run()
     return [*grads, *[None] * (BRANCHES - len(grads))]
 
 
-def launches(pyramid: Tensor, predicted: Tensor, sampled: Tensor, layout: Layout) -> dict[str, Launch]:
+def _sum_launch(partial: Tensor, grads: Sequence[Tensor], bounds: Tensor) -> Launch:
+    three = [*grads, *[grads[0]] * (BRANCHES - len(grads))]
+    return sampling.sum_launch(partial, Weights(*three, *grads[0].stride()), bounds, 3)
+
+
+def launches(pyramid: Tensor, matrix: Tensor, sampled: Tensor, layout: Layout) -> dict[str, Launch]:
     """All launches of forward and backward by name, deterministic ones included; nothing is run.
 
     Making them makes the tables that they look up. The matrices' shapes and types count and not what they hold, so they
     may be on the `meta` device.
     """
-    maps = Maps(pyramid, predicted, True, True, layout)
-    partial = torch.empty((16, 3), dtype=layout.real, device=sampled.device)
-    keys, order = (torch.empty(16, dtype=kind, device=sampled.device) for kind in (torch.int32, torch.int64))
-    weight, _ = _weight_launch(maps, sampled)
-    weight.arguments["partial"] = partial
-    level_bins, bins = _level_bins(maps)
-    inverse = _Inverse(order, keys, partial, level_bins, bins)
-    levels = _pyramid_launches(maps, sampled, sampled, inverse, pyramid)
+    of, points = shape(pyramid.shape[1]), Points(matrix, True, True)
+    plan, found = sampling.new_plan(pyramid, 1), Index(*(pyramid.new_empty(1, dtype=torch.int32) for _ in range(2)))
+    partial = pyramid.new_empty((16, 3), dtype=layout.real)
+    sums = Sums(partial, layout.axes)
+    bins = _bins(pyramid, layout)
+    weight, bounds = _weight_launch(sampled, pyramid, plan, layout)
+    weights = [pyramid.new_empty((of.outputs, of.channels, 3, 3)).to(memory_format=torch.channels_last)] * BRANCHES
+    rest = of, layout
     return {
-        "forward": _forward_launch(maps, sampled, sampled, partial),
-        "backward points": _points_launch(maps, sampled, sampled, None, partial),
-        "backward points and pyramid": _points_launch(maps, sampled, sampled, partial, partial),
-        "backward predicted": _predicted_launch(partial, predicted, maps.crop, layout),
-        "backward bins": _bins_launch(maps, keys, partial, level_bins, bins),
-        **dict(zip(("backward finest level", "backward other levels"), levels, strict=False)),
+        "plan": plan_launch(points, plan, layout),
+        "forward": sampling.forward_launch(pyramid, sampled, None, plan, sampled, sums, *rest),
+        "backward samples": sampling.samples_launch(sampled, pyramid, sampled, plan, partial, None, *rest),
+        "backward samples and map": sampling.samples_launch(sampled, pyramid, sampled, plan, partial, partial, *rest),
+        "backward points": _gradients_launch(partial, points, matrix, layout),
+        "backward bins": inverse.bins_launch(pyramid, plan, found.order, bins, bins.number, *rest),
+        "backward gather": inverse.gather_launch(sampled, sampled, plan, found, pyramid, bins, BRANCHES * TAPS, *rest),
         "backward weight": weight,
+        "backward weight sum": _sum_launch(weight.arguments["partial"], weights, bounds),
     }

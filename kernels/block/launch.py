@@ -19,6 +19,8 @@ from kernels.block.parameters import STRIDES, TAPS, BlockParameters, coarser_off
 from kernels.runtime.launch import real
 from kernels.runtime.operator import differentiable_once
 from kernels.runtime.tiles import type_class
+from kernels.sampling import launch as sampling
+from kernels.sampling.plan_kernels import Plan
 
 
 def forward(features: Sequence[Tensor], blocks: Sequence[BlockParameters]) -> list[Tensor]:
@@ -36,9 +38,9 @@ def forward(features: Sequence[Tensor], blocks: Sequence[BlockParameters]) -> li
 def _tables(features: Sequence[Tensor]) -> Layout:
     """The layout of these levels with all tables that forward and backward look up."""
     batch, channels, dtype, device = *features[0].shape[:2], features[0].dtype, features[0].device
-    tile = conv.tile(dtype, device, channels)
+    tile = conv.tile(features[0])
     sizes = tuple((x.shape[2], x.shape[3]) for x in features)
-    tables = layout(sizes, batch, device, real(dtype), (tile.height, tile.width))
+    tables = layout(sizes, batch, device, real(dtype), tile)
     kind = dtype, channels, type_class(dtype, device)
     if kind not in tables.complete:
         # Tables made in inference mode could not be part of a graph later on.
@@ -118,19 +120,26 @@ class _Block(torch.autograd.Function):
     ) -> Tensor:
         crop = mode == "crop"
         counters = block_tail.counters(tables)
-        predicted = offset.forward(pyramid, parameters[0], parameters[1], counters, tables)
-        points = predicted if crop else _points(predicted, mode, tables)
-        sampled, partial, convolved = conv.convolve(pyramid, points, parameters[2:5], crop, crop, tables)
+        plan = sampling.new_plan(pyramid, TAPS * tables.sampled_rows)
+        packing = offset.packing(parameters[2:5], pyramid)
+        predicted = offset.forward(
+            pyramid, parameters[0], parameters[1], counters, tables, plan if crop else None, packing
+        )
+        points = conv.Points(predicted if crop else _points(predicted, mode, tables), crop, crop)
+        if not crop:
+            conv.plan_launch(points, plan, tables).run()
+        sampled, partial = conv.forward(pyramid, plan, packing.forward, tables)
         output, saved = block_tail.forward(sampled, partial, parameters[5:], settings, counters, tables)
-        ctx.mode, ctx.settings, ctx.tables, ctx.convolved = mode, settings, tables, len(convolved)
-        ctx.save_for_backward(pyramid, predicted, sampled, *saved[:-1], *convolved, *parameters)
+        ctx.mode, ctx.settings, ctx.tables = mode, settings, tables
+        convolved = predicted, points.matrix, *plan, packing.packed
+        ctx.save_for_backward(pyramid, sampled, *convolved, *saved[:-1], *parameters)
         return output
 
     @staticmethod
     @differentiable_once("dyhead_block")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        pyramid, predicted, sampled, lines, pooled, statistics, *others = ctx.saved_tensors
-        convolved, parameters = others[: ctx.convolved], others[ctx.convolved :]
+        pyramid, sampled, predicted, matrix, pixels, factors, weights, *others = ctx.saved_tensors
+        lines, pooled, statistics, *parameters = others
         saved = coefficients.Saved(lines, pooled, statistics, tuple(parameters[5:]))
         wanted, crop, tables = ctx.needs_input_grad, ctx.mode == "crop", ctx.tables
         to_pyramid, to_offset, to_weights = wanted[0], any(wanted[4:6]), any(wanted[6:9])
@@ -139,14 +148,16 @@ class _Block(torch.autograd.Function):
         )
         if grad_sampled is None:
             return *(None,) * 9, *grads
-        grad_pyramid, grad_points, grad_weights = conv.gradients(
-            grad_sampled, convolved, crop, crop, tables, to_pyramid, to_weights
-        )
+        plan, points = Plan(pixels, factors), conv.Points(matrix, crop, crop)
+        grad_pyramid, grad_points = conv.backward(grad_sampled, pyramid, points, plan, weights, tables, to_pyramid)
+        grad_weights: list[Tensor | None] = [None] * 3
+        if to_weights:
+            grad_weights = conv.backward_weights(grad_sampled, pyramid, plan, parameters[2:5], tables)
         if not crop:
             with torch.enable_grad():
                 leaf = predicted.detach().requires_grad_()
-                points = _points(leaf, ctx.mode, tables)
-            grad_points = torch.autograd.grad(points, leaf, grad_points)[0].contiguous()
+                rearranged = _points(leaf, ctx.mode, tables)
+            grad_points = torch.autograd.grad(rearranged, leaf, grad_points)[0].contiguous()
         grad_pyramid, *grad_offset = offset.backward(
             grad_points, pyramid, parameters[0], parameters[1], grad_pyramid, to_offset, tables
         )

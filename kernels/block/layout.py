@@ -19,43 +19,14 @@ from itertools import pairwise
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from kernels.block.parameters import STRIDES
+from kernels.sampling.launch import Tiling
+from kernels.sampling.maps import COARSER_HEIGHT, SAME_ROW, Levels, Sizes, Tables
 
 SAME, FINER, COARSER = range(3)
 BRANCHES = 3
-
-# Columns of the table of problems.
-BRANCH = tl.constexpr(0)
-LEVEL = tl.constexpr(1)
-STRIDE = tl.constexpr(2)
-HEIGHT = tl.constexpr(3)
-WIDTH = tl.constexpr(4)
-OUT_HEIGHT = tl.constexpr(5)
-OUT_WIDTH = tl.constexpr(6)
-INPUT_ROW = tl.constexpr(7)
-OUTPUT_ROW = tl.constexpr(8)
-# Size of the level that the problem is for, and its first row in the pyramid, which is that of its offsets as well.
-TARGET_HEIGHT = tl.constexpr(9)
-TARGET_WIDTH = tl.constexpr(10)
-TARGET_ROW = tl.constexpr(11)
-AXES = tl.constexpr(12)
-FIRST_TILE = tl.constexpr(13)
-TILES = tl.constexpr(14)
-# The level that is sampled.
-SOURCE = tl.constexpr(15)
-PROBLEM_COLUMNS = tl.constexpr(16)
-
-# Columns of the table of levels; a row of -1 says that the level has no such neighbour.
-SAME_ROW = tl.constexpr(2)
-FINER_ROW = tl.constexpr(3)
-COARSER_ROW = tl.constexpr(4)
-COARSER_HEIGHT = tl.constexpr(5)
-COARSER_WIDTH = tl.constexpr(6)
-COARSER_AXES = tl.constexpr(7)
-LEVEL_COLUMNS = tl.constexpr(8)
 
 
 @dataclass(frozen=True)
@@ -81,6 +52,7 @@ class Problem:
         return STRIDES[self.branch]
 
 
+_NO_SIZES = Sizes(0, 0, 0, 0)
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
@@ -110,8 +82,10 @@ class Layout:
         rows: P, rows of the pyramid.
         sampled_rows: Q, rows of the sampled maps.
         coarser_row: The first row of the coarser neighbours' maps.
-        table: (problems, 16) int32, columns as named above.
-        levels: (L, 8) int32, columns as named above.
+        largest: Pixels of the largest level.
+        thin: Whether a level has a single column.
+        table: (problems, 16) int32, columns as in `kernels.sampling.maps`.
+        levels: (L, 8) int32, columns as there.
         axes: Numbers of type `real`; for a problem, from its column AXES: the factors from a target's coordinate to the
             map's (y, x), then for each of the map's rows, then columns, the sum of its weights in the upsampling. A
             pixel's weight in the mean after upsampling is the product of its row's and its column's; all are 1 where
@@ -146,6 +120,8 @@ class Layout:
         self.problem_rows = _starts([batch * p.size[0] * p.size[1] for p in self.problems])
         self.rows, self.sampled_rows = self.level_rows[-1], self.problem_rows[-1]
         self.coarser_row = self.problem_rows[2 * count - 1]
+        self.largest = max(h * w for h, w in sizes)
+        self.thin = any(w == 1 for _, w in sizes)
         self._make_axes()
         self._make_tables()
 
@@ -188,10 +164,19 @@ class Layout:
         return self._work(self._tile_counts(tile)) if tile else self.tiles(self.tile)
 
     @_kept
-    def level_tiles(self, tile: tuple[int, int], levels: range) -> Tensor:
-        """(tiles, 3) int32: level, image and number of every tile of `tile` pixels of some levels."""
-        counts = [_cdiv(h, tile[0]) * _cdiv(w, tile[1]) for h, w in self.sizes]
-        return self._work([n if i in levels else 0 for i, n in enumerate(counts)])
+    def level_tiles(self, tile: tuple[int, int]) -> Tensor:
+        """(tiles, 3) int32: level, image and number of every tile of `tile` pixels of the levels."""
+        return self._work([_cdiv(h, tile[0]) * _cdiv(w, tile[1]) for h, w in self.sizes])
+
+    def outputs(self, size: tuple[int, int]) -> Tiling:
+        """The tiles of the sampled maps, for `kernels.sampling`."""
+        work = self.tiles(size)
+        return Tiling(Tables(self.table, work), _NO_SIZES, len(work))
+
+    def inputs(self, size: tuple[int, int]) -> Tiling:
+        """The tiles of the levels, for `kernels.sampling`."""
+        work = self.level_tiles(size)
+        return Tiling(Levels(self.levels, work), _NO_SIZES, len(work))
 
     @_kept
     def level_starts(self, counts: tuple[int, ...]) -> Tensor:

@@ -5,6 +5,7 @@ in pieces of the pyramid, and one that makes the gradient of the pyramid and add
 same bits every time.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from kernels.block import offset_kernels as kernels
 from kernels.block.layout import Layout
 from kernels.runtime.launch import Launch, multiprocessors, triton_real
 from kernels.runtime.tiles import Table, Tiles, fit, precision
+from kernels.sampling.launch import TYPES, new_plan
+from kernels.sampling.pack_kernels import SIDE, Packing
+from kernels.sampling.plan_kernels import Plan
 
 # Of the backward tables, `o` is the block of columns of the unfolded gradient.
 _FORWARD = Table(
@@ -36,7 +40,15 @@ _WEIGHT = Table(
 _WEIGHT_PROGRAMS, _COLUMNS = 2, 2048 if INTERPRET else 128
 
 
-def forward(pyramid: Tensor, weight: Tensor, bias: Tensor, counters: Tensor, layout: Layout) -> Tensor:
+def forward(
+    pyramid: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    counters: Tensor,
+    layout: Layout,
+    plan: Plan | None = None,
+    packing: Packing | None = None,
+) -> Tensor:
     """An ordinary 3x3 convolution, stride 1, zeros around each level, of every level in one launch.
 
     Args:
@@ -46,12 +58,14 @@ def forward(pyramid: Tensor, weight: Tensor, bias: Tensor, counters: Tensor, lay
         bias: (O,), like `weight`.
         counters: int32, contiguous; they are zeroed for a later launch.
         layout: Rows and tables of the pyramid.
+        plan: Where to write the plan of the samples that 18 offsets and 9 masks, in front of a sigmoid, ask for.
+        packing: Weights to be packed by the same launch.
 
     Returns:
         (P, O) in the type of `pyramid`. Sums are float32, or float64 for float64.
     """
     predicted = pyramid.new_empty((layout.rows, len(weight)))
-    _forward_launch(pyramid, weight, bias, predicted, counters, layout).run()
+    _forward_launch(pyramid, weight, bias, predicted, counters, layout, plan, packing).run()
     return predicted
 
 
@@ -91,6 +105,17 @@ def backward(
     return grad_pyramid, *(gradients or (None, None))
 
 
+def packing(weights: Sequence[Tensor], x: Tensor) -> Packing:
+    """What packs the three weights (C, C, 3, 3) of a block's convolutions, with memory for them in the type of x."""
+    if len({weight.stride() for weight in weights}) > 1 or len({weight.dtype for weight in weights}) > 1:
+        weights = [weight.to(x.dtype, memory_format=torch.channels_last) for weight in weights]
+    channels = weights[0].shape[1]
+    packed = x.new_empty((3, 9, channels, channels))
+    forward = packed if x.dtype.itemsize == 2 else x.new_empty((3, channels, 9, channels))
+    (first, second, third), (o, c, y, x_) = weights, weights[0].stride()
+    return Packing(first, second, third, o, c, y, x_, packed, forward)
+
+
 def _tile_count(layout: Layout, tile: tuple[int, int]) -> int:
     return layout.batch * sum(triton.cdiv(h, tile[0]) * triton.cdiv(w, tile[1]) for h, w in layout.sizes)
 
@@ -112,19 +137,37 @@ def _layer(weight: Tensor, bias: Tensor) -> kernels.Layer:
 
 
 def _forward_launch(
-    pyramid: Tensor, weight: Tensor, bias: Tensor, predicted: Tensor, counters: Tensor, layout: Layout
+    pyramid: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    predicted: Tensor,
+    counters: Tensor,
+    layout: Layout,
+    plan: Plan | None,
+    packing: Packing | None,
 ) -> Launch:
     outputs, channels = weight.shape[:2]
     tiles = fit(_FORWARD, pyramid.dtype, pyramid.device, channels, outputs)
     size = tiles.height, tiles.width
+    packers = 0 if packing is None else 27 * triton.cdiv(channels, SIDE.value) ** 2
     # The problems of the levels from themselves come first.
-    arguments = {"pyramid": pyramid, "layer": _layer(weight, bias)}
+    arguments: dict[str, Any] = {"pyramid": pyramid, "layer": _layer(weight, bias)}
     arguments |= {"predicted": predicted, "problems": layout.table, "work": layout.tiles(size)}
-    arguments |= {"counters": counters, "count": counters.numel()}
-    constants = _common(pyramid, channels, outputs, layout)
-    constants |= {"TILE_H": size[0], "TILE_W": size[1], "BLOCK_C": tiles.c, "BLOCK_O": tiles.o}
-    grid = (_tile_count(layout, size), triton.cdiv(outputs, tiles.o))
-    return Launch(kernels.forward_kernel, grid, arguments, constants, tiles.warps, tiles.stages)
+    arguments |= {"counters": counters, "count": counters.numel(), "packing": packing, "packers": packers}
+    arguments |= {"plan": plan, "levels": layout.levels, "sampled_rows": layout.sampled_rows}
+    config = kernels.Config(
+        **_common(pyramid, channels, outputs, layout),
+        TILE_H=size[0],
+        TILE_W=size[1],
+        BLOCK_C=tiles.c,
+        BLOCK_O=tiles.o,
+        CROP=True,
+        SIGMOID=True,
+        TYPE=TYPES[pyramid.dtype],
+        PACKED=pyramid.dtype.itemsize == 2,
+    )
+    grid = (packers + _tile_count(layout, size), triton.cdiv(outputs, tiles.o))
+    return Launch(kernels.forward_kernel, grid, arguments, {"K": config}, tiles.warps, tiles.stages)
 
 
 def _input_launch(
@@ -189,7 +232,9 @@ def launches(pyramid: Tensor, predicted: Tensor, layout: Layout) -> dict[str, La
     sums = _weight_launch(predicted, pyramid, layout)
     sums.arguments["partial"] = partial
     return {
-        "forward": _forward_launch(pyramid, weight, bias, predicted, counters, layout),
+        "forward": _forward_launch(
+            pyramid, weight, bias, predicted, counters, layout, new_plan(pyramid, 1), packing([weight] * 3, pyramid)
+        ),
         "backward input": _input_launch(predicted, weight, partial, pyramid, partial, (weight, bias), layout),
         "backward weight": sums,
     }

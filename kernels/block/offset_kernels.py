@@ -10,7 +10,7 @@ column k = tap * OUT + o of a pixel is the gradient of output o at the pixel tha
 
     gradient of the input = unfolded @ weight (9 OUT, C),    gradient of the weight = unfolded^T @ input (pixels, C)
 
-Names as in `kernels.deform_conv.kernels`.
+Names as in `kernels.sampling.product_kernels`.
 """
 
 from typing import Any, NamedTuple
@@ -18,9 +18,35 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from kernels.block.layout import HEIGHT, INPUT_ROW, PROBLEM_COLUMNS, WIDTH
+from kernels.block.plan_kernels import plan_pixels
 from kernels.block.sums import clear, sum_rows, work_item
-from kernels.sampling.kernels import tile_pixels
+from kernels.sampling.maps import HEIGHT, INPUT_ROW, PROBLEM_COLUMNS, WIDTH, tile_pixels
+from kernels.sampling.pack_kernels import pack_piece
+
+
+class Config(NamedTuple):
+    """What is known at compilation of the forward kernel.
+
+    Attributes:
+        C, OUT: Input and output channels.
+        TILE_H, TILE_W, BLOCK_C, BLOCK_O: Pixels and channels of a program and a step.
+        CROP, SIGMOID: True; as in `kernels.block.plan_kernels.Config`, like TYPE and PACKED.
+        REAL, INDEX, PRECISION: As in `kernels.sampling.product_kernels.Config`.
+    """
+
+    C: int
+    OUT: int
+    TILE_H: int
+    TILE_W: int
+    BLOCK_C: int
+    BLOCK_O: int
+    CROP: bool
+    SIGMOID: bool
+    TYPE: Any
+    PACKED: bool
+    REAL: Any
+    INDEX: Any
+    PRECISION: Any
 
 
 class Layer(NamedTuple):
@@ -60,7 +86,7 @@ def _weights(layer, tap, o, c):
     return layer.weight + o * layer.o + c * layer.c + tap // 3 * layer.y + tap % 3 * layer.x
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "packers", "sampled_rows"])
 def forward_kernel(
     pyramid,
     layer,
@@ -69,42 +95,50 @@ def forward_kernel(
     work,
     counters,
     count,
-    C: tl.constexpr,
-    OUT: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    REAL: tl.constexpr,
-    INDEX: tl.constexpr,
-    PRECISION: tl.constexpr,
+    plan,
+    levels,
+    sampled_rows,
+    packing,
+    packers,
+    K: tl.constexpr,
 ):
-    """Grid (tiles, blocks of OUT): `pyramid` is (P, C), `predicted` (P, OUT), `layer` a `Layer`.
+    """Grid (packers, then tiles; blocks of OUT): `pyramid` is (P, C), `predicted` (P, OUT), `layer` a `Layer`.
 
-    The counters are those of a later launch, see `clear`.
+    The counters are those of a later launch, see `clear`. `plan` is what the predictions say where the convolutions
+    sample, or None; `packing` are the convolutions' weights, or None.
     """
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         clear(counters, count)
-    level, image, number = work_item(work)
-    H, W, first = _level(problems, level, image)
-    pixels = tile_pixels(number, H, W, TILE_H, TILE_W)
-    x = pyramid + first * C
-    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    total = tl.zeros((TILE_H * TILE_W, BLOCK_O), dtype=REAL)
-    steps: tl.constexpr = 9 * ((C + BLOCK_C - 1) // BLOCK_C)
-    b_next = _neighbours(x, 0, pixels, H, W, C, BLOCK_C, INDEX)
-    for step in range(steps):
-        b_x = b_next
-        b_next = _neighbours(x, tl.minimum(step + 1, steps - 1), pixels, H, W, C, BLOCK_C, INDEX)
-        c = step // 9 * BLOCK_C + tl.arange(0, BLOCK_C)
-        places = _weights(layer, step % 9, o[None, :], c[:, None])
-        b_weight = tl.load(places, mask=(c < C)[:, None] & (o < OUT)[None, :], other=0.0).to(b_x.dtype)
-        total = tl.dot(b_x, b_weight, total, input_precision=PRECISION, out_dtype=REAL)
-    b_bias = tl.load(layer.bias + o * layer.bias_o, mask=o < OUT, other=0.0)
-    # As wide as the sum, but rounded to the type of the pyramid first, as autocast rounds a parameter.
-    total += b_bias.to(pyramid.dtype.element_ty).to(REAL)[None, :]
-    target = predicted + (first + pixels.y * W + pixels.x)[:, None] * OUT + o[None, :]
-    tl.store(target, total.to(predicted.dtype.element_ty), mask=pixels.inside[:, None] & (o < OUT)[None, :])
+    # Few programs and no launch of their own: they run beside the tiles.
+    if tl.program_id(0) < packers:
+        if packing is not None:
+            pack_piece(packing, tl.program_id(0), K.C, K.PACKED)
+    else:
+        level, image, number = work_item(work - packers * 3)
+        H, W, first = _level(problems, level, image)
+        pixels = tile_pixels(number, tl.arange(0, K.TILE_H * K.TILE_W), H, W, K.TILE_H, K.TILE_W)
+        x = pyramid + first * K.C
+        o = tl.program_id(1) * K.BLOCK_O + tl.arange(0, K.BLOCK_O)
+        total = tl.zeros((K.TILE_H * K.TILE_W, K.BLOCK_O), dtype=K.REAL)
+        steps: tl.constexpr = 9 * ((K.C + K.BLOCK_C - 1) // K.BLOCK_C)
+        b_next = _neighbours(x, 0, pixels, H, W, K.C, K.BLOCK_C, K.INDEX)
+        for step in range(steps):
+            b_x = b_next
+            b_next = _neighbours(x, tl.minimum(step + 1, steps - 1), pixels, H, W, K.C, K.BLOCK_C, K.INDEX)
+            c = step // 9 * K.BLOCK_C + tl.arange(0, K.BLOCK_C)
+            places = _weights(layer, step % 9, o[None, :], c[:, None])
+            b_weight = tl.load(places, mask=(c < K.C)[:, None] & (o < K.OUT)[None, :], other=0.0).to(b_x.dtype)
+            total = tl.dot(b_x, b_weight, total, input_precision=K.PRECISION, out_dtype=K.REAL)
+        b_bias = tl.load(layer.bias + o * layer.bias_o, mask=o < K.OUT, other=0.0)
+        # As wide as the sum, but rounded to the type of the pyramid first, as autocast rounds a parameter.
+        total += b_bias.to(pyramid.dtype.element_ty).to(K.REAL)[None, :]
+        target = predicted + (first + pixels.y * W + pixels.x)[:, None] * K.OUT + o[None, :]
+        known = pixels.inside[:, None] & (o < K.OUT)[None, :]
+        tl.store(target, total.to(predicted.dtype.element_ty), mask=known)
+        if plan is not None:
+            # Every thread reads what others of this program have stored.
+            tl.debug_barrier()
+            plan_pixels(predicted, plan, levels, level, image, pixels.y, pixels.x, pixels.inside, sampled_rows, 0, K)
 
 
 @triton.jit
@@ -164,7 +198,7 @@ def backward_input_kernel(
     else:
         level, image, number = work_item(work - adders * 3)
         H, W, first = _level(problems, level, image)
-        y, x, inside = tile_pixels(number, H, W, TILE_H, TILE_W)
+        y, x, inside = tile_pixels(number, tl.arange(0, TILE_H * TILE_W), H, W, TILE_H, TILE_W)
         c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
         total = tl.zeros((TILE_H * TILE_W, BLOCK_C), dtype=REAL)
         for step in range((9 * OUT + BLOCK_K - 1) // BLOCK_K):

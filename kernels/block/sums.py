@@ -3,13 +3,10 @@
 Matrices and tables are those of `kernels.block.layout`; names are explained in `kernels.block.tail_kernels`.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from kernels.block.layout import (
-    AXES,
+from kernels.sampling.maps import (
     FIRST_TILE,
     OUT_HEIGHT,
     OUT_WIDTH,
@@ -18,7 +15,7 @@ from kernels.block.layout import (
     TARGET_WIDTH,
     TILES,
 )
-from kernels.runtime.launch import Launch, triton_real
+from kernels.sampling.tile_sums import sum_rows
 
 
 @triton.jit
@@ -38,38 +35,6 @@ def channel_block(C: tl.constexpr, BLOCK_C: tl.constexpr):
 def matrix_rows(matrix, place, inside, c, known, C: tl.constexpr, REAL: tl.constexpr):
     """(pixels, BLOCK_C) of a matrix; zero where there is nothing."""
     return tl.load(matrix + place[:, None] * C + c[None, :], mask=inside[:, None] & known[None, :], other=0.0).to(REAL)
-
-
-@triton.jit
-def store_sums(b_value, pixels, partial, axes, row, c, known, C: tl.constexpr, REAL: tl.constexpr):
-    """Of one tile of a sampled map: the sum, the squared distances from the tile's mean, the sum after upsampling."""
-    inside = pixels.inside
-    b_value = tl.where(inside[:, None], b_value, 0.0)
-    count = tl.sum(inside.to(REAL), 0)
-    b_sum = tl.sum(b_value, 0)
-    b_distance = tl.where(inside[:, None], b_value - (b_sum / count)[None, :], 0.0)
-    start = tl.load(row + AXES) + 2
-    share = tl.load(axes + start + pixels.y, mask=inside, other=0.0)
-    share *= tl.load(axes + start + tl.load(row + OUT_HEIGHT) + pixels.x, mask=inside, other=0.0)
-    target = partial + tl.program_id(0).to(tl.int64) * (3 * C) + c
-    tl.store(target, b_sum, mask=known)
-    tl.store(target + C, tl.sum(b_distance * b_distance, 0), mask=known)
-    tl.store(target + 2 * C, tl.sum(b_value * share[:, None], 0), mask=known)
-
-
-@triton.jit
-def sum_rows(matrix, rows, pitch, i, known, BLOCK_T: tl.constexpr, REAL: tl.constexpr):
-    """Columns i of `rows` rows, `pitch` elements apart, added up, BLOCK_T at a time: an order that shapes decide."""
-    s_total = tl.zeros((BLOCK_T, i.shape[0]), dtype=REAL)
-    # Triton 3.6 interprets no `range` up to a run-time number under NumPy 2.4.
-    first = 0
-    while first < rows:
-        row = first + tl.arange(0, BLOCK_T)
-        place = matrix + row.to(tl.int64)[:, None] * pitch + i[None, :]
-        # Nobody reads it twice, and other programs of the same launch may have written it, see `is_last`.
-        s_total += tl.load(place, mask=(row < rows)[:, None] & known[None, :], other=0.0, cache_modifier=".cg")
-        first += BLOCK_T
-    return tl.sum(s_total, 0)
 
 
 @triton.jit
@@ -142,40 +107,3 @@ def is_last(counter, count):
     # What the other threads of this program have stored comes before the addition, which one thread makes.
     tl.debug_barrier()
     return tl.atomic_add(counter, 1, sem="acq_rel") == count - 1
-
-
-@triton.jit(do_not_specialize=["size"])
-def add_kernel(partial, total, bounds, size, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, REAL: tl.constexpr):
-    """Grid (blocks of columns, rows of `bounds`): the sum of some consecutive rows of `partial` (runs, size)."""
-    first, count = tl.load(bounds + tl.program_id(1) * 2), tl.load(bounds + tl.program_id(1) * 2 + 1)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    rows = partial + first.to(tl.int64) * size
-    tl.store(
-        total + tl.program_id(1) * size + c, sum_rows(rows, count, size, c, c < size, BLOCK_T, REAL), mask=c < size
-    )
-
-
-def add_runs(partial: Tensor, bounds: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums of consecutive rows, in an order that shapes alone decide.
-
-    Args:
-        partial: (rows, ...).
-        bounds: (sums, 2) int32: the first row of every sum and how many it has.
-        dtype: Type of the sums.
-
-    Returns:
-        (sums, ...) of type `dtype`.
-    """
-    total = partial.new_empty((len(bounds), *partial.shape[1:]), dtype=dtype)
-    add_launch(partial, total, bounds).run()
-    return total
-
-
-def add_launch(partial: Tensor, total: Tensor, bounds: Tensor) -> Launch:
-    """The launch of `add_runs`, which writes `total`."""
-    size = partial[0].numel()
-    block = min(64, triton.next_power_of_2(size))
-    constants = {"BLOCK_T": 32, "BLOCK_C": block, "REAL": triton_real(partial.dtype)}
-    # The second axis of a grid ends at 65,535, which the blocks of a wide convolution's weight are beyond.
-    grid = (triton.cdiv(size, block), len(bounds))
-    return Launch(add_kernel, grid, {"partial": partial, "total": total, "bounds": bounds, "size": size}, constants)

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 from kernels.block.coefficients_kernels import add_parameters
-from kernels.block.layout import (
+from kernels.block.sums import channel_block, clear, matrix_rows, work_item
+from kernels.sampling.maps import (
     AXES,
     BRANCH,
     COARSER_AXES,
@@ -36,9 +37,10 @@ from kernels.block.layout import (
     TARGET_HEIGHT,
     TARGET_ROW,
     TARGET_WIDTH,
+    tile_pixels,
 )
-from kernels.block.sums import channel_block, clear, matrix_rows, store_sums, work_item
-from kernels.sampling.kernels import tile_pixels
+from kernels.sampling.product_kernels import Sums
+from kernels.sampling.tile_sums import store_sums
 
 LEVEL_HEIGHT = tl.constexpr(0)
 LEVEL_WIDTH = tl.constexpr(1)
@@ -334,7 +336,7 @@ def statistics_kernel(
     c, known = channel_block(C, BLOCK_C)
     row = problems + problem * PROBLEM_COLUMNS
     height, width = tl.load(row + OUT_HEIGHT), tl.load(row + OUT_WIDTH)
-    pixels = tile_pixels(number, height, width, TILE_H, TILE_W)
+    pixels = tile_pixels(number, tl.arange(0, TILE_H * TILE_W), height, width, TILE_H, TILE_W)
     place = tl.load(row + OUTPUT_ROW) + image.to(tl.int64) * height * width + pixels.y * width + pixels.x
     b_value = matrix_rows(sampled, place, pixels.inside, c, known, C, REAL)
-    store_sums(b_value, pixels, partial, axes, row, c, known, C, REAL)
+    store_sums(b_value, pixels, Sums(partial, axes), row, c, known, C, REAL)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.deform_conv.plan import output_size
+from kernels.deform_conv.cpu_plan import output_size
 from kernels.runtime.checks import check_device, check_pair, check_tensor, kind_of
 
 # Stride, padding and dilation, each in y and x.

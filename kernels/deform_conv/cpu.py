@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
-from kernels.deform_conv.plan import Plan, plan_of
+from kernels.deform_conv.cpu_plan import Plan, plan_of
 
 # Columns are made and consumed in pieces of this many elements, which stay in the cache.
 PIECE = 1 << 20

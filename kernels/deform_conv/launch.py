@@ -1,42 +1,59 @@
-"""Launching the Triton kernels of the modulated deformable convolution: layouts, tiles, memory, and what is compiled.
+"""Launching the Triton kernels of the modulated deformable convolution: layouts, memory, and what is launched.
 
-A launch is prepared as data and run afterwards, so that the ahead-of-time compilation describes exactly what runs.
+Forward plans the samples and multiplies; backward plans them again, which costs less than keeping the plan. Nothing as
+large as a column matrix is stored: a sample has 12 bytes in 16 bits, 20 in float32, and 16 more for its gradients.
 """
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from kernels.deform_conv import inverse as deform_conv_inverse
-from kernels.deform_conv import kernels
-from kernels.deform_conv.level import Level, strided
-from kernels.runtime.launch import Launch, Launcher, real
-from kernels.runtime.tiles import Table, Tiles
+from kernels.deform_conv import plan_kernels
+from kernels.deform_conv.plan_kernels import Config
+from kernels.runtime.launch import Launch, Launcher, real, triton_real
+from kernels.sampling import inverse
+from kernels.sampling import launch as sampling
+from kernels.sampling.inverse import Bins
+from kernels.sampling.launch import Shape, Single
+from kernels.sampling.maps import Sizes
+from kernels.sampling.pack_kernels import Weights
+from kernels.sampling.plan_kernels import Plan
 
-# Chosen without a GPU: large ones that Triton 3.6 and 3.7 compile for sm_80, sm_90, sm_100 and gfx942 without a spill.
-FORWARD = Table(
-    "deform_conv2d forward",
-    {"16": Tiles(8, 16, 32, 256, 8, 3), "32": Tiles(8, 8, 16, 256, 8, 3), "exact": Tiles(4, 8, 16, 32, 4, 2)},
-)
-POINTS = Table(
-    "deform_conv2d backward points",
-    {"16": Tiles(8, 8, 64, 256, 8, 1), "32": Tiles(4, 8, 32, 256, 8, 1), "exact": Tiles(4, 8, 16, 32, 4, 1)},
-)
-WEIGHT = Table(
-    "deform_conv2d backward weight",
-    {"16": Tiles(8, 8, 64, 256, 8, 2), "32": Tiles(4, 8, 64, 256, 8, 1), "exact": Tiles(4, 8, 16, 32, 4, 1)},
-)
-# For more output channels than a program holds, or several weight groups: the gradients come in pieces.
-_POINTS_PIECES = Table(
-    "deform_conv2d backward points in pieces",
-    POINTS | {"16": Tiles(8, 8, 64, 64, 8, 2), "32": Tiles(4, 8, 32, 64, 4, 2)},
-)
+# Output pixels of one program that plans.
+_BLOCK = 256
 
-# Programs over which the sum of the weight's gradient is spread: some waves of the largest GPUs.
-_WEIGHT_PROGRAMS = 512
+_forward, _samples, _weight = (
+    Launcher(make) for make in (sampling.forward_launch, sampling.samples_launch, sampling.weight_launch)
+)
+_bins, _gather = Launcher(inverse.bins_launch), Launcher(inverse.gather_launch)
+
+
+class Geometry(NamedTuple):
+    """Stride, padding and dilation in y and x, and the width of the weight."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    width: int
+
+
+class Level(NamedTuple):
+    """One map of a call as the kernels read it."""
+
+    x: Tensor  # (N, H, W, C), contiguous
+    offset: Tensor  # contiguous or channels last, as the mask
+    mask: Tensor | None
+    shape: Shape
+    geometry: Geometry
+    maps: Single
+
+    @property
+    def samples(self) -> int:
+        return self.shape.points * self.maps.sampled_rows
 
 
 def levels(
@@ -44,62 +61,84 @@ def levels(
     offsets: Sequence[Tensor],
     masks: Sequence[Tensor],
     weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
 ) -> list[Level]:
     """The maps of a call; `masks` may be empty."""
     every: Sequence[Tensor | None] = masks or [None] * len(inputs)
-    geometry = tuple(stride), tuple(padding), tuple(dilation)
-    return [
-        Level(x.permute(0, 2, 3, 1).contiguous(), offset, mask, weight, *geometry)
-        for x, offset, mask in zip(inputs, offsets, every, strict=True)
-    ]
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), weight.shape[3])
+    found = []
+    for x, offset, mask in zip(inputs, offsets, every, strict=True):
+        batch, channels, height, width = x.shape
+        taps, groups = weight.shape[2] * weight.shape[3], channels // weight.shape[1]
+        share = channels * 2 * taps // offset.shape[1]
+        shape = Shape(weight.shape[1], weight.shape[0] // groups, groups, share, taps)
+        maps = Single(batch, Sizes(height, width, offset.shape[2], offset.shape[3]))
+        mask = None if mask is None else _dense(mask)
+        found.append(Level(x.permute(0, 2, 3, 1).contiguous(), _dense(offset), mask, shape, geometry, maps))
+    return found
 
 
-def forward_launch(level: Level, packed: Tensor, bias: Tensor | None, out: Tensor) -> Launch:
-    config, tiles = level.config(FORWARD, out)
-    arguments = level.arguments() | {"weight": packed, "bias": packed if bias is None else bias, "out": strided(out)}
-    grid = (level.tile_count(tiles), level.groups * triton.cdiv(config.OUT, tiles.o))
-    constants = {"K": config, "HAS_BIAS": bias is not None}
-    return Launch(kernels.forward_kernel, grid, arguments, constants, tiles.warps, tiles.stages)
+def _last(tensor: Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
-def points_launch(
-    level: Level, packed: Tensor, grad: Tensor, to_x: Tensor | None, to_offset: Tensor | None, to_mask: Tensor | None
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor in a layout that the kernels read: contiguous, or channels last."""
+    return tensor if _last(tensor) else tensor.contiguous()
+
+
+def _plan_config(offset: Tensor, mask: Tensor | None, shape: Shape, geometry: Geometry) -> Config:
+    return Config(
+        TAPS=shape.taps,
+        KW=geometry.width,
+        GEOMETRY=(*geometry.stride, *geometry.padding, *geometry.dilation),
+        BLOCK=_BLOCK,
+        OFFSET_LAST=_last(offset),
+        MASK_LAST=mask is not None and _last(mask),
+        TYPE=sampling.TYPES[offset.dtype],
+        PACKED=offset.dtype.itemsize == 2,
+        REAL=triton_real(offset.dtype),
+    )
+
+
+def plan_launch(
+    offset: Tensor, mask: Tensor | None, plan: Plan, shape: Shape, geometry: Geometry, maps: Single
 ) -> Launch:
-    whole = level.groups == 1 and level.weight.shape[0] <= POINTS["32"].o
-    others = (t for t in (grad, to_offset, to_mask) if t is not None)
-    config, tiles = level.config(POINTS if whole else _POINTS_PIECES, *others)
-    # Pointers must point somewhere, also where nothing is written.
-    arguments = level.arguments() | {
-        "grad": grad,
-        "weight": packed,
-        "grad_x": grad if to_x is None else to_x,
-        "grad_offset": strided(level.offset if to_offset is None else to_offset),
-        "grad_mask": strided(level.offset if to_mask is None else to_mask),
-    }
-    wanted = {"TO_X": to_x is not None, "TO_OFFSET": to_offset is not None, "TO_MASK": to_mask is not None}
-    points = level.offset.shape[1] // 2
-    grid = (level.tile_count(tiles) * points,)
-    return Launch(kernels.backward_points_kernel, grid, arguments, {"K": config, **wanted}, tiles.warps, tiles.stages)
+    """Offsets and masks are dense, see `Level`."""
+    arguments = {"offset": offset, "mask": mask, "plan": plan, **maps.sizes._asdict(), "rows": maps.sampled_rows}
+    grid = (triton.cdiv(maps.sampled_rows, _BLOCK), shape.points)
+    constants = {"K": _plan_config(offset, mask, shape, geometry)}
+    return Launch(plan_kernels.plan_kernel, grid, arguments, constants, 4, 1)
 
 
-def weight_launch(level: Level, grad: Tensor) -> Launch:
-    """The launch lacks `partial`, whose length is the last number of its grid."""
-    config, tiles = level.config(WEIGHT, grad)
-    steps = level.taps * (config.C // config.SPAN) * triton.cdiv(config.SPAN, tiles.c)
-    blocks = level.groups * triton.cdiv(config.OUT, tiles.o)
-    count = level.tile_count(tiles)
-    # A power of two, so that few sizes of maps need another compilation.
-    per_split = triton.next_power_of_2(triton.cdiv(count, max(1, _WEIGHT_PROGRAMS // (steps * blocks))))
-    arguments = level.arguments() | {"grad": grad, "tiles": count}
-    grid = (steps, blocks, triton.cdiv(count, per_split))
-    constants = {"K": config, "TILES": per_split}
-    return Launch(kernels.backward_weight_kernel, grid, arguments, constants, tiles.warps, tiles.stages)
+def gradients_launch(
+    products: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    grad_offset: Tensor | None,
+    grad_mask: Tensor | None,
+    shape: Shape,
+    geometry: Geometry,
+    maps: Single,
+) -> Launch:
+    """The gradients have the strides of what they are for."""
+    tensors = {"offset": offset, "mask": mask, "grad_offset": grad_offset, "grad_mask": grad_mask}
+    arguments = {"products": products, **tensors, **maps.sizes._asdict(), "rows": maps.sampled_rows}
+    grid = (triton.cdiv(maps.sampled_rows, _BLOCK), shape.points)
+    constants = {"K": _plan_config(offset, mask, shape, geometry)}
+    return Launch(plan_kernels.gradients_kernel, grid, arguments, constants, 4, 1)
 
 
-_run_forward, _run_points = Launcher(forward_launch), Launcher(points_launch)
+_plan, _gradients = Launcher(plan_launch), Launcher(gradients_launch)
+
+
+def planned(level: Level) -> Plan:
+    """The plan of a level's samples."""
+    plan = sampling.new_plan(level.x, level.samples)
+    _plan(level.offset, level.mask, plan, level.shape, level.geometry, level.maps)
+    return plan
 
 
 def forward(
@@ -114,10 +153,16 @@ def forward(
     dilation: list[int],
 ) -> None:
     """Write the output (N, O, Ho, Wo) of every level; arguments as in `kernels.deform_conv.operator`, checked there."""
-    packed = weight.permute(0, 2, 3, 1).contiguous()
     bias = None if bias is None else bias.contiguous()
-    for level, out in zip(levels(inputs, offsets, masks, weight, stride, padding, dilation), outputs, strict=True):
-        _run_forward(level, packed, bias, out)
+    maps = levels(inputs, offsets, masks, weight, stride, padding, dilation)
+    packed = sampling.packed(weight, maps[0].shape.groups)
+    for level, out in zip(maps, outputs, strict=True):
+        rows = out.permute(0, 2, 3, 1)
+        # An output that is not channels last is made so first.
+        target = rows if rows.is_contiguous() else torch.empty(rows.shape, dtype=out.dtype, device=out.device)
+        _forward(level.x, packed, bias, planned(level), target, None, level.shape, level.maps)
+        if target is not rows:
+            rows.copy_(target)
 
 
 def backward(
@@ -135,31 +180,91 @@ def backward(
 
     `results` are five lists: for inputs, offsets, masks, weight and bias; an empty one is not wanted. The gradient of
     the inputs is a sum of atomic additions, in any order, unless PyTorch is told to use deterministic algorithms: then
-    it is that of `kernels.deform_conv.inverse`.
+    it is gathered by an inverse index, `kernels.sampling.inverse_kernels`.
     """
     to_inputs, to_offsets, to_masks, to_weight, to_bias = results
     maps = levels(inputs, offsets, masks, weight, stride, padding, dilation)
     rows = [grad.permute(0, 2, 3, 1).contiguous() for grad in grads]
-    packed = weight.unflatten(0, (maps[0].groups, -1)).permute(0, 3, 4, 2, 1).contiguous()
-    if to_inputs and torch.are_deterministic_algorithms_enabled():
-        deform_conv_inverse.input_gradients(to_inputs, rows, maps, packed)
-        to_inputs = []
+    plans = [planned(level) for level in maps] if to_inputs or to_offsets or to_masks or to_weight else []
     if to_inputs or to_offsets or to_masks:
+        transposed = sampling.transposed(weight, maps[0].shape.groups)
+        gathered = bool(to_inputs) and torch.are_deterministic_algorithms_enabled()
         none: list[Tensor | None] = [None] * len(maps)
-        for i, (level, grad) in enumerate(zip(maps, rows, strict=True)):
-            to_x = torch.zeros_like(level.x, dtype=real(weight.dtype)) if to_inputs else None
-            _run_points(level, packed, grad, to_x, (to_offsets or none)[i], (to_masks or none)[i])
+        for i, (level, plan, grad) in enumerate(zip(maps, plans, rows, strict=True)):
+            to_x = None if gathered or not to_inputs else torch.zeros_like(level.x, dtype=real(weight.dtype))
+            _backward_samples(level, plan, transposed, grad, to_x, (to_offsets or none)[i], (to_masks or none)[i])
             if to_x is not None:
                 to_inputs[i].copy_(to_x.permute(0, 3, 1, 2))
+        if gathered:
+            _gather_inputs(maps, plans, transposed, rows, to_inputs)
     if to_weight:
-        launches = [weight_launch(level, grad) for level, grad in zip(maps, rows, strict=True)]
-        counts = [launch.grid[-1] for launch in launches]
-        partial = torch.empty((sum(counts), weight.numel()), dtype=real(weight.dtype), device=weight.device)
-        for launch, part in zip(launches, partial.split(counts), strict=True):
-            launch.arguments["partial"] = part
-            launch.run()
-        packed = partial.sum(0).view(weight.shape[0], *weight.shape[2:], weight.shape[1])
-        to_weight[0].copy_(packed.permute(0, 3, 1, 2))
+        _backward_weight(to_weight[0], maps, plans, rows)
     if to_bias:
         sums = (grad.sum((0, 1, 2), dtype=real(weight.dtype)) for grad in rows)
         to_bias[0].copy_(reduce(torch.add, sums))
+
+
+def _backward_samples(
+    level: Level,
+    plan: Plan,
+    weight: Tensor,
+    grad: Tensor,
+    to_x: Tensor | None,
+    to_offset: Tensor | None,
+    to_mask: Tensor | None,
+) -> None:
+    """Gradients of offsets and masks; that of the map is added to `to_x`."""
+    wanted = to_offset is not None or to_mask is not None
+    if not wanted and to_x is None:
+        return
+    products = torch.empty((level.samples, 4), dtype=real(grad.dtype), device=grad.device) if wanted else None
+    _samples(grad, level.x, weight, plan, products, to_x, level.shape, level.maps)
+    if products is not None:
+        # Where a result has other strides than what the kernel reads, it is copied.
+        of_offset, of_mask = _like(to_offset, level.offset), _like(to_mask, level.mask)
+        rest = level.shape, level.geometry, level.maps
+        _gradients(products, level.offset, level.mask, of_offset, of_mask, *rest)
+        for result, made in ((to_offset, of_offset), (to_mask, of_mask)):
+            if result is not None and made is not None and made is not result:
+                result.copy_(made)
+
+
+def _like(result: Tensor | None, read: Tensor | None) -> Tensor | None:
+    if result is None or read is None or result.stride() == read.stride():
+        return result
+    return torch.empty_like(read)
+
+
+def _gather_inputs(
+    maps: list[Level], plans: list[Plan], weight: Tensor, rows: list[Tensor], targets: list[Tensor]
+) -> None:
+    """The inputs' gradients without atomics, by one index of all levels: the same bits in every run."""
+    places, samples, bins = [], 0, 0
+    for level in maps:
+        batch, height, width, _ = level.x.shape
+        number = batch * inverse.map_bins(height, width, sampling.tiles_of(inverse.GATHER, weight, level.shape))
+        places.append(Bins(None, number, bins, samples))
+        samples, bins = samples + level.samples, bins + level.shape.points * number
+    keys = torch.empty(samples, dtype=torch.int32, device=weight.device)
+    for level, plan, place in zip(maps, plans, places, strict=True):
+        _bins(level.x, plan, keys, place, bins, level.shape, level.maps)
+    index = inverse.index(keys, bins)
+    for level, plan, place, grad, target in zip(maps, plans, places, rows, targets, strict=True):
+        last = target.permute(0, 2, 3, 1)
+        out = last if last.is_contiguous() else torch.empty_like(level.x)
+        _gather(grad, weight, plan, index, out, place, level.shape.taps, level.shape, level.maps)
+        if out is not last:
+            last.copy_(out)
+
+
+def _backward_weight(target: Tensor, maps: list[Level], plans: list[Plan], rows: list[Tensor]) -> None:
+    tiles, _, _ = sampling.weight_steps(maps[0].x, maps[0].shape)
+    counts = [level.maps.outputs((tiles.height, tiles.width)).number for level in maps]
+    each = sampling.weight_splits(maps[0].x, maps[0].shape, sum(counts))
+    splits = [triton.cdiv(count, each) for count in counts]
+    outputs, channels, _, width = target.shape
+    parts = (sum(splits), outputs, maps[0].shape.taps, channels)
+    partial = torch.empty(parts, dtype=real(target.dtype), device=target.device)
+    for level, plan, grad, part in zip(maps, plans, rows, partial.split(splits), strict=True):
+        _weight(grad, level.x, plan, part, None, each, level.shape, level.maps)
+    sampling.sum_launch(partial, Weights(*[target] * 3, *target.stride()), None, width).run()

@@ -52,11 +52,12 @@ class Launch:
     Attributes:
         kernel: The `@triton.jit` function.
         grid: Programs along up to three axes.
-        arguments: Run-time arguments by name: tensors, numbers, and NamedTuples of them.
+        arguments: Run-time arguments by name: tensors, numbers, NamedTuples of them, and None.
         constants: `tl.constexpr` arguments by name: values, and NamedTuples of them.
         warps: Warps of one program.
         stages: Depth of the software pipeline.
         exact: Whether no product and sum are made one operation: every result is rounded as PyTorch rounds it.
+        tables: Names of arguments whose tensors are the same in every such launch: no caller hands them in.
     """
 
     kernel: Any
@@ -66,6 +67,7 @@ class Launch:
     warps: int = 4
     stages: int = 2
     exact: bool = False
+    tables: tuple[str, ...] = ()
 
     def run(self) -> None:
         """Run the kernel on the device of its tensors."""
@@ -78,14 +80,15 @@ class Launch:
         places = {id(x): place for place, x in enumerate(tensors)}
         numbers, slots = {}, []
         for name, value in self.arguments.items():
-            first, *tail = value if isinstance(value, tuple) else (value,)
-            if any(isinstance(x, Tensor) for x in tail) or (isinstance(first, Tensor) and id(first) not in places):
-                return None
-            if isinstance(first, Tensor):
-                kind = type(value) if isinstance(value, tuple) else None
-                slots.append(_Slot(name, places[id(first)], kind, tuple(tail)))
-            else:
+            fields = value if isinstance(value, tuple) else (value,)
+            if name in self.tables or not any(isinstance(x, Tensor) for x in fields):
                 numbers[name] = value
+                continue
+            if any(isinstance(x, Tensor) and id(x) not in places for x in fields):
+                return None
+            kind = type(value) if isinstance(value, tuple) else None
+            found = tuple(_Place(places[id(x)]) if isinstance(x, Tensor) else x for x in fields)
+            slots.append(_Slot(name, kind, found))
         if len(places) < len(tensors):
             return None
         return Prepared(self.kernel[self.grid], tuple(slots), numbers | self._settings())
@@ -97,8 +100,10 @@ class Launch:
         return CompileSpec(
             name=name,
             kernel=self.kernel,
-            signature={key: _types(value, key in as_they_are) for key, value in self.arguments.items()},
-            constexprs=self._constexprs(),
+            signature={
+                key: _types(value, key in as_they_are) for key, value in self.arguments.items() if value is not None
+            },
+            constexprs=self._constexprs() | {name: None for name, value in self.arguments.items() if value is None},
             num_warps=self.warps,
             num_stages=self.stages,
             dtype=_NAMES[dtype],
@@ -113,7 +118,7 @@ class Launch:
         for name, value in self.arguments.items():
             if isinstance(value, tuple):
                 yield from (((name, number), field) for number, field in enumerate(value))
-            else:
+            elif value is not None:
                 yield (name,), value
 
     def _settings(self) -> dict[str, Any]:
@@ -130,13 +135,18 @@ class Launch:
         }
 
 
+class _Place(NamedTuple):
+    """A tensor that is still to come: its place among them."""
+
+    number: int
+
+
 class _Slot(NamedTuple):
-    """Where a tensor goes: the argument, its place among them, and the NamedTuple that it begins, with its rest."""
+    """An argument with tensors in it: its name, its NamedTuple if it is one, its fields."""
 
     name: str
-    place: int
     kind: type | None
-    tail: tuple[Any, ...]
+    fields: tuple[Any, ...]
 
 
 class Prepared(NamedTuple):
@@ -148,10 +158,10 @@ class Prepared(NamedTuple):
 
     def run(self, tensors: Sequence[Tensor]) -> None:
         """Run it with tensors that differ from those it was made for in their memory alone."""
-        arguments = {
-            name: tensors[place] if kind is None else kind(tensors[place], *tail)
-            for name, place, kind, tail in self.slots
-        }
+        arguments: dict[str, Any] = {}
+        for name, kind, fields in self.slots:
+            found = [tensors[x.number] if type(x) is _Place else x for x in fields]
+            arguments[name] = found[0] if kind is None else kind(*found)
         with torch.cuda.device(tensors[0].get_device()):
             self.kernel(**arguments, **self.rest)
 
@@ -160,7 +170,7 @@ class Launcher:
     """Runs launches of one kernel. What does not depend on memory is worked out once and kept, the oldest make room.
 
     Args:
-        make: Tensors, None, numbers, and tuples of them -> the launch; the tensors come first.
+        make: Tensors, None, what has a hash, and NamedTuples of them -> the launch; a tensor comes first.
     """
 
     def __init__(self, make: Callable[..., Launch]) -> None:

@@ -33,11 +33,18 @@ class Tiles:
 
 
 class Table(dict[str, Tiles]):
-    """The tiles of a kernel for every class of type, see `type_class`; `kernel` is its name in tuned files."""
+    """The tiles of a kernel for every class of type, see `type_class`; `kernel` is its name in tuned files.
+
+    A key may name a `family` of GPUs behind the class, for tiles of its own.
+    """
 
     def __init__(self, kernel: str, tiles: dict[str, Tiles]):
         super().__init__(tiles)
         self.kernel = kernel
+
+    def of(self, kind: str, family: str) -> Tiles:
+        """The tiles for a class of type on a family of GPUs."""
+        return self.get(f"{kind} {family}") or self[kind]
 
 
 # (kernel, class of type, input channels, output channels)
@@ -49,9 +56,18 @@ def precision(dtype: torch.dtype, device: torch.device) -> str:
     """How products of float32 are made: as PyTorch's own convolutions are told to make them."""
     if dtype != torch.float32 or _float32_products() != "tf32":
         return "ieee"
-    if torch.version.hip and not torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx94"):
+    if family(device) == "mfma" and device.type == "cuda" and not _has_tf32(device):
         return "ieee"
     return "tf32"
+
+
+def _has_tf32(device: torch.device) -> bool:
+    return torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx94")
+
+
+def packs(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a GPU adds and multiplies two numbers of a 16-bit type at once, each rounded."""
+    return dtype.itemsize == 2 and not (dtype == torch.bfloat16 and family(device) == "mfma")
 
 
 def choices(dtype: torch.dtype) -> Hashable:
@@ -68,13 +84,42 @@ def _float32_products() -> str:
 def type_class(dtype: torch.dtype, device: torch.device) -> str:
     """ "16" for 16-bit tensors, "32" for products of float32 on tensor cores, "exact" for all others.
 
-    Those are float64, and float32 where its products must not be rounded and the tensor cores would.
+    The others are float64, and float32 where its products must not be rounded and the tensor cores would.
     """
     if dtype.itemsize == 2:
         return "16"
-    if INTERPRET or precision(dtype, device) == "tf32" or (torch.version.hip and dtype == torch.float32):
+    if INTERPRET or precision(dtype, device) == "tf32" or (family(device) == "mfma" and dtype == torch.float32):
         return "32"
     return "exact"
+
+
+def family(device: torch.device) -> str:
+    """How a GPU multiplies matrices.
+
+    "wgmma" for groups of warps that read shared memory (compute capability 9.x and 10.x), "mma" for single warps, on
+    multiprocessors that may have no more than 99 KiB of it, "mfma" for AMD's. Elsewhere "wgmma".
+    """
+    if _assumed:
+        return _assumed[-1]
+    if torch.version.hip:
+        return "mfma"
+    known = device.type == "cuda" and torch.cuda.is_available()
+    if known and torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return "mma"
+    return "wgmma"
+
+
+_assumed: list[str] = []
+
+
+@contextmanager
+def assuming(name: str) -> Iterator[None]:
+    """Inside the `with` block tiles are those for a `family`, whatever GPU is here."""
+    _assumed.append(name)
+    try:
+        yield
+    finally:
+        _assumed.pop()
 
 
 def fit(table: Table, dtype: torch.dtype, device: torch.device, span: int, o: int) -> Tiles:
@@ -84,12 +129,16 @@ def fit(table: Table, dtype: torch.dtype, device: torch.device, span: int, o: in
         ValueError: the file of tuned tiles for this device is broken; the message names it.
     """
     kind = type_class(dtype, device)
-    tiles = _on_trial.get(table.kernel) or _tuned(device).get((table.kernel, kind, span, o)) or table[kind]
+    tiles = (
+        _on_trial.get(table.kernel)
+        or _tuned(device).get((table.kernel, kind, span, o))
+        or table.of(kind, family(device))
+    )
     # A product needs at least 16 of each.
     c, o = (min(most, max(16, triton.next_power_of_2(size))) for most, size in ((tiles.c, span), (tiles.o, o)))
     tiles = replace(tiles, c=c, o=o)
-    # The interpreter's time is that of its programs' number, hardly of their size.
-    return replace(tiles, height=16, width=16) if INTERPRET else tiles
+    # The interpreter's time is that of its programs' number, hardly of their size; a warp has 16 pixels, as on a GPU.
+    return replace(tiles, height=16, width=16, warps=16) if INTERPRET else tiles
 
 
 @contextmanager

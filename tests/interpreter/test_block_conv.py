@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from kernels.block import conv as block_conv
-from kernels.block.conv import convolve, gradients
 from kernels.block.layout import COARSER, join, layout
 from kernels.deform_conv.operator import reference
 from kernels.runtime.launch import Launch
+from kernels.sampling import launch as sampling
 
-BACKWARD = ["backward_points_kernel", "backward_predicted_kernel", "backward_weight_kernel", "add_kernel"]
+FORWARD = ["plan_kernel", "forward_kernel"]
+POINTS, WEIGHTS = ["samples_kernel", "gradients_kernel"], ["weight_kernel", "sum_kernel"]
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +40,15 @@ def make(sizes=((5, 4), (3, 2)), channels=16, batch=1, crop=True, spread=1.5, dt
 def run(tables, leaves, cotangent, sigmoid, crop, to_pyramid=True, to_weights=True):
     """The sampled maps, and the gradients of pyramid, predictions and weights."""
     pyramid, predicted, *weights = (x.detach() for x in leaves)
-    sampled, _, saved = convolve(pyramid, predicted, weights, sigmoid, crop, tables)
-    of_pyramid, of_predicted, of_weights = gradients(cotangent, saved, sigmoid, crop, tables, to_pyramid, to_weights)
+    points = block_conv.Points(predicted, sigmoid, crop)
+    plan = sampling.new_plan(pyramid, 9 * tables.sampled_rows)
+    block_conv.plan_launch(points, plan, tables).run()
+    packed, transposed = (torch.stack([pack(w, 1) for w in weights]) for pack in (sampling.packed, sampling.transposed))
+    sampled, _ = block_conv.forward(pyramid, plan, packed, tables)
+    of_pyramid, of_predicted = block_conv.backward(cotangent, pyramid, points, plan, transposed, tables, to_pyramid)
+    of_weights = [None] * 3
+    if to_weights:
+        of_weights = block_conv.backward_weights(cotangent, pyramid, plan, weights, tables)
     return [sampled, of_pyramid, of_predicted, *of_weights]
 
 
@@ -88,7 +96,7 @@ def compare(found, right):
 @pytest.mark.parametrize(("crop", "sigmoid"), [(True, False), (False, True)], ids=["crop", "rows of their own"])
 def test_gradients(crop, sigmoid, launches):
     check(make(crop=crop, batch=2 if crop else 1), sigmoid, crop)
-    assert [x.kernel.__name__ for x in launches] == ["forward_kernel", *BACKWARD]
+    assert [x.kernel.__name__ for x in launches] == [*FORWARD, *POINTS, *WEIGHTS]
 
 
 @pytest.mark.parametrize("sizes", [((1, 1),), ((4, 3),), ((1, 4), (1, 2), (1, 1))], ids=["1", "12", "4+2+1"])
@@ -116,10 +124,11 @@ def test_regular_samples():
 
 
 def test_a_piece_of_a_weight_gradient_spans_levels(monkeypatch, launches):
-    monkeypatch.setattr(block_conv, "_WEIGHT_PROGRAMS", 9 * 2)
+    monkeypatch.setattr(sampling, "multiprocessors", lambda device: 9)
+    monkeypatch.setattr(sampling, "_WAVES", 2)
     check(make(sizes=((2, 3), (1, 2))))
-    (weight,) = (x for x in launches if x.kernel.__name__ == "backward_weight_kernel")
-    assert weight.grid == (9, 1, 1 + 1 + 1) and weight.constants["TILES"] == 2
+    (weight,) = (x for x in launches if x.kernel.__name__ == "weight_kernel")
+    assert weight.grid == (9, 1, 1 + 1 + 1) and weight.arguments["each"] == 2
 
 
 @pytest.fixture
@@ -135,9 +144,9 @@ def test_deterministic_algorithms_add_nothing_by_atomics(crop, batch, sizes, det
     with torch.no_grad():
         case[1][1][::5, :18] *= 1e6
     compare(run(*case, True, crop), expected(*case, True, crop))
-    pyramid = ["bins_kernel"] + ["backward_pyramid_kernel"] * min(len(sizes), 2)
-    assert [x.kernel.__name__ for x in launches] == ["forward_kernel", *BACKWARD[:2], *pyramid, *BACKWARD[2:]]
-    assert not launches[1].constants["TO_PYRAMID"]
+    pyramid = ["bins_kernel", "gather_kernel"]
+    assert [x.kernel.__name__ for x in launches] == [*FORWARD, *POINTS, *pyramid, *WEIGHTS]
+    assert launches[2].arguments["grad_x"] is None
 
 
 def test_deterministic_algorithms_give_the_same_bits_twice(deterministic):
@@ -151,5 +160,5 @@ def test_gradients_that_nobody_wants_are_not_made(launches):
     _, of_pyramid, found, *of_weights = run(tables, leaves, cotangent, True, True, to_pyramid=False, to_weights=False)
     assert of_pyramid is None and of_weights == [None] * 3
     torch.testing.assert_close(found, right[2], rtol=1e-10, atol=1e-10)
-    assert [x.kernel.__name__ for x in launches] == ["forward_kernel", *BACKWARD[:2]]
-    assert not launches[1].constants["TO_PYRAMID"]
+    assert [x.kernel.__name__ for x in launches] == [*FORWARD, *POINTS]
+    assert launches[2].arguments["grad_x"] is None

@@ -20,7 +20,7 @@ class Seen(TorchDispatchMode):
         self.names = []
 
     def kernel(self, launch, run):
-        part = launch.kernel.fn.__module__.removeprefix("kernels.block.").split("_")[0]
+        part = launch.kernel.fn.__module__.split(".")[-1].split("_")[0]
         self.names.append(f"{part}.{launch.kernel.__name__.removesuffix('_kernel')}")
         # What the interpreter does to run it is none of PyTorch's launches.
         with _disable_current_modes():
@@ -71,17 +71,14 @@ def last_block(names):
 
 def test_launches_of_a_block(launches):
     forward, backward = launches("LSC")
-    # The stack packs three weights.
-    block = ["offset.forward", "stack", "conv.forward", "coefficients.forward", "tail.forward"]
-    assert [name for name in forward if "." in name] == [name for name in block * 2 if "." in name]
-    assert forward[-5:] == block
+    block = ["offset.forward", "product.forward", "coefficients.forward", "tail.forward"]
+    assert [name for name in forward if "." in name] == block * 2
+    assert forward[-4:] == block
 
     assert last_block(backward) == [
         *("tail.backward_sums", "coefficients.backward", "tail.backward_maps"),
-        *("stack", "zeros_like", "conv.backward_points", "conv.backward_predicted", "conv.backward_weight", "sums.add"),
+        *("zeros_like", "gradient.samples", "plan.gradients", "gradient.weight", "pack.sum"),
         *("offset.backward_weight", "offset.backward_input"),
-        # The convolutions' weights get their gradients in the order of the parameters.
-        *["copy_"] * 3,
     ]
 
 
@@ -89,11 +86,10 @@ def test_launches_of_a_deterministic_block(launches):
     _, backward = launches("LSC", deterministic=True)
     assert last_block(backward) == [
         *("tail.backward_sums", "coefficients.backward", "tail.backward_maps"),
-        *("stack", "conv.backward_points", "conv.backward_predicted"),
+        *("gradient.samples", "plan.gradients"),
         # A sort is some launches of its own.
-        *("conv.bins", "sort", "arange", "searchsorted", *["conv.backward_pyramid"] * 2),
-        *("conv.backward_weight", "sums.add", "offset.backward_weight", "offset.backward_input"),
-        *["copy_"] * 3,
+        *("inverse.bins", "sort", "arange", "searchsorted", "inverse.gather"),
+        *("gradient.weight", "pack.sum", "offset.backward_weight", "offset.backward_input"),
     ]
 
 

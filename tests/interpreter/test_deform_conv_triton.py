@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import triton.language as tl
 from deform_conv_cases import CASES, Case, check, check_golden, gradients
 from torch.library import opcheck
 
 from kernels import deform_conv2d, deform_conv2d_levels, use_backend
-from kernels.deform_conv import launch as deform_conv_launch
-from kernels.deform_conv import level
 from kernels.deform_conv.operator import reference
+from kernels.runtime.launch import Launch
+from kernels.sampling import launch as sampling_launch
 
 # The interpreter's time is that of the number of programs; these are the files that need few.
 FILES = ["k1_p0", "s1_groups2_dil2", "s1_zero", "s2_dg1", "s2_far_dg2", "tiny_1x1", "tiny_2x2"]
@@ -46,20 +47,27 @@ def test_gradcheck():
     )
 
 
-def test_many_splits_of_the_weight_gradient(monkeypatch):
-    launches = []
-    run = deform_conv_launch.Launch.run
-    monkeypatch.setattr(deform_conv_launch.Launch, "run", lambda self: (launches.append(self), run(self)))
-    case = Case("", "", batch=3, channels=1, outputs=2, size=(17, 3), kernel=(1, 1), padding=(0, 0))
-    monkeypatch.setattr(deform_conv_launch, "_WEIGHT_PROGRAMS", 2)
+@pytest.fixture
+def launches(monkeypatch):
+    """Every launch that is run."""
+    found, run = [], Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self: (found.append(self), run(self)))
+    return found
+
+
+def test_many_splits_of_the_weight_gradient(launches, monkeypatch):
+    monkeypatch.setattr(sampling_launch, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(sampling_launch, "_WAVES", 1)
+    case = Case("", "", batch=5, channels=1, outputs=2, size=(17, 3), kernel=(1, 1), padding=(0, 0))
     check(deform_conv2d, case, torch.float64)
-    # Six tiles in two splits of four: both end in the middle of an image, the second is not full.
-    assert [launch.grid for launch in launches if "partial" in launch.arguments] == [(1, 1, 2)]
+    # Ten tiles in three splits of four: the first ends with an image, the last is not full.
+    assert [x.grid for x in launches if x.kernel.__name__ == "weight_kernel"] == [(1, 1, 3)]
 
 
-def test_64_bit_places_within_an_image(monkeypatch):
-    monkeypatch.setattr(level, "_extent", lambda tensor: 2**31)
+def test_64_bit_places_within_an_image(launches, monkeypatch):
+    monkeypatch.setattr(sampling_launch.Single, "largest", 2**31)
     check(deform_conv2d, CASES[9], torch.float64)
+    assert {getattr(launch.constants.get("K"), "INDEX", tl.int64) for launch in launches} == {tl.int64}
 
 
 def test_layouts():
@@ -99,16 +107,13 @@ def test_only_the_gradients_asked_for():
         torch.testing.assert_close(leaves[name].grad, expected[name])
 
 
-def test_deterministic_algorithms_need_no_atomics(monkeypatch):
-    launches = []
-    run = deform_conv_launch.Launch.run
-    monkeypatch.setattr(deform_conv_launch.Launch, "run", lambda self: (launches.append(self.constants), run(self)))
+def test_deterministic_algorithms_need_no_atomics(launches):
     torch.use_deterministic_algorithms(True)
     try:
         check(deform_conv2d, CASES[9], torch.float64)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert [constants["TO_X"] for constants in launches if "TO_X" in constants] == [False]
+    assert [launch.arguments["grad_x"] for launch in launches if "grad_x" in launch.arguments] == [None]
 
 
 def test_levels_and_empty_batches():

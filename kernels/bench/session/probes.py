@@ -27,8 +27,8 @@ from kernels.bench.roofline import default_device, seconds_per_call
 from kernels.bench.session import gather_kernels
 from kernels.bench.session.carveout import DRIVERS_CHOICE, enough, loaded_kernels, prefer
 from kernels.bench.session.store import FILE, Row, append
-from kernels.deform_conv.launch import FORWARD
 from kernels.runtime.tiles import fit, on_trial
+from kernels.sampling.launch import FORWARD
 
 # What docs/kernels/predictions.md assumes of an H200.
 COPY, MATMUL, DENSE = 4.3e12, 790e12, 650e12

@@ -88,7 +88,7 @@ def test_a_call_computes_what_its_kernel_is_for(wanted):
 
 def test_a_kernel_is_tuned_and_its_row_found_again(tmp_path, monkeypatch):
     # Times that only the tiles on trial decide, on the CPU's path: all there is to see without a GPU.
-    monkeypatch.setattr(tune, "seconds_per_call", lambda run: distance(tiles._on_trial["deform_conv2d forward"]))
+    monkeypatch.setattr(tune, "seconds_per_call", lambda run: distance(tiles._on_trial["convolution"]))
     table, wanted = tune.KERNELS[0]
     row = tune.tune(table, wanted, "bf16", torch.device("cpu"), [SHAPE])
     assert Tiles(**row["tiles"]) == BEST and row["ms"] == 1e3 and row["ms_before"] > 1e3
@@ -98,7 +98,7 @@ def test_a_kernel_is_tuned_and_its_row_found_again(tmp_path, monkeypatch):
     tune.write(path, "Some GPU", row | {"class": "32"})
     tune.write(path, "Some GPU", row | {"tiles": vars(START)})
     tune.write(path, "Some GPU", row)
-    key = ("deform_conv2d forward", "16", 6, 6)
+    key = ("convolution", "16", 6, 6)
     assert read_tuned(path, "Some GPU") == {key: BEST, (key[0], "32", 6, 6): BEST}
     assert len(json.loads(path.read_text())["rows"]) == 2
     # What another version of Triton was measured with goes.

@@ -1,13 +1,14 @@
-"""Sums of consecutive rows."""
+"""Sums of the parts of a weight's gradient."""
 
 import pytest
 import torch
 
-sums = pytest.importorskip("kernels.block.sums", reason="Triton is not installed")
+sampling = pytest.importorskip("kernels.sampling.launch", reason="Triton is not installed")
 
 
 def test_a_wide_weight_fits_a_grid():
-    partial, total = (torch.empty(n, 1024, 9, 1024, device="meta") for n in (8, 3))
-    grid = sums.add_launch(partial, total, torch.empty(3, 2, dtype=torch.int32, device="meta")).grid
+    partial, weight = torch.empty(8, 1024, 9, 1024, device="meta"), torch.empty(1024, 1024, 3, 3, device="meta")
+    targets = sampling.Weights(*[weight] * 3, *weight.stride())
+    grid = sampling.sum_launch(partial, targets, torch.empty(3, 2, dtype=torch.int32, device="meta"), 3).grid
     # CUDA's limits: 2**31 - 1, then twice 65,535.
     assert 65_535 < max(grid) == grid[0]

@@ -11,7 +11,7 @@ from torch.library import opcheck
 
 from kernels import deform_conv2d, deform_conv2d_levels
 from kernels.deform_conv import cpu as deform_conv_cpu
-from kernels.deform_conv import plan as deform_conv_plan
+from kernels.deform_conv import cpu_plan as deform_conv_plan
 from kernels.deform_conv.operator import reference
 
 FILES = [

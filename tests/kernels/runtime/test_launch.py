@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from kernels.deform_conv import launch as deform_conv
-from kernels.deform_conv.level import Level
 from kernels.runtime import launch, tiles
 from kernels.runtime.launch import Launch, Launcher
 
@@ -127,16 +126,30 @@ def test_so_many_are_kept_and_no_more(made, monkeypatch):
     assert [x.constants["FACTOR"] for x in descriptions] == [1, 2, 3, 1]
 
 
+def test_tables_are_kept_with_the_launch(monkeypatch):
+    monkeypatch.setattr(KERNEL, "runs", [])
+    table = torch.zeros(3)
+    run = Launcher(lambda x: Launch(KERNEL, (1,), {"x": x, "table": Strided(table, 1)}, {}, tables=("table",)))
+    for x in (torch.zeros(2), torch.ones(2)):
+        run(x)
+        assert same(KERNEL.runs[-1][1] | {"x": x}, KERNEL.runs[-1][1])
+    assert all(arguments["table"].pointer is table for _, arguments in KERNEL.runs)
+
+
 def test_the_launches_of_a_deformable_convolution_are_kept(monkeypatch):
-    """Each of their tensors is an argument, and every level has its own."""
-    seen = []
+    """Each of their tensors is an argument, whichever is wanted; a repeated shape prepares nothing."""
+    made, seen = [], []
     monkeypatch.setattr(launch.Prepared, "run", lambda self, tensors: seen.append(self))
-    monkeypatch.setattr(Launch, "run", lambda self: None)
-    weight, grad = torch.zeros(4, 4, 3, 3), torch.zeros(1, 3, 5, 4)
-    tensors = (torch.zeros(1, 3, 5, 4), torch.zeros(1, 18, 3, 5), torch.zeros(1, 9, 3, 5), weight)
-    level = Level(*tensors, (1, 1), (1, 1), (1, 1))
+    monkeypatch.setattr(Launch, "run", lambda self: made.append(self))
     for _ in range(2):
-        deform_conv._run_forward(level, weight.permute(0, 2, 3, 1), None, torch.zeros(1, 4, 3, 5))
-        to = (torch.zeros(1, 3, 5, 4), torch.zeros(1, 18, 3, 5), torch.zeros(1, 9, 3, 5))
-        deform_conv._run_points(level, weight.permute(0, 2, 3, 1), grad, *to)
-    assert len(seen) == 2
+        x, offset, mask, weight = (torch.zeros(s) for s in ((1, 3, 5, 4), (1, 18, 3, 5), (1, 9, 3, 5), (4, 3, 3, 3)))
+        settings = [1, 1], [0, 1], [1, 1]
+        deform_conv.forward([torch.zeros(1, 4, 3, 5)], [x], [offset], [mask], weight, None, *settings)
+        results = [[torch.zeros_like(t)] for t in (x, offset, mask, weight, weight[:, 0, 0, 0])]
+        deform_conv.backward(results, [torch.zeros(1, 4, 3, 5)], [x], [offset], [mask], weight, *settings)
+    again = [prepared for prepared in seen if prepared.kernel is not None]
+    names = ["plan", "forward", "plan", "samples", "gradients", "weight", "sum"]
+    # The plan of backward is that of forward, and is kept from the first call on.
+    kernels = [made_.kernel.__name__.removesuffix("_kernel") for made_ in made]
+    assert kernels[:6] == [*names[:2], *names[3:]] and kernels[6:] == ["sum"]
+    assert len(again) == 1 + 6

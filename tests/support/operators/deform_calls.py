@@ -12,8 +12,8 @@ from poisoned import LAYOUTS, Buffers
 from torch import Tensor
 
 from kernels import deform_conv2d, deform_conv2d_levels, use_backend
+from kernels.deform_conv.cpu_plan import output_size
 from kernels.deform_conv.operator import reference
-from kernels.deform_conv.plan import output_size
 
 
 class Extreme(NamedTuple):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.deform_conv.cpu_plan import output_size
 from kernels.deform_conv.operator import reference
-from kernels.deform_conv.plan import output_size
 
 NAMES = ("input", "offset", "weight", "bias", "mask")
 

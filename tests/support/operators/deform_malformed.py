@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import deform_conv2d, deform_conv2d_levels, use_backend
-from kernels.deform_conv.plan import output_size
+from kernels.deform_conv.cpu_plan import output_size
 
 # Odd in every axis, so that no two of them can change places, nor stride and dilation.
 _GEOMETRY = {"stride": (1, 2), "padding": (1, 0), "dilation": (2, 1)}
