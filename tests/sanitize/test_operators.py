@@ -29,7 +29,7 @@ def leaf(x, dtype, other, layout="contiguous_format"):
 def test_deform_conv2d(masked, dtype, algorithms):
     case = replace(SEVERAL, masked=masked)
 
-    def run(other, draw):
+    def run(other):
         # Where rounding moves a coordinate across a pixel, the gradient is another: odd sixteenths never come near.
         inputs = case.inputs(torch.float64)
         inputs["offset"] = ((8 * inputs["offset"]).floor() + 0.5).div(8).clamp(-8, 8)
@@ -47,7 +47,7 @@ def test_geometries_of_deform_conv2d(case):
 @HALVES
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous_format"])
 def test_dynamic_relu(layout, dtype):
-    def run(other, draw):
+    def run(other):
         x, lines = leaf(random(2, 33, 9, 7), dtype, other, layout), leaf(random(2, 4, 33, seed=1), dtype, other)
         return [dynamic_relu(x, lines)], {"input": x, "coefficients": lines}
 
@@ -62,7 +62,7 @@ def boxes(*shape, largest):
 @HALVES
 @pytest.mark.parametrize("settings", [(2, True), (0, False)], ids=str)
 def test_roi_align(settings, dtype, algorithms):
-    def run(other, draw):
+    def run(other):
         features = leaf(random(2, 20, 9, 11), dtype, other)
         return [roi_align(features, list(boxes(2, 3, largest=64.0)), (3, 4), 0.125, *settings)], {"features": features}
 
@@ -71,7 +71,7 @@ def test_roi_align(settings, dtype, algorithms):
 
 @HALVES
 def test_border_align(dtype, algorithms):
-    def run(other, draw):
+    def run(other):
         features = leaf(random(2, 24, 9, 11), dtype, other)
         return [border_align(features, boxes(2, 5, largest=8.0), 4)], {"features": features}
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from kernels import use_backend
 
-Run = Callable[[torch.dtype, int], tuple[Sequence[Tensor], dict[str, Tensor]]]
+Run = Callable[[torch.dtype], tuple[Sequence[Tensor], dict[str, Tensor]]]
 
 
-def check_half(run: Run, dtype: torch.dtype, draws: int = 1) -> None:
+def check_half(run: Run, dtype: torch.dtype, few: Sequence[str] = ()) -> None:
     """Compare outputs, and gradients for random cotangents, with plain PyTorch in float64.
 
     The norm of the errors may be that of plain PyTorch in 16 bits, or twice that of plain PyTorch in float32 with its
@@ -20,22 +20,22 @@ def check_half(run: Run, dtype: torch.dtype, draws: int = 1) -> None:
 
     Args:
         run: Makes outputs from the same numbers, those of `dtype`, in the type that it is given, and says by name what
-            to differentiate them in. Other numbers for another draw.
+            to differentiate them in.
         dtype: float16 or bfloat16.
-        draws: Over how many draws errors are added up.
+        few: Layers whose gradients are made of some numbers only, each a sum that cancels; they may lose four times as
+            much, not a quarter more.
     """
+    with use_backend("torch"):
+        exact, *lost = (_results(run(other), dtype) for other in (torch.float64, dtype, torch.float32))
+    found = _results(run(dtype), dtype)
+    assert found.keys() == exact.keys()
     layers = defaultdict(list)
-    for draw in range(draws):
-        with use_backend("torch"):
-            exact, *lost = (_results(run(other, draw), dtype) for other in (torch.float64, dtype, torch.float32))
-        found = _results(run(dtype, draw), dtype)
-        assert found.keys() == exact.keys()
-        for name, value in exact.items():
-            errors = [(x[name].to(dtype).double() - value).norm() ** 2 for x in (found, *lost)]
-            layers[name.removesuffix(".weight").removesuffix(".bias")].append(torch.stack(errors))
+    for name, value in exact.items():
+        errors = [(x[name].to(dtype).double() - value).norm() ** 2 for x in (found, *lost)]
+        layers[name.removesuffix(".weight").removesuffix(".bias")].append(torch.stack(errors))
     for name, errors in layers.items():
         error, lost, least = sum(errors).sqrt().tolist()
-        limit = 1.25 * max(lost, 2 * least)
+        limit = (4 if name in few else 1.25) * max(lost, 2 * least)
         # Not `error > limit`, which NaN passes.
         assert error <= limit, f"{name}: error {error:.3g}, PyTorch's {lost:.3g}, in float32 {least:.3g}"
 
