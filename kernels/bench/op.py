@@ -54,6 +54,8 @@ class Op:
         forward_flops: Floating-point operations of one forward call on such tensors.
         backward_ratio: Operations of the backward, as a multiple of the forward's.
         tolerance: How many times the error of the reference in the same precision the operator may have.
+        steps_rounded: Whether in 16 bits the reference's error is that of its steps in that type, and none is exceeded;
+            otherwise that of a reference in float32 whose results are rounded.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Op:
     forward_flops: Callable[[dict[str, Tensor]], int]
     backward_ratio: float
     tolerance: float
+    steps_rounded: bool
 
     def flops(self, inputs: dict[str, Tensor], mode: str) -> int:
         """Operations of a call in one of `MODES`."""
@@ -104,9 +107,11 @@ class Op:
     def limits(self, inputs: dict[str, Tensor], floor: float) -> dict[str, float]:
         """What `errors` may be: `tolerance` times the reference's own in this precision, and `floor` on top.
 
-        For 16-bit tensors the reference computes in float32 and its results are rounded: in 16 bits it could not even
-        tell the coordinates of two pixels of a large map apart.
+        With `steps_rounded`, in 16 bits, the reference's own, or `floor` where that is less than the rounding of a
+        result.
         """
+        if self.steps_rounded and inputs["input"].dtype.itemsize == 2:
+            return {name: max(error, floor) for name, error in self.errors(self.reference, inputs).items()}
 
         def rounded(**tensors: Tensor) -> Tensor:
             wide = {name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in tensors.items()}
@@ -199,6 +204,7 @@ OPS = {
             # forward.
             backward_ratio=2,
             tolerance=2,
+            steps_rounded=True,
         ),
         Op(
             name="dynamic_relu",
@@ -210,6 +216,7 @@ OPS = {
             forward_flops=lambda inputs: 4 * inputs["input"].numel(),
             backward_ratio=13 / 4,
             tolerance=2,
+            steps_rounded=False,
         ),
     )
 }

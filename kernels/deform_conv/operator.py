@@ -47,13 +47,17 @@ def reference(
     dilation: Sequence[int] = (1, 1),
     mask: Tensor | None = None,
 ) -> Tensor:
-    """`deform_conv2d` spelled out in differentiable PyTorch, for tests; arguments alike, but pairs instead of ints."""
+    """`deform_conv2d` spelled out in differentiable PyTorch, for tests; arguments alike, but pairs instead of ints.
+
+    In 16 bits every step is rounded to the type, except that coordinates are float32, without which two pixels of a
+    large map would be the same, and that PyTorch adds up the products of the weight in float32.
+    """
     batch, channels, height, width = input.shape
     kernel = weight.shape[2:]
     taps = kernel[0] * kernel[1]
     groups = channels // weight.shape[1]
     out_height, out_width = offset.shape[2:]
-    offset = offset.unflatten(1, (-1, taps, 2))
+    offset = offset.to(torch.promote_types(offset.dtype, torch.float32)).unflatten(1, (-1, taps, 2))
     tap = torch.arange(taps, device=input.device).view(-1, 1, 1)
     rows = torch.arange(out_height, device=input.device).view(-1, 1)
     cols = torch.arange(out_width, device=input.device)
@@ -72,7 +76,7 @@ def reference(
             place = torch.where(inside, corner_y * width + corner_x, 0).long().flatten(2).unsqueeze(2)
             values = pixels.gather(3, place.expand(-1, -1, pixels.shape[2], -1))
             values = torch.where(inside.flatten(2).unsqueeze(2), values, 0)
-            columns = columns + values * (weight_y * weight_x).flatten(2).unsqueeze(2)
+            columns = columns + values * (weight_y * weight_x).to(input.dtype).flatten(2).unsqueeze(2)
     if mask is not None:
         columns = columns * mask.unflatten(1, (-1, taps)).flatten(2).unsqueeze(2)
     # The channels of all offset groups together, then parted by weight group: (N, groups, C/groups * T, Ho*Wo)

@@ -3,17 +3,18 @@
 import pytest
 import torch
 import triton.language as tl
-from deform_conv_cases import CASES, Case, check, check_golden, gradients
+from deform_conv_cases import CASES, Case, check, check_golden, check_sample, gradients
 from torch.library import opcheck
 
 from kernels import deform_conv2d, deform_conv2d_levels, use_backend
+from kernels.bench.op import OPS, Shape, rounding
 from kernels.deform_conv.operator import reference
 from kernels.runtime.launch import Launch
 from kernels.sampling import launch as sampling_launch
 
 # The interpreter's time is that of the number of programs; these are the files that need few.
 FILES = ["k1_p0", "s1_groups2_dil2", "s1_zero", "s2_dg1", "s2_far_dg2", "tiny_1x1", "tiny_2x2"]
-PLAIN = CASES[0]
+PLAIN, OP = CASES[0], OPS["deform_conv2d"]
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +38,20 @@ def test_odd_shapes_follow_float64(case):
 @pytest.mark.parametrize("case", [PLAIN, CASES[9]], ids=lambda case: case.id)
 def test_lower_precisions(case, dtype):
     check(deform_conv2d, case, dtype)
+
+
+@pytest.mark.parametrize(("channels", "size", "seed"), [(64, (16, 16), 0), (64, (16, 16), 1), (96, (11, 13), 2)])
+def test_in_16_bits_no_error_is_larger_than_a_plain_chains(channels, size, seed, launches):
+    """Where samples stay in the order in which lanes have loaded them, as on a GPU."""
+    tensors = OP.make_inputs(Shape("", 1, channels, *size), torch.float16, "cpu", seed)
+    errors, limits = OP.errors(OP.function, tensors), OP.limits(tensors, rounding(torch.float16, 9 * channels))
+    assert [name for name, error in errors.items() if not error <= limits[name]] == [], (errors, limits)
+    swapped = [x.constants["K"].SWAPPED for x in launches if x.kernel.__name__ in ("forward_kernel", "samples_kernel")]
+    assert len(swapped) > 1 and all(swapped)
+
+
+def test_a_sample_loses_less_than_in_a_plain_chain():
+    check_sample(torch.float16)
 
 
 def test_gradcheck():

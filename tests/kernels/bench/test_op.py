@@ -1,5 +1,7 @@
 """The records of the operators: what they count, and that their checks can fail."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from kernels.bench.op import OPS, Shape, pyramid, rounding
 
 SHAPE = Shape("odd", 2, 6, 5, 7)
 DEFORM_CONV2D, DYNAMIC_RELU = OPS["deform_conv2d"], OPS["dynamic_relu"]
+ROUNDED_ONCE = replace(DEFORM_CONV2D, steps_rounded=False, tolerance=1)
 
 
 def counted(function) -> int:
@@ -67,10 +70,11 @@ def test_bytes_are_those_of_every_operand_once():
     assert DYNAMIC_RELU.bytes_moved(tensors, output, "both") == 5 * map_bytes + 3 * coefficient_bytes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-def test_operator_and_record_agree(op):
-    tensors = inputs(op)
-    errors, limits = op.errors(op.function, tensors), op.limits(tensors, rounding(torch.float32, 9 * SHAPE.channels))
+def test_operator_and_record_agree(op, dtype):
+    tensors = inputs(op, dtype=dtype)
+    errors, limits = op.errors(op.function, tensors), op.limits(tensors, rounding(dtype, 9 * SHAPE.channels))
     assert errors.keys() == {"output", *tensors}
     assert all(errors[name] <= limits[name] for name in errors), (errors, limits)
 
@@ -91,6 +95,19 @@ def test_an_error_in_one_gradient_is_seen():
     tensors = inputs(DEFORM_CONV2D)
     errors, limits = DEFORM_CONV2D.errors(wrong, tensors), DEFORM_CONV2D.limits(tensors, 1e-5)
     assert [name for name in errors if errors[name] > limits[name]] == ["offset"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_limits_of_16_bits_are_those_of_a_chain_in_the_type(dtype):
+    tensors = inputs(DEFORM_CONV2D, dtype=dtype)
+    limits = DEFORM_CONV2D.limits(tensors, 0)
+    assert limits == DEFORM_CONV2D.errors(DEFORM_CONV2D.reference, tensors)
+    # More than a rounding of every result, and far less than half a pixel.
+    once = ROUNDED_ONCE.limits(tensors, 0)
+    shifted = DEFORM_CONV2D.errors(lambda offset, **rest: DEFORM_CONV2D.function(offset=offset + 0.5, **rest), tensors)
+    for name, limit in limits.items():
+        assert once[name] <= limit < shifted[name] / 4, name
+    assert set(DEFORM_CONV2D.limits(tensors, 1).values()) == {1}
 
 
 def test_the_pyramid_is_that_of_800_by_1333():

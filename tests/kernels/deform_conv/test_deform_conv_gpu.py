@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from deform_conv_cases import CASES, Case, check, gradients
+from deform_conv_cases import CASES, Case, check, check_sample, gradients
 
 from kernels import deform_conv2d, use_backend
 from kernels.bench.roofline import float32_products
@@ -35,6 +35,11 @@ def deterministic():
 @pytest.mark.parametrize("case", [*CASES, LARGE], ids=lambda case: case.id)
 def test_shapes_follow_float64(case, dtype, exact_products):
     check(deform_conv2d, case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_sample_loses_less_than_in_a_plain_chain(dtype):
+    check_sample(dtype, "cuda")
 
 
 @pytest.mark.parametrize("case", [CASES[0], LARGE], ids=lambda case: case.id)
