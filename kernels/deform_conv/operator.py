@@ -7,8 +7,8 @@ at its regular place plus an offset, times a mask. Conventions, where public imp
 - At a coordinate of exactly -1 or exactly the size the sample is zero and so is the gradient of the offset, as in mmcv
   and the released DyHead. torchvision has a one-sided derivative there. Zero offsets meet it at every padded border.
 - At integer coordinates the gradient of the offset is the right-hand derivative, as in mmcv and torchvision.
-- At a coordinate that is NaN or infinite nothing is sampled. What is not sampled is zero, and the offset has no gradient
-  there.
+- At a coordinate that is NaN or infinite nothing is sampled. What is not sampled is zero, and the offset has no
+  gradient there.
 - Any other NaN or infinity spreads as in `reference`, but in Triton:
   - A sample less than a pixel outside of the map, or on its last row or column, also sees the second one from the edge,
     with weight 0; 0 times NaN is NaN.
@@ -17,7 +17,8 @@ at its regular place plus an offset, times a mask. Conventions, where public imp
   - The mask of what is not sampled has a gradient of 0, though that of the output be infinite.
   - From a gradient, mask or weight that is not finite the input's gradient is NaN or infinite in some pixels around the
     sample that have no share in it (with deterministic algorithms), or not in those whose share is 0 (without).
-- Products of 16-bit numbers are summed in float32 and rounded once.
+- Products of 16-bit numbers are summed in float32 and rounded once. In Triton a sample's four are summed in the type of
+  the map, which rounds each, but for bfloat16 on AMD's GPUs.
 """
 
 from collections.abc import Callable, Sequence
