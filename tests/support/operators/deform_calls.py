@@ -208,8 +208,8 @@ def check_extreme(case: Extreme, backend: str, levels: bool) -> None:
 
     Not finite is what the reference has so: which of NaN and the infinities is a matter of the order of sums. The rest
     may lose twice what the reference does in the same precision, and a few roundings of the largest sum of magnitudes,
-    as sums of a few numbers may cancel. In Triton an image with a pixel, weight, mask or cotangent that is not finite is
-    an exception: a pixel that has the weight 0 in a sample may be multiplied with it or not, see the operator's
+    as sums of a few numbers may cancel. In Triton an image with a pixel, weight, mask or cotangent that is not finite
+    is an exception: a pixel that has the weight 0 in a sample may be multiplied with it or not, see the operator's
     conventions.
     """
     expected, plain = _definition(case, torch.float64), _definition(case, case.dtype)

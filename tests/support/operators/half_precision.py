@@ -1,5 +1,6 @@
 """What the Triton path may lose in 16 bits, measured by what plain PyTorch loses."""
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
@@ -16,7 +17,7 @@ def check_half(run: Run, dtype: torch.dtype, few: Sequence[str] = ()) -> None:
 
     The norm of the errors may be that of plain PyTorch in 16 bits, or twice that of plain PyTorch in float32 with its
     results rounded to 16 bits, whichever is larger, and a quarter more, for rounding is chance. A weight and a bias
-    count together: the error of a sum that is a single number is chance altogether.
+    count together, and so do a block's three branches: the error of a sum of few numbers is chance altogether.
 
     Args:
         run: Makes outputs from the same numbers, those of `dtype`, in the type that it is given, and says by name what
@@ -32,7 +33,8 @@ def check_half(run: Run, dtype: torch.dtype, few: Sequence[str] = ()) -> None:
     layers = defaultdict(list)
     for name, value in exact.items():
         errors = [(x[name].to(dtype).double() - value).norm() ** 2 for x in (found, *lost)]
-        layers[name.removesuffix(".weight").removesuffix(".bias")].append(torch.stack(errors))
+        layer = re.sub(r"from_(same|finer|coarser)", "from_all", name.removesuffix(".weight").removesuffix(".bias"))
+        layers[layer].append(torch.stack(errors))
     for name, errors in layers.items():
         error, lost, least = sum(errors).sqrt().tolist()
         limit = (4 if name in few else 1.25) * max(lost, 2 * least)
