@@ -22,7 +22,6 @@ from kernels.sampling import inverse
 from kernels.sampling import launch as sampling
 from kernels.sampling.inverse import Bins
 from kernels.sampling.inverse_kernels import Index
-from kernels.sampling.pack_kernels import Weights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # P3 to P7, padded to a multiple of 32.
@@ -80,8 +79,7 @@ def _deform_conv(dtype: torch.dtype) -> Iterator[CompileSpec]:
             parts = sampling.weight_launch(out, level.x, plan, sums, None, 64, *rest)
             yield parts.spec("deform_conv2d backward weight", dtype, uses_dot=True)
             partial = _meta(4, 256, 9, 256, dtype=real(dtype))
-            total = sampling.sum_launch(partial, Weights(*[weight] * 3, *weight.stride()), None, 3)
-            yield total.spec("deform_conv2d backward weight sum", dtype)
+            yield sampling.sum_launch(partial, (weight,), None).spec("deform_conv2d backward weight sum", dtype)
 
 
 def _dynamic_relu(dtype: torch.dtype) -> Iterator[CompileSpec]:
@@ -90,7 +88,9 @@ def _dynamic_relu(dtype: torch.dtype) -> Iterator[CompileSpec]:
     for memory, name in ((torch.channels_last, "channels_last"), (torch.contiguous_format, "contiguous")):
         x = torch.empty((BATCH, CHANNELS, *SIZES[0]), dtype=dtype, device="meta", memory_format=memory)
         yield dynamic_relu.forward_launch(x, x, coefficients).spec(f"dynamic_relu forward {name}", dtype)
-        yield dynamic_relu.backward_launch(x, x, x, coefficients).spec(f"dynamic_relu backward {name}", dtype)
+        partial = _meta(1, dtype=real(dtype))
+        backward = dynamic_relu.backward_launch(x, x, x, coefficients, partial)
+        yield backward.spec(f"dynamic_relu backward {name}", dtype)
 
 
 def _pyramid(dtype: torch.dtype, *tile: tuple[int, int]) -> tuple[Layout, Tensor, Tensor, Tensor]:
@@ -135,7 +135,7 @@ def _coefficients(dtype: torch.dtype) -> Iterator[CompileSpec]:
         forward = coefficients.forward_launch(sums(1), saved, 16, 1e-5, tail.counters(rows), rows)
         yield forward.spec(f"block coefficients forward{name}", dtype)
         bounds = _meta(levels * BATCH, 2, dtype=torch.int32)
-        backward = coefficients.backward_launch((sums(1), bounds), saved, statistics, sums(1), 16, 1e-5, rows)
+        backward = coefficients.backward_launch(sums(1), bounds, saved, statistics, sums(1), 16, 1e-5, rows)
         yield backward.spec(f"block coefficients backward{name}", dtype)
 
 
@@ -157,14 +157,11 @@ def _roi_align(dtype: torch.dtype) -> Iterator[CompileSpec]:
     """On P2: 7x7 bins of 512 boxes for each image."""
     x, gradient = (_meta(BATCH, 200, 336, CHANNELS, dtype=kind).permute(0, 3, 1, 2) for kind in (dtype, real(dtype)))
     boxes, images = _meta(4096, 4, dtype=real(dtype)), _meta(4096, dtype=torch.int32)
-    rows, size = _meta(4096, 7, 7, CHANNELS, dtype=real(dtype)), (7, 7)
-    forward = roi_align.launch(roi_align.forward_kernel, {"x": x}, {"out": rows}, x, boxes, images, size, 0, True)
-    yield forward.spec("roi_align forward", dtype)
+    rows = _meta(4096, 7, 7, CHANNELS, dtype=real(dtype)).permute(0, 3, 1, 2)
+    yield roi_align.forward_launch(x, rows, boxes, images, 0, True).spec("roi_align forward", dtype)
     # Gradients have the type of the output, which is float32 for all three.
     if dtype == torch.float32:
-        maps, results = {"grad": rows}, {"grad_x": gradient}
-        backward = roi_align.launch(roi_align.backward_kernel, maps, results, gradient, boxes, images, size, 0, True)
-        yield backward.spec("roi_align backward", dtype)
+        yield roi_align.backward_launch(rows, gradient, boxes, images, 0, True).spec("roi_align backward", dtype)
 
 
 def _border_align(dtype: torch.dtype) -> Iterator[CompileSpec]:
@@ -175,21 +172,18 @@ def _border_align(dtype: torch.dtype) -> Iterator[CompileSpec]:
     x = _meta(BATCH, height, width, 5 * CHANNELS, dtype=dtype).permute(0, 3, 1, 2)[:, : 4 * CHANNELS]
     corners = _meta(BATCH, boxes, 4, dtype=torch.float32)
     out, chosen = (_meta(BATCH, boxes, 4, CHANNELS, dtype=kind) for kind in (dtype, torch.uint8))
-    tensors = {"x": x, "out": out, "chosen": chosen}
-    yield border_align.launch(border_align.forward_kernel, tensors, x, corners, 10).spec("border_align forward", dtype)
+    yield border_align.forward_launch(x, out, chosen, corners, 10).spec("border_align forward", dtype)
     gradient = _meta(BATCH, height, width, 4 * CHANNELS, dtype=torch.float32).permute(0, 3, 1, 2)
-    tensors = {"grad": out, "chosen": chosen, "grad_x": gradient}
-    backward = border_align.launch(border_align.backward_kernel, tensors, gradient, corners, 10)
-    yield backward.spec("border_align backward", dtype)
+    yield border_align.backward_launch(out, chosen, gradient, corners, 10).spec("border_align backward", dtype)
 
 
 def _nms(dtype: torch.dtype) -> Iterator[CompileSpec]:
     """5,000 boxes with labels, and the walk over as many as there may be."""
     for n, suffix in ((5000, ""), (2**15, " of many")):
         boxes, order = _meta(n, 4, dtype=dtype), _meta(n, dtype=torch.int64)
-        overlap, walk = nms.launches(boxes, order, order, 0.5, 1000)
+        matrix = _meta(n, -(-n // 64), dtype=torch.int64)
         if not suffix:
-            yield overlap.spec("nms overlaps", dtype)
+            yield nms.overlap_launch(boxes, order, order, matrix, 0.5).spec("nms overlaps", dtype)
         # The walk has no tensor of this type.
         if dtype == torch.float32:
-            yield walk.spec(f"nms walk{suffix}", dtype)
+            yield nms.walk_launch(matrix, order, order[:1000], order[:1]).spec(f"nms walk{suffix}", dtype)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from kernels.backend import INTERPRET
 from kernels.block import coefficients_kernels as kernels
-from kernels.block.layout import BRANCHES, Layout
-from kernels.runtime.launch import Launch, triton_real
+from kernels.block.layout import BRANCHES, TABLES, Layout
+from kernels.runtime.launch import Launch, Launcher, triton_real
 
 # Elements of a block of a matrix; tiles and channels of the sums that are merged at a time.
 _ELEMENTS, _MERGED = (8192 if INTERPRET else 2048), (64, 32)
@@ -69,7 +69,7 @@ def forward(
     pooled = partial.new_empty((levels, batch, channels))
     statistics = partial.new_empty((3, levels, BRANCHES, batch, channels))
     saved = Saved(coefficients, pooled, statistics, tuple(parameters))
-    forward_launch(partial, saved, groups, eps, counters, layout).run()
+    _run_forward(partial, saved, groups, eps, counters, layout)
     return saved
 
 
@@ -92,7 +92,7 @@ def backward(
     rows, columns = len(layout.sizes) * layout.batch, sums(saved)
     factors = saved.statistics.shape[-1] + saved.hidden if saved.hidden else 0
     found = partial.new_empty((rows, columns + factors))
-    backward_launch((partial, bounds), saved, grad_statistics, found, groups, eps, layout).run()
+    _run_backward(partial, bounds, saved, grad_statistics, found, groups, eps, layout)
     return grad_statistics, found
 
 
@@ -167,11 +167,12 @@ def forward_launch(partial: Tensor, saved: Saved, groups: int, eps: float, count
     arguments = _common(saved, layout) | {"partial": partial, "counters": counters}
     arguments |= {"problems": layout.table, "slots": layout.slots}
     grid = (len(layout.slots), triton.cdiv(config.C, config.BLOCK_C))
-    return Launch(kernels.forward_kernel, grid, arguments, {"K": config}, _WARPS)
+    return Launch(kernels.forward_kernel, grid, arguments, {"K": config}, _WARPS, tables=TABLES)
 
 
 def backward_launch(
-    pieces: tuple[Tensor, Tensor],
+    partial: Tensor,
+    bounds: Tensor,
     saved: Saved,
     grad_statistics: Tensor,
     found: Tensor,
@@ -179,10 +180,13 @@ def backward_launch(
     eps: float,
     layout: Layout,
 ) -> Launch:
-    """`pieces` are the gradient of the coefficients and the `bounds` of its parts; the other two are to be written."""
     config = _config(saved, groups, eps, layout)
-    arguments = _common(saved, layout) | {"partial": pieces[0], "bounds": pieces[1], "sums": found}
+    arguments = _common(saved, layout) | {"partial": partial, "bounds": bounds, "sums": found}
     arguments |= {"grad_statistics": grad_statistics, "stride": saved.statistics[0].numel()}
     # Without the network there is little to share, and eight warps leave some bytes on the stack.
     warps = _WARPS if config.KINDS == 8 else max(1, groups * config.SPAN // 256)
-    return Launch(kernels.backward_kernel, (len(layout.sizes) * layout.batch,), arguments, {"K": config}, warps)
+    grid = (len(layout.sizes) * layout.batch,)
+    return Launch(kernels.backward_kernel, grid, arguments, {"K": config}, warps, tables=TABLES)
+
+
+_run_forward, _run_backward = Launcher(forward_launch), Launcher(backward_launch)

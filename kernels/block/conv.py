@@ -4,22 +4,21 @@ They are the products of `kernels.sampling`, whose tiles are found by the tables
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.block import plan_kernels
-from kernels.block.layout import BRANCHES, Layout
+from kernels.block.layout import BRANCHES, TABLES, Layout
 from kernels.block.parameters import TAPS
 from kernels.block.plan_kernels import Config
-from kernels.runtime.launch import Launch, triton_real
+from kernels.runtime.launch import Launch, Launcher, triton_real
 from kernels.sampling import inverse
 from kernels.sampling import launch as sampling
 from kernels.sampling.inverse import Bins
 from kernels.sampling.inverse_kernels import Index
 from kernels.sampling.launch import Shape
-from kernels.sampling.pack_kernels import Weights
 from kernels.sampling.plan_kernels import Plan
 from kernels.sampling.product_kernels import Sums
 
@@ -58,22 +57,24 @@ def tile(x: Tensor) -> tuple[int, int]:
     return tiles.height, tiles.width
 
 
-def plan_launch(points: Points, plan: Plan, layout: Layout) -> Launch:
+def _points_launch(kernel: Any, programs: int, tensors: dict[str, Any], points: Points, layout: Layout) -> Launch:
     work = layout.runs(_PIXELS)
-    arguments = {"points": points.matrix, "plan": plan, "levels": layout.levels, "work": work, **_rows(layout)}
-    return Launch(plan_kernels.plan_kernel, (len(work),), arguments, {"K": points.config(), "PIXELS": _PIXELS}, 4, 1)
+    arguments = tensors | {"points": points.matrix, "levels": layout.levels, "work": work}
+    arguments |= {"sampled_rows": layout.sampled_rows, "coarser_points": layout.rows - layout.coarser_row}
+    constants = {"K": points.config(), "PIXELS": _PIXELS}
+    return Launch(kernel, (len(work), programs), arguments, constants, 4, 1, tables=TABLES)
 
 
-def _rows(layout: Layout) -> dict[str, int]:
-    return {"sampled_rows": layout.sampled_rows, "coarser_points": layout.rows - layout.coarser_row}
+def _plan_launch(points: Points, plan: Plan, layout: Layout) -> Launch:
+    return _points_launch(plan_kernels.plan_kernel, 1, {"plan": plan}, points, layout)
 
 
 def _gradients_launch(products: Tensor, points: Points, grad_points: Tensor, layout: Layout) -> Launch:
-    work = layout.runs(_PIXELS)
-    tensors = {"products": products, "points": points.matrix, "grad_points": grad_points}
-    arguments = tensors | {"levels": layout.levels, "work": work, **_rows(layout)}
-    constants = {"K": points.config(), "PIXELS": _PIXELS}
-    return Launch(plan_kernels.gradients_kernel, (len(work), TAPS), arguments, constants, 4, 1)
+    tensors = {"products": products, "grad_points": grad_points}
+    return _points_launch(plan_kernels.gradients_kernel, TAPS, tensors, points, layout)
+
+
+run_plan, _run_gradients = Launcher(_plan_launch), Launcher(_gradients_launch)
 
 
 def forward(pyramid: Tensor, plan: Plan, weights: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -93,7 +94,7 @@ def forward(pyramid: Tensor, plan: Plan, weights: Tensor, layout: Layout) -> tup
     sampled = pyramid.new_empty((layout.sampled_rows, channels))
     partial = pyramid.new_empty((len(layout.tiles()), 3, channels), dtype=layout.real)
     sums = Sums(partial, layout.axes)
-    sampling.forward_launch(pyramid, weights, None, plan, sampled, sums, shape(channels), layout).run()
+    sampling.run_forward(pyramid, weights, None, plan, sampled, sums, shape(channels), layout)
     return sampled, partial
 
 
@@ -117,9 +118,9 @@ def backward(
     grad_pyramid = torch.zeros_like(pyramid, dtype=layout.real) if atomic else None
     products = pyramid.new_empty((TAPS * layout.sampled_rows, 4), dtype=layout.real)
     of = shape(pyramid.shape[1])
-    sampling.samples_launch(grad, pyramid, weights, plan, products, grad_pyramid, of, layout).run()
+    sampling.run_samples(grad, pyramid, weights, plan, products, grad_pyramid, of, layout)
     grad_points = torch.empty_like(points.matrix)
-    _gradients_launch(products, points, grad_points, layout).run()
+    _run_gradients(products, points, grad_points, layout)
     if to_pyramid and not atomic:
         grad_pyramid = _gathered(grad, pyramid, plan, weights, layout)
     return grad_pyramid, grad_points
@@ -135,21 +136,21 @@ def _gathered(grad: Tensor, pyramid: Tensor, plan: Plan, weights: Tensor, layout
     """The gradient of the pyramid, the same bits every time."""
     of, taps, bins = shape(pyramid.shape[1]), BRANCHES * TAPS, _bins(pyramid, layout)
     keys = torch.empty(TAPS * layout.sampled_rows, dtype=torch.int32, device=grad.device)
-    inverse.bins_launch(pyramid, plan, keys, bins, taps * bins.number, of, layout).run()
+    inverse.run_bins(pyramid, plan, keys, bins, taps * bins.number, of, layout)
     found, target = inverse.index(keys, taps * bins.number), torch.empty_like(pyramid)
-    inverse.gather_launch(grad, weights, plan, found, target, bins, taps, of, layout).run()
+    inverse.run_gather(grad, weights, plan, found, target, bins, taps, of, layout)
     return target
 
 
-def _weight_launch(grad: Tensor, pyramid: Tensor, plan: Plan, layout: Layout) -> tuple[Launch, Tensor]:
-    """The launch, whose `partial` holds what is to be added up; with it the `bounds` of these sums."""
+def _parts(pyramid: Tensor, layout: Layout) -> tuple[tuple[Tensor, Tensor, int], Tensor]:
+    """Memory for what is to be added up, with its splits and how many tiles each has; the `bounds` of the sums."""
     of = shape(pyramid.shape[1])
     tiles, _, _ = sampling.weight_steps(pyramid, of)
     size = tiles.height, tiles.width
     each = sampling.weight_splits(pyramid, of, len(layout.tiles(size)))
     splits, bounds = layout.splits(size, each)
     partial = pyramid.new_empty((len(splits), of.outputs, TAPS, of.channels), dtype=layout.real)
-    return sampling.weight_launch(grad, pyramid, plan, partial, splits, each, of, layout), bounds
+    return (partial, splits, each), bounds
 
 
 def backward_weights(
@@ -159,16 +160,11 @@ def backward_weights(
 
     With one level there are no neighbours, and their weights get no gradient, not one of zeros.
     """
-    launch, bounds = _weight_launch(grad, pyramid, plan, layout)
-    launch.run()
-    grads = [torch.empty_like(weights[0]) for _ in bounds]
-    _sum_launch(launch.arguments["partial"], grads, bounds).run()
+    parts, bounds = _parts(pyramid, layout)
+    sampling.run_weight(grad, pyramid, plan, *parts, shape(pyramid.shape[1]), layout)
+    grads = tuple(torch.empty_like(weights[0]) for _ in range(len(bounds)))
+    sampling.run_sum(parts[0], grads, bounds)
     return [*grads, *[None] * (BRANCHES - len(grads))]
-
-
-def _sum_launch(partial: Tensor, grads: Sequence[Tensor], bounds: Tensor) -> Launch:
-    three = [*grads, *[grads[0]] * (BRANCHES - len(grads))]
-    return sampling.sum_launch(partial, Weights(*three, *grads[0].stride()), bounds, 3)
 
 
 def launches(pyramid: Tensor, matrix: Tensor, sampled: Tensor, layout: Layout) -> dict[str, Launch]:
@@ -182,17 +178,17 @@ def launches(pyramid: Tensor, matrix: Tensor, sampled: Tensor, layout: Layout) -
     partial = pyramid.new_empty((16, 3), dtype=layout.real)
     sums = Sums(partial, layout.axes)
     bins = _bins(pyramid, layout)
-    weight, bounds = _weight_launch(sampled, pyramid, plan, layout)
-    weights = [pyramid.new_empty((of.outputs, of.channels, 3, 3)).to(memory_format=torch.channels_last)] * BRANCHES
+    parts, bounds = _parts(pyramid, layout)
+    weight = pyramid.new_empty((of.outputs, of.channels, 3, 3)).to(memory_format=torch.channels_last)
     rest = of, layout
     return {
-        "plan": plan_launch(points, plan, layout),
+        "plan": _plan_launch(points, plan, layout),
         "forward": sampling.forward_launch(pyramid, sampled, None, plan, sampled, sums, *rest),
         "backward samples": sampling.samples_launch(sampled, pyramid, sampled, plan, partial, None, *rest),
         "backward samples and map": sampling.samples_launch(sampled, pyramid, sampled, plan, partial, partial, *rest),
         "backward points": _gradients_launch(partial, points, matrix, layout),
         "backward bins": inverse.bins_launch(pyramid, plan, found.order, bins, bins.number, *rest),
         "backward gather": inverse.gather_launch(sampled, sampled, plan, found, pyramid, bins, BRANCHES * TAPS, *rest),
-        "backward weight": weight,
-        "backward weight sum": _sum_launch(weight.arguments["partial"], weights, bounds),
+        "backward weight": sampling.weight_launch(sampled, pyramid, plan, *parts, *rest),
+        "backward weight sum": sampling.sum_launch(parts[0], (weight,), bounds),
     }

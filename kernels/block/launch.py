@@ -127,7 +127,7 @@ class _Block(torch.autograd.Function):
         )
         points = conv.Points(predicted if crop else _points(predicted, mode, tables), crop, crop)
         if not crop:
-            conv.plan_launch(points, plan, tables).run()
+            conv.run_plan(points, plan, tables)
         sampled, partial = conv.forward(pyramid, plan, packing.forward, tables)
         output, saved = block_tail.forward(sampled, partial, parameters[5:], settings, counters, tables)
         ctx.mode, ctx.settings, ctx.tables = mode, settings, tables

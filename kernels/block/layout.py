@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels.block.parameters import STRIDES
+from kernels.runtime.launch import Owner
 from kernels.sampling.launch import Tiling
 from kernels.sampling.maps import COARSER_HEIGHT, SAME_ROW, Levels, Sizes, Tables
 
@@ -72,7 +73,11 @@ def _kept(
     return cast(Callable[Concatenate["Layout", _Arguments], _Result], method)
 
 
-class Layout:
+# Arguments of launches that a layout has, and no caller hands in.
+TABLES = ("axes", "levels", "problems", "share", "slots", "work")
+
+
+class Layout(Owner):
     """Rows and tables for `batch` images with levels of `sizes`, on `device`; `real` is the type of the sums.
 
     `tile` is the height and width of the pixels of one partial sum of the statistics.
@@ -107,6 +112,7 @@ class Layout:
         real: torch.dtype,
         tile: tuple[int, int],
     ):
+        super().__init__()
         count = len(sizes)
         self.sizes, self.batch, self.device, self.real, self.tile = sizes, batch, device, real, tile
         self.kept: dict[tuple[Any, ...], Any] = {}

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kernels.backend import INTERPRET
 from kernels.block import offset_kernels as kernels
-from kernels.block.layout import Layout
-from kernels.runtime.launch import Launch, multiprocessors, triton_real
+from kernels.block.layout import TABLES, Layout
+from kernels.runtime.launch import Launch, Launcher, multiprocessors, triton_real
 from kernels.runtime.tiles import Table, Tiles, fit, precision
 from kernels.sampling.launch import TYPES, new_plan
 from kernels.sampling.pack_kernels import SIDE, Packing
@@ -65,7 +65,7 @@ def forward(
         (P, O) in the type of `pyramid`. Sums are float32, or float64 for float64.
     """
     predicted = pyramid.new_empty((layout.rows, len(weight)))
-    _forward_launch(pyramid, weight, bias, predicted, counters, layout, plan, packing).run()
+    _run_forward(pyramid, weight, bias, predicted, counters, plan, packing, layout)
     return predicted
 
 
@@ -95,13 +95,12 @@ def backward(
     gradients = (torch.empty_like(weight), torch.empty_like(bias)) if to_parameters else None
     partial = None
     if to_parameters:
-        launch = _weight_launch(grad, pyramid, layout)
         outputs, channels = weight.shape[:2]
-        partial = grad.new_empty((launch.grid[0], (9 * channels + 1) * outputs), dtype=layout.real)
-        launch.arguments["partial"] = partial
-        launch.run()
+        runs = len(layout.runs(_pixels_a_run(grad, channels, layout)))
+        partial = grad.new_empty((runs, (9 * channels + 1) * outputs), dtype=layout.real)
+        _run_weight(grad, pyramid, partial, layout)
     if others is not None or to_parameters:
-        _input_launch(grad, weight, others, grad_pyramid, partial, gradients, layout).run()
+        _run_input(grad, weight, others, grad_pyramid, partial, gradients, layout)
     return grad_pyramid, *(gradients or (None, None))
 
 
@@ -142,9 +141,9 @@ def _forward_launch(
     bias: Tensor,
     predicted: Tensor,
     counters: Tensor,
-    layout: Layout,
     plan: Plan | None,
     packing: Packing | None,
+    layout: Layout,
 ) -> Launch:
     outputs, channels = weight.shape[:2]
     tiles = fit(_FORWARD, pyramid.dtype, pyramid.device, channels, outputs)
@@ -167,7 +166,7 @@ def _forward_launch(
         PACKED=pyramid.dtype.itemsize == 2,
     )
     grid = (packers + _tile_count(layout, size), triton.cdiv(outputs, tiles.o))
-    return Launch(kernels.forward_kernel, grid, arguments, {"K": config}, tiles.warps, tiles.stages)
+    return Launch(kernels.forward_kernel, grid, arguments, {"K": config}, tiles.warps, tiles.stages, tables=TABLES)
 
 
 def _input_launch(
@@ -190,31 +189,43 @@ def _input_launch(
     arguments |= {"others": grad if others is None else others}
     arguments |= {"grad_pyramid": grad if grad_pyramid is None else grad_pyramid}
     arguments |= {"partial": grad if partial is None else partial, "runs": 0 if partial is None else len(partial)}
-    arguments |= {
-        "grad_layer": _layer(grad_weight, grad_bias),
-        "adders": adders,
-    }
+    arguments |= {"grad_layer": _layer(grad_weight, grad_bias), "adders": adders}
     arguments |= {"problems": layout.table, "work": layout.tiles(size)}
     constants = _common(grad, channels, outputs, layout)
     constants |= {"TILE_H": size[0], "TILE_W": size[1], "BLOCK_C": tiles.c, "BLOCK_K": tiles.o, "BLOCK_S": _COLUMNS}
     grid = (adders + (0 if others is None else _tile_count(layout, size)), blocks)
-    return Launch(kernels.backward_input_kernel, grid, arguments, constants, tiles.warps, tiles.stages)
+    kernel = kernels.backward_input_kernel
+    return Launch(kernel, grid, arguments, constants, tiles.warps, tiles.stages, tables=TABLES)
 
 
-def _weight_launch(grad: Tensor, pyramid: Tensor, layout: Layout) -> Launch:
-    """The launch lacks `partial`, whose length is the first number of its grid."""
-    outputs, channels = grad.shape[1], pyramid.shape[1]
-    tiles = fit(_WEIGHT, grad.dtype, grad.device, channels, 9 * outputs)
-    pixels, blocks = tiles.height * tiles.width, (triton.cdiv(9 * outputs, tiles.o), triton.cdiv(channels, tiles.c))
+def _weight_tiles(grad: Tensor, channels: int) -> tuple[Tiles, tuple[int, int]]:
+    """Those of the weight's gradient, and programs of its grid along the last two axes."""
+    tiles = fit(_WEIGHT, grad.dtype, grad.device, channels, 9 * grad.shape[1])
+    return tiles, (triton.cdiv(9 * grad.shape[1], tiles.o), triton.cdiv(channels, tiles.c))
+
+
+def _pixels_a_run(grad: Tensor, channels: int, layout: Layout) -> int:
+    """Pixels that one program of the weight's gradient sums over."""
+    tiles, blocks = _weight_tiles(grad, channels)
+    pixels = tiles.height * tiles.width
     runs = max(1, _WEIGHT_PROGRAMS * multiprocessors(grad.device) // (blocks[0] * blocks[1]))
-    pixels_a_run = triton.cdiv(triton.cdiv(layout.rows, pixels), runs) * pixels
+    return triton.cdiv(triton.cdiv(layout.rows, pixels), runs) * pixels
+
+
+def _weight_launch(grad: Tensor, pyramid: Tensor, partial: Tensor, layout: Layout) -> Launch:
+    channels = pyramid.shape[1]
+    tiles, blocks = _weight_tiles(grad, channels)
+    pixels_a_run = _pixels_a_run(grad, channels, layout)
     work = layout.runs(pixels_a_run)
-    constants = _common(grad, channels, outputs, layout)
-    constants |= {"PIXELS": pixels, "BLOCK_K": tiles.o, "BLOCK_C": tiles.c}
-    arguments: dict[str, Any] = {"grad": grad, "pyramid": pyramid, "pixels_a_run": pixels_a_run}
-    arguments |= {"problems": layout.table, "work": work}
-    grid = (len(work), *blocks)
-    return Launch(kernels.backward_weight_kernel, grid, arguments, constants, tiles.warps, tiles.stages)
+    constants = _common(grad, channels, grad.shape[1], layout)
+    constants |= {"PIXELS": tiles.height * tiles.width, "BLOCK_K": tiles.o, "BLOCK_C": tiles.c}
+    arguments: dict[str, Any] = {"grad": grad, "pyramid": pyramid, "partial": partial}
+    arguments |= {"pixels_a_run": pixels_a_run, "problems": layout.table, "work": work}
+    grid, kernel = (len(work), *blocks), kernels.backward_weight_kernel
+    return Launch(kernel, grid, arguments, constants, tiles.warps, tiles.stages, tables=TABLES)
+
+
+_run_forward, _run_input, _run_weight = (Launcher(make) for make in (_forward_launch, _input_launch, _weight_launch))
 
 
 def launches(pyramid: Tensor, predicted: Tensor, layout: Layout) -> dict[str, Launch]:
@@ -229,12 +240,9 @@ def launches(pyramid: Tensor, predicted: Tensor, layout: Layout) -> dict[str, La
     )
     bias, partial = pyramid.new_empty(1).expand(outputs), pyramid.new_empty(1, 1, dtype=layout.real)
     counters = pyramid.new_empty(1, dtype=torch.int32).expand(len(layout.sizes) * layout.batch)
-    sums = _weight_launch(predicted, pyramid, layout)
-    sums.arguments["partial"] = partial
+    extras = new_plan(pyramid, 1), packing([weight] * 3, pyramid)
     return {
-        "forward": _forward_launch(
-            pyramid, weight, bias, predicted, counters, layout, new_plan(pyramid, 1), packing([weight] * 3, pyramid)
-        ),
+        "forward": _forward_launch(pyramid, weight, bias, predicted, counters, *extras, layout),
         "backward input": _input_launch(predicted, weight, partial, pyramid, partial, (weight, bias), layout),
-        "backward weight": sums,
+        "backward weight": _weight_launch(predicted, pyramid, partial, layout),
     }

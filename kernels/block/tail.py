@@ -22,8 +22,8 @@ from torch import Tensor
 from kernels.backend import INTERPRET
 from kernels.block import coefficients
 from kernels.block import tail_kernels as kernels
-from kernels.block.layout import Layout
-from kernels.runtime.launch import Launch, multiprocessors, triton_real
+from kernels.block.layout import TABLES, Layout
+from kernels.runtime.launch import Launch, Launcher, multiprocessors, triton_real
 
 # Elements of one program. The interpreter's time is that of its programs' number, hardly of their size.
 _FORWARD, _SUMS, _MAPS = (8192, 4096, 8192) if INTERPRET else (2048, 1024, 2048)
@@ -74,7 +74,7 @@ def forward(
     """
     saved = coefficients.forward(partial, parameters, settings.groups, settings.eps, counters, layout)
     out = sampled.new_empty((layout.rows, sampled.shape[1]))
-    _forward_launch(sampled, saved.coefficients, out, settings.rectified, layout).run()
+    _run_forward(sampled, saved.coefficients, out, settings.rectified, layout)
     return out, saved
 
 
@@ -124,13 +124,13 @@ def _statistics_launch(sampled: Tensor, partial: Tensor, counters: Tensor, layou
     grid = (len(work), triton.cdiv(sampled.shape[1], constants["BLOCK_C"]))
     arguments |= {"partial": partial, "problems": layout.table, "work": work}
     arguments |= {"counters": counters, "count": counters.numel()}
-    return Launch(kernels.statistics_kernel, grid, arguments, constants)
+    return Launch(kernels.statistics_kernel, grid, arguments, constants, tables=TABLES)
 
 
 def statistics(sampled: Tensor, counters: Tensor, layout: Layout) -> Tensor:
     """The sums of every tile of the sampled maps, (tiles, 3, C), that `forward` takes; its counters are zeroed."""
     partial = sampled.new_empty((len(layout.tiles()), 3, sampled.shape[1]), dtype=layout.real)
-    _statistics_launch(sampled, partial, counters, layout).run()
+    _run_statistics(sampled, partial, counters, layout)
     return partial
 
 
@@ -138,9 +138,10 @@ def _forward_launch(sampled: Tensor, coefficients: Tensor, out: Tensor, rectifie
     arguments, constants, blocks = _common(sampled, layout)
     pixels = _pixels(sampled.shape[1], _FORWARD)
     work = layout.runs(pixels)
-    arguments |= {"coefficients": coefficients, "out": out, "levels": layout.levels, "work": work}
+    arguments |= {"coefficients": coefficients, "out": out}
+    arguments |= {"levels": layout.levels, "work": work, "batch": layout.batch}
     constants |= {"KINDS": coefficients.shape[2], "RECTIFIED": rectified, "PIXELS": pixels}
-    return Launch(kernels.forward_kernel, (len(work), blocks), arguments | {"batch": layout.batch}, constants)
+    return Launch(kernels.forward_kernel, (len(work), blocks), arguments, constants, tables=TABLES)
 
 
 def _pixels_a_run(sampled: Tensor, layout: Layout) -> int:
@@ -166,7 +167,7 @@ def _sums_launch(
     arguments |= {"grad": grad, "coefficients": coefficients, "grad_m": grad_m, "partial": partial}
     arguments |= {"levels": layout.levels, "work": work, "batch": layout.batch, "pixels_a_run": pixels_a_run}
     constants |= {"KINDS": coefficients.shape[2], "RECTIFIED": rectified, "PIXELS": _pixels(sampled.shape[1], _SUMS)}
-    return Launch(kernels.backward_sums_kernel, (len(work), blocks), arguments, constants)
+    return Launch(kernels.backward_sums_kernel, (len(work), blocks), arguments, constants, tables=TABLES)
 
 
 def backward_sums(
@@ -176,7 +177,7 @@ def backward_sums(
     grad_m = torch.empty_like(grad)
     runs = len(layout.runs(_pixels_a_run(sampled, layout)))
     partial = coefficients.new_empty((runs, *coefficients.shape[2:]))
-    _sums_launch(grad, sampled, coefficients, grad_m, partial, rectified, layout).run()
+    _run_sums(grad, sampled, coefficients, grad_m, partial, rectified, layout)
     return grad_m, partial
 
 
@@ -204,7 +205,12 @@ def _maps_launch(
     arguments |= {"batch": layout.batch, "slots": len(layout.slots), "span": layout.span, "adders": adders}
     constants |= {"KINDS": kinds, "R": hidden, "PIXELS": pixels, "BLOCK_A": _ADDED}
     grid = (adders + (0 if grad_sampled is None else len(work)), blocks)
-    return Launch(kernels.backward_maps_kernel, grid, arguments, constants)
+    return Launch(kernels.backward_maps_kernel, grid, arguments, constants, tables=TABLES)
+
+
+_run_statistics, _run_forward, _run_sums, _run_maps = (
+    Launcher(make) for make in (_statistics_launch, _forward_launch, _sums_launch, _maps_launch)
+)
 
 
 def backward_maps(
@@ -219,7 +225,7 @@ def backward_maps(
     """The gradients of the sampled maps, (Q, C), and of the parameters; the last step of `backward`."""
     grad_sampled = torch.empty_like(sampled) if to_sampled else None
     grads = coefficients.empty_gradients(saved)
-    _maps_launch(grad_m, sampled, saved, grad_statistics, sums, grads, grad_sampled, layout).run()
+    _run_maps(grad_m, sampled, saved, grad_statistics, sums, grads, grad_sampled, layout)
     return grad_sampled, coefficients.split_gradients(grads, saved)
 
 

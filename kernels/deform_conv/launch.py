@@ -20,16 +20,10 @@ from kernels.sampling import launch as sampling
 from kernels.sampling.inverse import Bins
 from kernels.sampling.launch import Shape, Single
 from kernels.sampling.maps import Sizes
-from kernels.sampling.pack_kernels import Weights
 from kernels.sampling.plan_kernels import Plan
 
 # Output pixels of one program that plans.
 _BLOCK = 256
-
-_forward, _samples, _weight = (
-    Launcher(make) for make in (sampling.forward_launch, sampling.samples_launch, sampling.weight_launch)
-)
-_bins, _gather = Launcher(inverse.bins_launch), Launcher(inverse.gather_launch)
 
 
 class Geometry(NamedTuple):
@@ -160,7 +154,7 @@ def forward(
         rows = out.permute(0, 2, 3, 1)
         # An output that is not channels last is made so first.
         target = rows if rows.is_contiguous() else torch.empty(rows.shape, dtype=out.dtype, device=out.device)
-        _forward(level.x, packed, bias, planned(level), target, None, level.shape, level.maps)
+        sampling.run_forward(level.x, packed, bias, planned(level), target, None, level.shape, level.maps)
         if target is not rows:
             rows.copy_(target)
 
@@ -218,7 +212,7 @@ def _backward_samples(
     if not wanted and to_x is None:
         return
     products = torch.empty((level.samples, 4), dtype=real(grad.dtype), device=grad.device) if wanted else None
-    _samples(grad, level.x, weight, plan, products, to_x, level.shape, level.maps)
+    sampling.run_samples(grad, level.x, weight, plan, products, to_x, level.shape, level.maps)
     if products is not None:
         # Where a result has other strides than what the kernel reads, it is copied.
         of_offset, of_mask = _like(to_offset, level.offset), _like(to_mask, level.mask)
@@ -247,12 +241,12 @@ def _gather_inputs(
         samples, bins = samples + level.samples, bins + level.shape.points * number
     keys = torch.empty(samples, dtype=torch.int32, device=weight.device)
     for level, plan, place in zip(maps, plans, places, strict=True):
-        _bins(level.x, plan, keys, place, bins, level.shape, level.maps)
+        inverse.run_bins(level.x, plan, keys, place, bins, level.shape, level.maps)
     index = inverse.index(keys, bins)
     for level, plan, place, grad, target in zip(maps, plans, places, rows, targets, strict=True):
         last = target.permute(0, 2, 3, 1)
         out = last if last.is_contiguous() else torch.empty_like(level.x)
-        _gather(grad, weight, plan, index, out, place, level.shape.taps, level.shape, level.maps)
+        inverse.run_gather(grad, weight, plan, index, out, place, level.shape.taps, level.shape, level.maps)
         if out is not last:
             last.copy_(out)
 
@@ -262,9 +256,9 @@ def _backward_weight(target: Tensor, maps: list[Level], plans: list[Plan], rows:
     counts = [level.maps.outputs((tiles.height, tiles.width)).number for level in maps]
     each = sampling.weight_splits(maps[0].x, maps[0].shape, sum(counts))
     splits = [triton.cdiv(count, each) for count in counts]
-    outputs, channels, _, width = target.shape
+    outputs, channels = target.shape[:2]
     parts = (sum(splits), outputs, maps[0].shape.taps, channels)
     partial = torch.empty(parts, dtype=real(target.dtype), device=target.device)
     for level, plan, grad, part in zip(maps, plans, rows, partial.split(splits), strict=True):
-        _weight(grad, level.x, plan, part, None, each, level.shape, level.maps)
-    sampling.sum_launch(partial, Weights(*[target] * 3, *target.stride()), None, width).run()
+        sampling.run_weight(grad, level.x, plan, part, None, each, level.shape, level.maps)
+    sampling.run_sum(partial, (target,), None)

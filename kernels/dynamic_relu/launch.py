@@ -63,27 +63,33 @@ def forward_launch(output: Tensor, input: Tensor, coefficients: Tensor) -> Launc
     return Launch(kernels.forward_kernel, grid, arguments, blocks.constants(input), _WARPS, _STAGES)
 
 
-def backward_launch(grad_input: Tensor, grad_output: Tensor, input: Tensor, coefficients: Tensor) -> Launch:
-    """`partial` of its arguments (N, chunks, 4, C) is what it sums for the coefficients."""
-    n, channels, height, width = input.shape
-    pixels = height * width
-    grad_y, x, grad_x = _rows(grad_output), _rows(input), _rows(grad_input)
-    blocks = _blocks(_BACKWARD_TILE, pixels, channels, grad_x.p == 1)
-    tiles_p, tiles_c = blocks.along_pixels, blocks.along_channels
+def backward_steps(grad_input: Tensor) -> tuple[_Blocks, int, int]:
+    """The blocks of the backward, how many along the pixels one program sums over, and how many programs that makes."""
+    n, channels, height, width = grad_input.shape
+    blocks = _blocks(_BACKWARD_TILE, height * width, channels, _rows(grad_input).p == 1)
+    tiles = blocks.along_pixels
     # From the shape alone, never from the device: the order of summation is then the same everywhere. A power of two,
     # so that few variants are compiled; a constant there, because Triton 3.6 interprets no other range under NumPy 2.4.
-    steps = min(tiles_p, max(1, n * tiles_p * tiles_c // _BACKWARD_PROGRAMS))
+    steps = min(tiles, max(1, n * tiles * blocks.along_channels // _BACKWARD_PROGRAMS))
     steps = 2 ** (steps.bit_length() - 1)
-    chunks = triton.cdiv(tiles_p, steps)
-    partial = torch.empty((n, chunks, 4, channels), dtype=real(input.dtype), device=input.device)
-    arguments: dict[str, Any] = {"grad_y": grad_y, "x": x, "grad_x": grad_x}
+    return blocks, steps, triton.cdiv(tiles, steps)
+
+
+def backward_launch(
+    grad_input: Tensor, grad_output: Tensor, input: Tensor, coefficients: Tensor, partial: Tensor
+) -> Launch:
+    """`partial` (N, programs of `backward_steps`, 4, C) is what it sums for the coefficients."""
+    n, channels, height, width = input.shape
+    blocks, steps, chunks = backward_steps(grad_input)
+    arguments: dict[str, Any] = {"grad_y": _rows(grad_output), "x": _rows(input), "grad_x": _rows(grad_input)}
     arguments |= {"coefficients": coefficients.contiguous(), "partial": partial}
-    arguments |= {"pixels": pixels, "channels": channels, "chunks": chunks}
+    arguments |= {"pixels": height * width, "channels": channels, "chunks": chunks}
     constants = blocks.constants(input) | {"STEPS": steps}
-    return Launch(kernels.backward_kernel, (n * chunks * tiles_c,), arguments, constants, _WARPS, _STAGES)
+    grid = (n * chunks * blocks.along_channels,)
+    return Launch(kernels.backward_kernel, grid, arguments, constants, _WARPS, _STAGES)
 
 
-_run_forward = Launcher(forward_launch)
+_run_forward, _run_backward = Launcher(forward_launch), Launcher(backward_launch)
 
 
 def forward(output: Tensor, input: Tensor, coefficients: Tensor) -> None:
@@ -96,8 +102,8 @@ def backward(grad_input: Tensor, grad_output: Tensor, input: Tensor, coefficient
     """Write the gradient of `input` to `grad_input` and return that of the coefficients."""
     if not input.numel():
         return torch.zeros_like(coefficients, memory_format=torch.contiguous_format)
-    launch = backward_launch(grad_input, grad_output, input, coefficients)
-    launch.run()
-    partial = launch.arguments["partial"]
-    assert isinstance(partial, Tensor)
+    n, channels = input.shape[:2]
+    shape = (n, backward_steps(grad_input)[2], 4, channels)
+    partial = torch.empty(shape, dtype=real(input.dtype), device=input.device)
+    _run_backward(grad_input, grad_output, input, coefficients, partial)
     return partial.sum(1).to(coefficients.dtype)

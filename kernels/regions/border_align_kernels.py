@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.regions.bilinear_kernels import accumulator, channels_innermost, divide, neighbours
-from kernels.runtime.launch import Launch, triton_real
+from kernels.runtime.launch import Launch, Launcher, triton_real
 
 # Boxes times channels of a program, and the most channels.
 _TILE = 1024
@@ -168,7 +168,7 @@ def backward_kernel(
     tl.atomic_add(grad_x + p11, lower * across, mask=known, sem="relaxed")
 
 
-def launch(kernel, tensors: dict[str, Tensor], x: Tensor, boxes: Tensor, pool_size: int) -> Launch:
+def _launch(kernel, tensors: dict[str, Tensor], x: Tensor, boxes: Tensor, pool_size: int) -> Launch:
     """`x` is the one of the tensors that is (N, 4 * C, H, W)."""
     images, channels, height, width = x.shape
     count, channels = boxes.shape[1], channels // 4
@@ -183,12 +183,24 @@ def launch(kernel, tensors: dict[str, Tensor], x: Tensor, boxes: Tensor, pool_si
     return Launch(kernel, grid, tensors | {"boxes": boxes} | numbers | strides, constants, warps)
 
 
+def forward_launch(x: Tensor, out: Tensor, chosen: Tensor, boxes: Tensor, pool_size: int) -> Launch:
+    """`x` has its channels innermost; `out` and `chosen` are written."""
+    return _launch(forward_kernel, {"x": x, "out": out, "chosen": chosen}, x, boxes, pool_size)
+
+
+def backward_launch(grad: Tensor, chosen: Tensor, grad_x: Tensor, boxes: Tensor, pool_size: int) -> Launch:
+    """`grad` is contiguous as (N, n, 4, C); `grad_x` is added to."""
+    return _launch(backward_kernel, {"grad": grad, "chosen": chosen, "grad_x": grad_x}, grad_x, boxes, pool_size)
+
+
+_run_forward, _run_backward = Launcher(forward_launch), Launcher(backward_launch)
+
+
 def forward(output: Tensor, chosen: Tensor, features: Tensor, boxes: Tensor, pool_size: int) -> None:
     """Write the maxima and which samples they are; both (N, C, n, 4), in memory (N, n, 4, C)."""
     if not output.numel():
         return
-    x = channels_innermost(features)
-    launch(forward_kernel, {"x": x, "out": output, "chosen": chosen}, x, boxes.contiguous(), pool_size).run()
+    _run_forward(channels_innermost(features), output, chosen, boxes.contiguous(), pool_size)
 
 
 def backward(grad: Tensor, chosen: Tensor, boxes: Tensor, shape: tuple[int, ...], pool_size: int) -> Tensor:
@@ -196,6 +208,5 @@ def backward(grad: Tensor, chosen: Tensor, boxes: Tensor, shape: tuple[int, ...]
     result = accumulator(boxes, shape)
     if not grad.numel():
         return result
-    tensors = {"grad": grad.permute(0, 2, 3, 1).contiguous(), "chosen": chosen, "grad_x": result}
-    launch(backward_kernel, tensors, result, boxes.contiguous(), pool_size).run()
+    _run_backward(grad.permute(0, 2, 3, 1).contiguous(), chosen, result, boxes.contiguous(), pool_size)
     return result

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.regions.bilinear_kernels import divide
-from kernels.runtime.launch import Launch, triton_real
+from kernels.runtime.launch import Launch, Launcher, triton_real
 
 # Words of the matrix that the walk reads at a time. More of them, or fewer warps, spill on gfx942.
 _PIECE = 2048
@@ -88,48 +88,38 @@ def walk_kernel(matrix, order, kept, count, n, words, limit, WORDS: tl.constexpr
     tl.store(count, tl.minimum(found, limit))
 
 
-def launches(boxes: Tensor, order: Tensor, labels: Tensor | None, iou_threshold: float, limit: int) -> list[Launch]:
-    """Both launches; the last one writes to its arguments `kept` and `count`."""
-    n, device = len(order), order.device
-    words = triton.cdiv(n, 64)
-    matrix = torch.empty((n, words), dtype=torch.int64, device=device)
-    kept = torch.empty(limit, dtype=torch.int64, device=device)
-    count = torch.empty(1, dtype=torch.int64, device=device)
+def overlap_launch(
+    boxes: Tensor, order: Tensor, labels: Tensor | None, matrix: Tensor, threshold: float | Tensor
+) -> Launch:
+    """Tensors as in `overlap_kernel`; without labels all are the same."""
+    n, words = matrix.shape
+    arguments = {"boxes": boxes, "order": order, "labels": order if labels is None else labels, "matrix": matrix}
+    constants = {"HAS_LABELS": labels is not None, "REAL": triton_real(boxes.dtype)}
+    numbers = {"threshold": threshold, "n": n, "words": words}
+    return Launch(overlap_kernel, (words, words), arguments | numbers, constants, _WARPS, exact=True)
+
+
+def walk_launch(matrix: Tensor, order: Tensor, kept: Tensor, count: Tensor) -> Launch:
+    """Tensors as in `walk_kernel`."""
+    n, words = matrix.shape
     padded = triton.next_power_of_2(words)
-    threshold: float | Tensor = float(iou_threshold)
-    if boxes.dtype == torch.float64:
-        # Filled by a kernel: a copy from the host would wait.
-        threshold = torch.full((), iou_threshold, dtype=torch.float64, device=device)
-    overlap = Launch(
-        overlap_kernel,
-        (words, words),
-        {
-            "boxes": boxes.contiguous(),
-            "order": order,
-            "labels": order if labels is None else labels.contiguous(),
-            "matrix": matrix,
-            "threshold": threshold,
-            "n": n,
-            "words": words,
-        },
-        {"HAS_LABELS": labels is not None, "REAL": triton_real(boxes.dtype)},
-        _WARPS,
-        exact=True,
-    )
-    walk = Launch(
-        walk_kernel,
-        (1,),
-        {"matrix": matrix, "order": order, "kept": kept, "count": count, "n": n, "words": words, "limit": limit},
-        {"WORDS": padded, "ROWS": min(64, _PIECE // padded)},
-        _WARPS,
-    )
-    return [overlap, walk]
+    arguments = {"matrix": matrix, "order": order, "kept": kept, "count": count}
+    constants = {"WORDS": padded, "ROWS": min(64, _PIECE // padded)}
+    return Launch(walk_kernel, (1,), arguments | {"n": n, "words": words, "limit": len(kept)}, constants, _WARPS)
+
+
+_run_overlap, _run_walk = Launcher(overlap_launch), Launcher(walk_launch)
 
 
 def greedy(boxes: Tensor, order: Tensor, labels: Tensor | None, iou_threshold: float, limit: int) -> Tensor:
     """Indices of up to `limit` boxes that are kept, in `order` (n,) int64, which lists all of them by falling score."""
-    overlap, walk = launches(boxes, order, labels, iou_threshold, limit)
-    overlap.run()
-    walk.run()
+    n = len(order)
+    matrix, kept, count = (order.new_empty(size) for size in ((n, triton.cdiv(n, 64)), (limit,), (1,)))
+    threshold: float | Tensor = float(iou_threshold)
+    if boxes.dtype == torch.float64:
+        # Filled by a kernel: a copy from the host would wait.
+        threshold = torch.full((), iou_threshold, dtype=torch.float64, device=order.device)
+    _run_overlap(boxes.contiguous(), order, None if labels is None else labels.contiguous(), matrix, threshold)
+    _run_walk(matrix, order, kept, count)
     # The one place where the host waits for the GPU.
-    return walk.arguments["kept"][: int(walk.arguments["count"])]
+    return kept[: int(count)]

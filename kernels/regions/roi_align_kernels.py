@@ -3,12 +3,13 @@
 A program computes a row of bins of one box: all samples of a bin one after the other, all bins of the row at once.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.regions.bilinear_kernels import accumulator, channels_innermost, divide, neighbours
-from kernels.runtime.launch import Launch, triton_real
+from kernels.runtime.launch import Launch, Launcher, triton_real
 
 # Bins times channels of a program.
 _TILE = 1024
@@ -189,10 +190,10 @@ def _add(row, column, c, stride_w, value, known):
     tl.atomic_add(row + (column * stride_w)[:, None] + c[None, :], value, mask=known, sem="relaxed")
 
 
-def launch(kernel, maps: dict[str, Tensor], results: dict[str, Tensor], x, boxes, images, output_size, ratio, aligned):
-    """`x` is the one of the tensors that is (N, C, H, W)."""
+def _launch(kernel, tensors: dict[str, Tensor], x, out, boxes, images, ratio, aligned) -> Launch:
+    """`x` and `out` are those of the tensors that are (N, C, H, W) and (R, C, P, Q)."""
     n, channels, height, width = x.shape
-    p, q = output_size
+    p, q = out.shape[2:]
     # Offsets within a row have 32 bits: with 64, registers spill.
     if width * x.stride(3) >= 2**31:
         raise ValueError(f"features must have rows of fewer than 2**31 elements, got shape {tuple(x.shape)}")
@@ -208,7 +209,20 @@ def launch(kernel, maps: dict[str, Tensor], results: dict[str, Tensor], x, boxes
         "REAL": triton_real(x.dtype),
     }
     grid = (len(boxes) * p, triton.cdiv(channels, block_c))
-    return Launch(kernel, grid, maps | {"boxes": boxes, "images": images} | results | numbers | strides, constants)
+    return Launch(kernel, grid, tensors | {"boxes": boxes, "images": images} | numbers | strides, constants)
+
+
+def forward_launch(x: Tensor, out: Tensor, boxes: Tensor, images: Tensor, ratio: int, aligned: bool) -> Launch:
+    """`x` has its channels innermost; `out`, (R, C, P, Q), is written."""
+    return _launch(forward_kernel, {"x": x, "out": out}, x, out, boxes, images, ratio, aligned)
+
+
+def backward_launch(grad: Tensor, grad_x: Tensor, boxes: Tensor, images: Tensor, ratio: int, aligned: bool) -> Launch:
+    """`grad`, (R, C, P, Q), has its channels innermost; `grad_x` is added to."""
+    return _launch(backward_kernel, {"grad": grad, "grad_x": grad_x}, grad_x, grad, boxes, images, ratio, aligned)
+
+
+_run_forward, _run_backward = Launcher(forward_launch), Launcher(backward_launch)
 
 
 def forward(output: Tensor, features: Tensor, boxes: Tensor, images: Tensor, ratio: int, aligned: bool) -> None:
@@ -218,9 +232,7 @@ def forward(output: Tensor, features: Tensor, boxes: Tensor, images: Tensor, rat
     """
     if not output.numel():
         return
-    x = channels_innermost(features)
-    size = output.shape[2:]
-    launch(forward_kernel, {"x": x}, {"out": output}, x, boxes, images, size, ratio, aligned).run()
+    _run_forward(channels_innermost(features), output, boxes, images, ratio, aligned)
 
 
 def backward(grad: Tensor, boxes: Tensor, images: Tensor, shape: tuple[int, ...], ratio: int, aligned: bool) -> Tensor:
@@ -228,7 +240,6 @@ def backward(grad: Tensor, boxes: Tensor, images: Tensor, shape: tuple[int, ...]
     result = accumulator(grad, shape)
     if not grad.numel():
         return result
-    rows = grad.permute(0, 2, 3, 1).contiguous()
-    size = grad.shape[2:]
-    launch(backward_kernel, {"grad": rows}, {"grad_x": result}, result, boxes, images, size, ratio, aligned).run()
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    _run_backward(grad, result, boxes, images, ratio, aligned)
     return result

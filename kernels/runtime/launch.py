@@ -13,7 +13,7 @@ from kernels.backend import INTERPRET
 from kernels.runtime.compile_spec import CompileSpec, Slot
 from kernels.runtime.tiles import choices
 
-# How many launches of a kernel are kept.
+# How many launches of a kernel are kept, and of all kernels that look up the same tables.
 KEPT = 512
 
 _NAMES = {
@@ -76,7 +76,7 @@ class Launch:
             self.kernel[self.grid](**self.arguments, **self._settings())
 
     def without(self, tensors: Sequence[Tensor]) -> "Prepared | None":
-        """The launch with places for these tensors; None where they do not tell what stands in each."""
+        """The launch with places for these tensors; None where it has memory of its own."""
         places = {id(x): place for place, x in enumerate(tensors)}
         numbers, slots = {}, []
         for name, value in self.arguments.items():
@@ -89,8 +89,6 @@ class Launch:
             kind = type(value) if isinstance(value, tuple) else None
             found = tuple(_Place(places[id(x)]) if isinstance(x, Tensor) else x for x in fields)
             slots.append(_Slot(name, kind, found))
-        if len(places) < len(tensors):
-            return None
         return Prepared(self.kernel[self.grid], tuple(slots), numbers | self._settings())
 
     def spec(self, name: str, dtype: torch.dtype, uses_dot: bool = False) -> CompileSpec:
@@ -166,11 +164,23 @@ class Prepared(NamedTuple):
             self.kernel(**arguments, **self.rest)
 
 
+class Owner:
+    """Whose tables launches look up: it keeps these launches, so that they are let go with it.
+
+    Attributes:
+        prepared: By launcher, and by all else that they depend on.
+    """
+
+    def __init__(self) -> None:
+        self.prepared: dict[Any, Prepared] = {}
+
+
 class Launcher:
     """Runs launches of one kernel. What does not depend on memory is worked out once and kept, the oldest make room.
 
     Args:
-        make: Tensors, None, what has a hash, and NamedTuples of them -> the launch; a tensor comes first.
+        make: Tensors, None, what has a hash, tuples of these and last, if there is one, an `Owner` -> the launch; a
+            tensor comes first.
     """
 
     def __init__(self, make: Callable[..., Launch]) -> None:
@@ -180,26 +190,39 @@ class Launcher:
     def __call__(self, *arguments: Any) -> None:
         if INTERPRET:
             return self.make(*arguments).run()
+        kept, told = self._kept, arguments
+        if isinstance(arguments[-1], Owner):
+            kept, told = arguments[-1].prepared, arguments[:-1]
         tensors: list[Tensor] = []
         key: list[Any] = []
-        for argument in arguments:
-            for x in argument if isinstance(argument, tuple) else (argument,):
-                if isinstance(x, Tensor):
-                    tensors.append(x)
-                    key += (x.shape, x.stride(), x.dtype)
-                else:
-                    key.append(x)
-        whole = (tensors[0].device, choices(tensors[0].dtype), *key)
-        prepared = self._kept.get(whole)
+        _tell(told, tensors, key)
+        numbers = {id(x): number for number, x in enumerate(tensors)}
+        if len(numbers) < len(tensors):
+            # Which of them are one and the same.
+            key += [numbers[id(x)] for x in tensors]
+        whole = (self, tensors[0].device, choices(tensors[0].dtype), *key)
+        prepared = kept.get(whole)
         if prepared is not None:
             return prepared.run(tensors)
         launch = self.make(*arguments)
         prepared = launch.without(tensors)
         if prepared is not None:
-            if len(self._kept) >= KEPT:
-                self._kept.pop(next(iter(self._kept)), None)
-            self._kept[whole] = prepared
+            if len(kept) >= KEPT:
+                kept.pop(next(iter(kept)), None)
+            kept[whole] = prepared
         launch.run()
+
+
+def _tell(values: tuple[Any, ...], tensors: list[Tensor], key: list[Any]) -> None:
+    """Add all tensors to `tensors`, and to `key` what is known of them without their memory, and everything else."""
+    for x in values:
+        if isinstance(x, Tensor):
+            tensors.append(x)
+            key += (x.shape, x.stride(), x.dtype)
+        elif isinstance(x, tuple):
+            _tell(x, tensors, key)
+        else:
+            key.append(x)
 
 
 def _types(value: Any, as_it_is: bool = False) -> Any:

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.runtime.launch import Launch
+from kernels.runtime.launch import Launch, Launcher
 from kernels.runtime.tiles import Table, Tiles, family
 from kernels.sampling import inverse_kernels
 from kernels.sampling.inverse_kernels import Index
@@ -51,15 +51,8 @@ def bins_launch(x: Tensor, plan: Plan, keys: Tensor, bins: Bins, no_bin: int, sh
     tensors = {"plan": plan, "keys": keys, "tables": tiling.tables, "first_bins": bins.firsts}
     numbers = {**tiling.sizes._asdict(), "rows": maps.sampled_rows, **_numbers(bins), "no_bin": no_bin}
     constants = {"K": known, "BIN_H": tiles.height, "BIN_W": tiles.width}
-    return Launch(
-        inverse_kernels.bins_kernel,
-        (tiling.number, shape.points),
-        tensors | numbers,
-        constants,
-        4,
-        1,
-        tables=("tables",),
-    )
+    grid = (tiling.number, shape.points)
+    return Launch(inverse_kernels.bins_kernel, grid, tensors | numbers, constants, 4, 1, tables=("tables",))
 
 
 def _numbers(bins: Bins) -> dict[str, int]:
@@ -89,6 +82,9 @@ def gather_launch(
     arguments = tensors | {"first_bins": bins.firsts} | numbers
     kernel = inverse_kernels.gather_kernel
     return Launch(kernel, grid, arguments, constants, tiles.warps, tiles.stages, tables=("tables",))
+
+
+run_bins, run_gather = Launcher(bins_launch), Launcher(gather_launch)
 
 
 def entries(dtype: torch.dtype, device: torch.device) -> int:

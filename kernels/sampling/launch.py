@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import INTERPRET
-from kernels.runtime.launch import Launch, multiprocessors, triton_real
+from kernels.runtime.launch import Launch, Launcher, multiprocessors, triton_real
 from kernels.runtime.tiles import Table, Tiles, fit, packs, precision
 from kernels.sampling import gradient_kernels, pack_kernels, product_kernels
 from kernels.sampling.maps import Levels, Sizes, Tables
@@ -290,13 +290,21 @@ def weight_launch(
     return _launch(gradient_kernels.weight_kernel, grid, tiles, known, tensors | where)
 
 
-def sum_launch(partial: Tensor, targets: Weights, bounds: Tensor | None, width: int) -> Launch:
-    """Write the sums of `partial` (splits, O, taps, C) to gradients of weights; as in `pack_kernels.sum_kernel`."""
+def sum_launch(partial: Tensor, targets: tuple[Tensor, ...], bounds: Tensor | None) -> Launch:
+    """Write the sums of `partial` (splits, O, taps, C) to gradients of up to three weights, (O, C, kh, kw) each.
+
+    The weights have the same strides; `bounds` are as in `pack_kernels.sum_kernel`.
+    """
+    three = (*targets, *[targets[0]] * (3 - len(targets)))
     splits, outputs, taps, channels = partial.shape
     block = 2048 if INTERPRET else 128
     grid = (triton.cdiv(outputs * taps * channels, block), 1 if bounds is None else len(bounds))
-    constants = {"OUT": outputs, "C": channels, "TAPS": taps, "KW": width, "BLOCK": block}
+    constants = {"OUT": outputs, "C": channels, "TAPS": taps, "KW": targets[0].shape[3], "BLOCK": block}
     constants |= {"REAL": triton_real(partial.dtype)}
-    tensors = {"partial": partial, "target": targets, "bounds": bounds}
-    kernel = pack_kernels.sum_kernel
-    return Launch(kernel, grid, tensors | {"splits": splits}, constants, 4, 1, tables=("bounds",))
+    tensors = {"partial": partial, "target": Weights(*three, *targets[0].stride()), "bounds": bounds}
+    return Launch(pack_kernels.sum_kernel, grid, tensors | {"splits": splits}, constants, 4, 1)
+
+
+run_forward, run_samples, run_weight, run_sum = (
+    Launcher(make) for make in (forward_launch, samples_launch, weight_launch, sum_launch)
+)

@@ -42,7 +42,7 @@ def run(tables, leaves, cotangent, sigmoid, crop, to_pyramid=True, to_weights=Tr
     pyramid, predicted, *weights = (x.detach() for x in leaves)
     points = block_conv.Points(predicted, sigmoid, crop)
     plan = sampling.new_plan(pyramid, 9 * tables.sampled_rows)
-    block_conv.plan_launch(points, plan, tables).run()
+    block_conv.run_plan(points, plan, tables)
     packed, transposed = (torch.stack([pack(w, 1) for w in weights]) for pack in (sampling.packed, sampling.transposed))
     sampled, _ = block_conv.forward(pyramid, plan, packed, tables)
     of_pyramid, of_predicted = block_conv.backward(cotangent, pyramid, points, plan, transposed, tables, to_pyramid)

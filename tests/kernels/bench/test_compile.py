@@ -171,15 +171,14 @@ def test_a_kernel_that_does_not_compile_is_a_problem():
     assert compile_spec(broken, "sm_80").problem.startswith("does not compile")
 
 
-@pytest.mark.parametrize("kernel", [roi_align_triton.forward_kernel, roi_align_triton.backward_kernel])
-def test_roi_align_of_a_single_bin_compiles(kernel):
+@pytest.mark.parametrize("launch", [roi_align_triton.forward_launch, roi_align_triton.backward_launch])
+def test_roi_align_of_a_single_bin_compiles(launch):
     """The launcher compiles a number in that is 1, here every size there is: in the kernel it is no tensor then."""
     boxes, rows, x = (torch.empty(shape, device="meta") for shape in ((1, 4), (1, 1, 1, 1), (1, 1, 1, 1)))
     images = torch.empty(1, dtype=torch.int32, device="meta")
-    forward = kernel is roi_align_triton.forward_kernel
-    maps, results = ({"x": x}, {"out": rows}) if forward else ({"grad": rows}, {"grad_x": x})
-    launch = roi_align_triton.launch(kernel, maps, results, x, boxes, images, (1, 1), 0, True)
-    assert compile_spec(launch.spec("single bin", torch.float32), "sm_80").problem == ""
+    first, second = (x, rows) if launch is roi_align_triton.forward_launch else (rows, x)
+    spec = launch(first, second, boxes, images, 0, True).spec("single bin", torch.float32)
+    assert compile_spec(spec, "sm_80").problem == ""
 
 
 def test_a_spec_must_describe_every_argument():

@@ -40,9 +40,11 @@ def test_every_pixel_is_in_one_tile_and_one_run():
     assert count == [84] * 3 + [23] * 3 and first == [0, 84, 168, 252, 275, 298]
 
 
-def test_tiles_of_some_levels():
+def test_tiles_of_the_levels():
     tables = made(((19, 35), (10, 18), (5, 9)), batch=2)
-    expected = [(level, n, k) for level, count in ((1, 4 * 3), (2, 2 * 2)) for n in range(2) for k in range(count)]
+    expected = [
+        (level, n, k) for level, count in enumerate((7 * 5, 4 * 3, 2 * 2)) for n in range(2) for k in range(count)
+    ]
     assert list(map(tuple, tables.level_tiles((3, 8)).tolist())) == expected
     assert tables.level_starts((7, 5, 3)).tolist() == [0, 14, 24]
 

@@ -8,7 +8,6 @@ sampling = pytest.importorskip("kernels.sampling.launch", reason="Triton is not 
 
 def test_a_wide_weight_fits_a_grid():
     partial, weight = torch.empty(8, 1024, 9, 1024, device="meta"), torch.empty(1024, 1024, 3, 3, device="meta")
-    targets = sampling.Weights(*[weight] * 3, *weight.stride())
-    grid = sampling.sum_launch(partial, targets, torch.empty(3, 2, dtype=torch.int32, device="meta"), 3).grid
+    grid = sampling.sum_launch(partial, (weight,) * 3, torch.empty(3, 2, dtype=torch.int32, device="meta")).grid
     # CUDA's limits: 2**31 - 1, then twice 65,535.
     assert 65_535 < max(grid) == grid[0]
