@@ -107,9 +107,9 @@ def test_many_runs_and_tiles(monkeypatch):
 
 def test_float32_loses_no_more_than_the_separate_operators():
     # A group of few values has a tiny variance now and then, and then any order of operations has its own error: which
-    # one is nearer in one draw is luck, so both lose what they lose in the same three draws.
+    # one is nearer in one draw is luck, so both lose what they lose in the same two draws.
     lost = {backend: {} for backend in ("torch", "triton")}
-    for seed in (3, 4, 5):
+    for seed in (3, 4):
         with use_backend("torch"):
             exact = results(*make(sizes=((4, 5), (2, 3)), seed=seed))
         for backend, most in lost.items():

@@ -85,6 +85,17 @@ def test_64_bit_places_within_an_image(launches, monkeypatch):
     assert {getattr(launch.constants.get("K"), "INDEX", tl.int64) for launch in launches} == {tl.int64}
 
 
+@pytest.mark.parametrize("size", [(3, 1), (1, 3), (1, 1)], ids=["column", "line", "pixel"])
+def test_nothing_behind_a_map_is_read(size):
+    case = Case("", "", batch=1, channels=4, outputs=2, size=size)
+    inputs = case.inputs(torch.float32)
+    memory = torch.full((2 * 4 * 3,), torch.nan)
+    x = memory[: inputs["input"].numel()].view(1, *size, 4).permute(0, 3, 1, 2)
+    x.copy_(inputs["input"].detach())
+    found = gradients(deform_conv2d, inputs | {"input": x.requires_grad_()}, case.geometry)
+    torch.testing.assert_close(found, gradients(reference, inputs, case.geometry), rtol=1e-5, atol=1e-5)
+
+
 def test_layouts():
     inputs = PLAIN.inputs(torch.float64)
     expected = gradients(reference, inputs, PLAIN.geometry)
