@@ -12,13 +12,13 @@ from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels.backend import INTERPRET
 from kernels.block import coefficients_kernels as kernels
 from kernels.block.layout import BRANCHES, TABLES, Layout
 from kernels.runtime.launch import Launch, Launcher, triton_real
+from kernels.runtime.tiles import cdiv, power_of_2
 
 # Elements of a block of a matrix; tiles and channels of the sums that are merged at a time.
 _ELEMENTS, _MERGED = (8192 if INTERPRET else 2048), (64, 32)
@@ -142,7 +142,7 @@ def _common(saved: Saved, layout: Layout) -> dict[str, Any]:
 def _config(saved: Saved, groups: int, eps: float, layout: Layout) -> kernels.Config:
     """What is known at compilation."""
     channels, hidden = saved.statistics.shape[-1], saved.hidden
-    span = triton.next_power_of_2(channels // groups)
+    span = power_of_2(channels // groups)
     return kernels.Config(
         HAS_BIAS=saved.parameters[2 * BRANCHES] is not None,
         HAS_GATE=saved.parameters[3 * BRANCHES] is not None,
@@ -152,12 +152,12 @@ def _config(saved: Saved, groups: int, eps: float, layout: Layout) -> kernels.Co
         R=hidden,
         GROUPS=groups,
         SPAN=span,
-        BLOCK_R=min(max(1, _ELEMENTS // (groups * span)), triton.next_power_of_2(max(1, hidden))),
-        BLOCK_O=triton.next_power_of_2(4 * channels),
+        BLOCK_R=min(max(1, _ELEMENTS // (groups * span)), power_of_2(max(1, hidden))),
+        BLOCK_O=power_of_2(4 * channels),
         TILE_H=layout.tile[0],
         TILE_W=layout.tile[1],
         BLOCK_T=_MERGED[0],
-        BLOCK_C=min(_MERGED[1], triton.next_power_of_2(channels)),
+        BLOCK_C=min(_MERGED[1], power_of_2(channels)),
         REAL=triton_real(saved.statistics.dtype),
     )
 
@@ -166,7 +166,7 @@ def forward_launch(partial: Tensor, saved: Saved, groups: int, eps: float, count
     config = _config(saved, groups, eps, layout)
     arguments = _common(saved, layout) | {"partial": partial, "counters": counters}
     arguments |= {"problems": layout.table, "slots": layout.slots}
-    grid = (len(layout.slots), triton.cdiv(config.C, config.BLOCK_C))
+    grid = (len(layout.slots), cdiv(config.C, config.BLOCK_C))
     return Launch(kernels.forward_kernel, grid, arguments, {"K": config}, _WARPS, tables=TABLES)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kernels.block.parameters import STRIDES
 from kernels.runtime.launch import Owner
+from kernels.runtime.tiles import cdiv
 from kernels.sampling.launch import Tiling
 from kernels.sampling.maps import COARSER_HEIGHT, SAME_ROW, Levels, Sizes, Tables
 
@@ -172,7 +173,7 @@ class Layout(Owner):
     @_kept
     def level_tiles(self, tile: tuple[int, int]) -> Tensor:
         """(tiles, 3) int32: level, image and number of every tile of `tile` pixels of the levels."""
-        return self._work([_cdiv(h, tile[0]) * _cdiv(w, tile[1]) for h, w in self.sizes])
+        return self._work([cdiv(h, tile[0]) * cdiv(w, tile[1]) for h, w in self.sizes])
 
     def outputs(self, size: tuple[int, int]) -> Tiling:
         """The tiles of the sampled maps, for `kernels.sampling`."""
@@ -201,7 +202,7 @@ class Layout(Owner):
         for problem, number in zip(self.problems, self._tile_counts(tile), strict=True):
             tiles[problem.branch] += self.batch * number
         starts = _starts([n for n in tiles if n])
-        counts = [_cdiv(n, count) for n in tiles if n]
+        counts = [cdiv(n, count) for n in tiles if n]
         pieces = [[first, end] for start, end in pairwise(starts) for first in range(start, end, count)]
         bounds = list(zip(_starts(counts), counts, strict=False))
         return (
@@ -212,23 +213,23 @@ class Layout(Owner):
     @_kept
     def sampled_runs(self, pixels: int) -> Tensor:
         """(runs, 3) int32: problem, image and number of every run of `pixels` pixels of the sampled maps."""
-        return self._work([_cdiv(p.size[0] * p.size[1], pixels) for p in self.problems])
+        return self._work([cdiv(p.size[0] * p.size[1], pixels) for p in self.problems])
 
     @_kept
     def runs(self, pixels: int) -> Tensor:
         """(runs, 3) int32: level, image and number of every run of `pixels` pixels of the pyramid."""
-        return self._work([_cdiv(h * w, pixels) for h, w in self.sizes])
+        return self._work([cdiv(h * w, pixels) for h, w in self.sizes])
 
     @_kept
     def run_bounds(self, pixels: int) -> Tensor:
         """(L * N, 2) int32: the first run of every level and image, and how many it has."""
-        counts = [_cdiv(h * w, pixels) for h, w in self.sizes]
+        counts = [cdiv(h * w, pixels) for h, w in self.sizes]
         starts = _starts([self.batch * n for n in counts])
         bounds = [[starts[i] + n * c, c] for i, c in enumerate(counts) for n in range(self.batch)]
         return torch.tensor(bounds, dtype=torch.int32).to(self.device)
 
     def _tile_counts(self, tile: tuple[int, int]) -> list[int]:
-        return [_cdiv(p.size[0], tile[0]) * _cdiv(p.size[1], tile[1]) for p in self.problems]
+        return [cdiv(p.size[0], tile[0]) * cdiv(p.size[1], tile[1]) for p in self.problems]
 
     def _work(self, counts: list[int]) -> Tensor:
         parts = []
@@ -269,10 +270,6 @@ def layout(
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and found not in _captured:
         _captured.append(found)
     return found
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _starts(counts: list[int]) -> list[int]:

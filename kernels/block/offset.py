@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from kernels.backend import INTERPRET
 from kernels.block import offset_kernels as kernels
 from kernels.block.layout import TABLES, Layout
 from kernels.runtime.launch import Launch, Launcher, multiprocessors, triton_real
-from kernels.runtime.tiles import Table, Tiles, fit, precision
+from kernels.runtime.tiles import Table, Tiles, cdiv, fit, precision
 from kernels.sampling.launch import TYPES, new_plan
 from kernels.sampling.pack_kernels import SIDE, Packing
 from kernels.sampling.plan_kernels import Plan
@@ -116,7 +115,7 @@ def packing(weights: Sequence[Tensor], x: Tensor) -> Packing:
 
 
 def _tile_count(layout: Layout, tile: tuple[int, int]) -> int:
-    return layout.batch * sum(triton.cdiv(h, tile[0]) * triton.cdiv(w, tile[1]) for h, w in layout.sizes)
+    return layout.batch * sum(cdiv(h, tile[0]) * cdiv(w, tile[1]) for h, w in layout.sizes)
 
 
 def _common(x: Tensor, channels: int, outputs: int, layout: Layout) -> dict[str, Any]:
@@ -148,7 +147,7 @@ def _forward_launch(
     outputs, channels = weight.shape[:2]
     tiles = fit(_FORWARD, pyramid.dtype, pyramid.device, channels, outputs)
     size = tiles.height, tiles.width
-    packers = 0 if packing is None else 27 * triton.cdiv(channels, SIDE.value) ** 2
+    packers = 0 if packing is None else 27 * cdiv(channels, SIDE.value) ** 2
     # The problems of the levels from themselves come first.
     arguments: dict[str, Any] = {"pyramid": pyramid, "layer": _layer(weight, bias)}
     arguments |= {"predicted": predicted, "problems": layout.table, "work": layout.tiles(size)}
@@ -165,7 +164,7 @@ def _forward_launch(
         TYPE=TYPES[pyramid.dtype],
         PACKED=pyramid.dtype.itemsize == 2,
     )
-    grid = (packers + _tile_count(layout, size), triton.cdiv(outputs, tiles.o))
+    grid = (packers + _tile_count(layout, size), cdiv(outputs, tiles.o))
     return Launch(kernels.forward_kernel, grid, arguments, {"K": config}, tiles.warps, tiles.stages, tables=TABLES)
 
 
@@ -181,8 +180,8 @@ def _input_launch(
     """Without `others` there are no programs for the pyramid, without `partial` none for weight and bias."""
     outputs, channels = weight.shape[:2]
     tiles = fit(_INPUT, grad.dtype, grad.device, channels, 9 * outputs)
-    size, blocks = (tiles.height, tiles.width), triton.cdiv(channels, tiles.c)
-    adders = 0 if partial is None else triton.cdiv((9 * channels + 1) * outputs, _COLUMNS * blocks)
+    size, blocks = (tiles.height, tiles.width), cdiv(channels, tiles.c)
+    adders = 0 if partial is None else cdiv((9 * channels + 1) * outputs, _COLUMNS * blocks)
     grad_weight, grad_bias = gradients or (weight, weight)
     # Pointers must point somewhere, also where nothing is read or written.
     arguments: dict[str, Any] = {"grad": grad, "layer": _layer(weight, weight)}
@@ -201,7 +200,7 @@ def _input_launch(
 def _weight_tiles(grad: Tensor, channels: int) -> tuple[Tiles, tuple[int, int]]:
     """Those of the weight's gradient, and programs of its grid along the last two axes."""
     tiles = fit(_WEIGHT, grad.dtype, grad.device, channels, 9 * grad.shape[1])
-    return tiles, (triton.cdiv(9 * grad.shape[1], tiles.o), triton.cdiv(channels, tiles.c))
+    return tiles, (cdiv(9 * grad.shape[1], tiles.o), cdiv(channels, tiles.c))
 
 
 def _pixels_a_run(grad: Tensor, channels: int, layout: Layout) -> int:
@@ -209,7 +208,7 @@ def _pixels_a_run(grad: Tensor, channels: int, layout: Layout) -> int:
     tiles, blocks = _weight_tiles(grad, channels)
     pixels = tiles.height * tiles.width
     runs = max(1, _WEIGHT_PROGRAMS * multiprocessors(grad.device) // (blocks[0] * blocks[1]))
-    return triton.cdiv(triton.cdiv(layout.rows, pixels), runs) * pixels
+    return cdiv(cdiv(layout.rows, pixels), runs) * pixels
 
 
 def _weight_launch(grad: Tensor, pyramid: Tensor, partial: Tensor, layout: Layout) -> Launch:

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels.backend import INTERPRET
@@ -24,6 +23,7 @@ from kernels.block import coefficients
 from kernels.block import tail_kernels as kernels
 from kernels.block.layout import TABLES, Layout
 from kernels.runtime.launch import Launch, Launcher, multiprocessors, triton_real
+from kernels.runtime.tiles import cdiv, power_of_2
 
 # Elements of one program. The interpreter's time is that of its programs' number, hardly of their size.
 _FORWARD, _SUMS, _MAPS = (8192, 4096, 8192) if INTERPRET else (2048, 1024, 2048)
@@ -101,7 +101,7 @@ def backward(
 
 
 def _block_c(channels: int) -> int:
-    return min(256, triton.next_power_of_2(channels))
+    return min(256, power_of_2(channels))
 
 
 def _pixels(channels: int, elements: int) -> int:
@@ -114,14 +114,14 @@ def _common(sampled: Tensor, layout: Layout) -> tuple[dict[str, Any], dict[str, 
     channels = sampled.shape[1]
     block = _block_c(channels)
     constants = {"C": channels, "BLOCK_C": block, "REAL": triton_real(sampled.dtype)}
-    return {"sampled": sampled, "axes": layout.axes}, constants, triton.cdiv(channels, block)
+    return {"sampled": sampled, "axes": layout.axes}, constants, cdiv(channels, block)
 
 
 def _statistics_launch(sampled: Tensor, partial: Tensor, counters: Tensor, layout: Layout) -> Launch:
     arguments, constants, _ = _common(sampled, layout)
     constants |= {"BLOCK_C": min(32, constants["BLOCK_C"]), "TILE_H": layout.tile[0], "TILE_W": layout.tile[1]}
     work = layout.tiles()
-    grid = (len(work), triton.cdiv(sampled.shape[1], constants["BLOCK_C"]))
+    grid = (len(work), cdiv(sampled.shape[1], constants["BLOCK_C"]))
     arguments |= {"partial": partial, "problems": layout.table, "work": work}
     arguments |= {"counters": counters, "count": counters.numel()}
     return Launch(kernels.statistics_kernel, grid, arguments, constants, tables=TABLES)
@@ -148,8 +148,8 @@ def _pixels_a_run(sampled: Tensor, layout: Layout) -> int:
     """Pixels over which one program sums: as many as give the multiprocessors about the same to do."""
     channels = sampled.shape[1]
     pixels = _pixels(channels, _SUMS)
-    runs = max(1, _SUMS_PROGRAMS * multiprocessors(sampled.device) // triton.cdiv(channels, _block_c(channels)))
-    return triton.cdiv(triton.cdiv(layout.rows, pixels), runs) * pixels
+    runs = max(1, _SUMS_PROGRAMS * multiprocessors(sampled.device) // cdiv(channels, _block_c(channels)))
+    return cdiv(cdiv(layout.rows, pixels), runs) * pixels
 
 
 def _sums_launch(
@@ -196,8 +196,8 @@ def _maps_launch(
     channels, hidden, kinds = sampled.shape[1], saved.hidden, saved.coefficients.shape[2]
     pixels = _pixels(channels, _MAPS)
     work = layout.sampled_runs(pixels)
-    matrices = sum(triton.cdiv(n, _ADDED) for n in (4 * channels, channels)) * triton.cdiv(hidden, _ADDED)
-    adders = matrices + triton.cdiv(coefficients.sums(saved), _ADDED)
+    matrices = sum(cdiv(n, _ADDED) for n in (4 * channels, channels)) * cdiv(hidden, _ADDED)
+    adders = matrices + cdiv(coefficients.sums(saved), _ADDED)
     arguments |= {"grad_m": grad_m, "coefficients": saved.coefficients, "statistics": saved.statistics}
     arguments |= {"grad_statistics": grad_statistics, "problems": layout.table, "work": work}
     arguments |= {"axes": kernels.Axes(layout.axes, layout.firsts), "parameters": kernels.Added(sums, grads)}

@@ -9,12 +9,12 @@ from functools import reduce
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels.deform_conv import plan_kernels
 from kernels.deform_conv.plan_kernels import Config
 from kernels.runtime.launch import Launch, Launcher, real, triton_real
+from kernels.runtime.tiles import cdiv
 from kernels.sampling import inverse
 from kernels.sampling import launch as sampling
 from kernels.sampling.inverse import Bins
@@ -102,7 +102,7 @@ def plan_launch(
 ) -> Launch:
     """Offsets and masks are dense, see `Level`."""
     arguments = {"offset": offset, "mask": mask, "plan": plan, **maps.sizes._asdict(), "rows": maps.sampled_rows}
-    grid = (triton.cdiv(maps.sampled_rows, _BLOCK), shape.points)
+    grid = (cdiv(maps.sampled_rows, _BLOCK), shape.points)
     constants = {"K": _plan_config(offset, mask, shape, geometry)}
     return Launch(plan_kernels.plan_kernel, grid, arguments, constants, 4, 1)
 
@@ -120,7 +120,7 @@ def gradients_launch(
     """The gradients have the strides of what they are for."""
     tensors = {"offset": offset, "mask": mask, "grad_offset": grad_offset, "grad_mask": grad_mask}
     arguments = {"products": products, **tensors, **maps.sizes._asdict(), "rows": maps.sampled_rows}
-    grid = (triton.cdiv(maps.sampled_rows, _BLOCK), shape.points)
+    grid = (cdiv(maps.sampled_rows, _BLOCK), shape.points)
     constants = {"K": _plan_config(offset, mask, shape, geometry)}
     return Launch(plan_kernels.gradients_kernel, grid, arguments, constants, 4, 1)
 
@@ -255,7 +255,7 @@ def _backward_weight(target: Tensor, maps: list[Level], plans: list[Plan], rows:
     tiles, _, _ = sampling.weight_steps(maps[0].x, maps[0].shape)
     counts = [level.maps.outputs((tiles.height, tiles.width)).number for level in maps]
     each = sampling.weight_splits(maps[0].x, maps[0].shape, sum(counts))
-    splits = [triton.cdiv(count, each) for count in counts]
+    splits = [cdiv(count, each) for count in counts]
     outputs, channels = target.shape[:2]
     parts = (sum(splits), outputs, maps[0].shape.taps, channels)
     partial = torch.empty(parts, dtype=real(target.dtype), device=target.device)

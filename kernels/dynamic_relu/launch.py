@@ -6,11 +6,11 @@ A launch is prepared as data and run afterwards, so that the ahead-of-time compi
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels.dynamic_relu import kernels
 from kernels.runtime.launch import Launch, Launcher, real, triton_real
+from kernels.runtime.tiles import cdiv, power_of_2
 
 # Elements of a block.
 _FORWARD_TILE = 4096
@@ -46,10 +46,10 @@ class _Blocks(NamedTuple):
 def _blocks(elements: int, pixels: int, channels: int, pixels_innermost: bool) -> _Blocks:
     # The innermost dimension takes up to 256 elements, which is what a warp reads at once, the other one the rest.
     inner, outer = (pixels, channels) if pixels_innermost else (channels, pixels)
-    inner = min(triton.next_power_of_2(inner), 256)
-    outer = min(triton.next_power_of_2(outer), elements // inner)
+    inner = min(power_of_2(inner), 256)
+    outer = min(power_of_2(outer), elements // inner)
     block_p, block_c = (inner, outer) if pixels_innermost else (outer, inner)
-    return _Blocks(block_p, block_c, triton.cdiv(pixels, block_p), triton.cdiv(channels, block_c))
+    return _Blocks(block_p, block_c, cdiv(pixels, block_p), cdiv(channels, block_c))
 
 
 def forward_launch(output: Tensor, input: Tensor, coefficients: Tensor) -> Launch:
@@ -72,7 +72,7 @@ def backward_steps(grad_input: Tensor) -> tuple[_Blocks, int, int]:
     # so that few variants are compiled; a constant there, because Triton 3.6 interprets no other range under NumPy 2.4.
     steps = min(tiles, max(1, n * tiles * blocks.along_channels // _BACKWARD_PROGRAMS))
     steps = 2 ** (steps.bit_length() - 1)
-    return blocks, steps, triton.cdiv(tiles, steps)
+    return blocks, steps, cdiv(tiles, steps)
 
 
 def backward_launch(

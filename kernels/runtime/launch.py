@@ -196,10 +196,10 @@ class Launcher:
         tensors: list[Tensor] = []
         key: list[Any] = []
         _tell(told, tensors, key)
-        numbers = {id(x): number for number, x in enumerate(tensors)}
-        if len(numbers) < len(tensors):
+        places = [*map(id, tensors)]
+        if len(set(places)) < len(places):
             # Which of them are one and the same.
-            key += [numbers[id(x)] for x in tensors]
+            key += map(places.index, places)
         whole = (self, tensors[0].device, choices(tensors[0].dtype), *key)
         prepared = kept.get(whole)
         if prepared is not None:

@@ -8,7 +8,7 @@ is read once and only looked up afterwards: nothing is ever timed while a model 
 import json
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -50,6 +50,17 @@ class Table(dict[str, Tiles]):
 # (kernel, class of type, input channels, output channels)
 Key = tuple[str, str, int, int]
 _on_trial: dict[str, Tiles] = {}
+
+
+# Triton's own are made for kernels as well, and cost as much as a launch.
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def power_of_2(number: int) -> int:
+    """The least power of two that is no less than a positive number."""
+    return 1 << (number - 1).bit_length()
 
 
 def precision(dtype: torch.dtype, device: torch.device) -> str:
@@ -135,10 +146,10 @@ def fit(table: Table, dtype: torch.dtype, device: torch.device, span: int, o: in
         or table.of(kind, family(device))
     )
     # A product needs at least 16 of each.
-    c, o = (min(most, max(16, triton.next_power_of_2(size))) for most, size in ((tiles.c, span), (tiles.o, o)))
-    tiles = replace(tiles, c=c, o=o)
+    c, o = (min(most, max(16, power_of_2(size))) for most, size in ((tiles.c, span), (tiles.o, o)))
     # The interpreter's time is that of its programs' number, hardly of their size; a warp has 16 pixels, as on a GPU.
-    return replace(tiles, height=16, width=16, warps=16) if INTERPRET else tiles
+    height, width, warps = (16, 16, 16) if INTERPRET else (tiles.height, tiles.width, tiles.warps)
+    return Tiles(height, width, c, o, warps, tiles.stages)
 
 
 @contextmanager

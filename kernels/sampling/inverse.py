@@ -3,11 +3,10 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels.runtime.launch import Launch, Launcher
-from kernels.runtime.tiles import Table, Tiles, family
+from kernels.runtime.tiles import Table, Tiles, cdiv, family
 from kernels.sampling import inverse_kernels
 from kernels.sampling.inverse_kernels import Index
 from kernels.sampling.launch import Maps, Shape, config, tiles_of
@@ -74,7 +73,7 @@ def gather_launch(
     tiles = tiles_of(GATHER, grad, shape)
     tiling = maps.inputs((tiles.height, tiles.width))
     wide = tiles.c * (2 if shape.span > tiles.c else 1)
-    grid = (tiling.number, shape.channels * shape.groups // shape.span * triton.cdiv(shape.span, wide))
+    grid = (tiling.number, shape.channels * shape.groups // shape.span * cdiv(shape.span, wide))
     tensors = {"grad": grad, "weight": weight, "plan": plan, "index": index, "out": out, "tables": tiling.tables}
     numbers = {"H": tiling.sizes.H, "W": tiling.sizes.W, "rows": maps.sampled_rows, **_numbers(bins), "taps": taps}
     known = config(grad, shape, maps, tiling, tiles)
@@ -94,7 +93,7 @@ def entries(dtype: torch.dtype, device: torch.device) -> int:
 
 def map_bins(height: int, width: int, tiles: Tiles) -> int:
     """How many bins an image of a map has."""
-    return (2 * triton.cdiv(height, tiles.height) + 1) * (2 * triton.cdiv(width, tiles.width) + 1)
+    return (2 * cdiv(height, tiles.height) + 1) * (2 * cdiv(width, tiles.width) + 1)
 
 
 def index(keys: Tensor, bins: int) -> Index:

@@ -10,13 +10,12 @@ from math import gcd
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import INTERPRET
 from kernels.runtime.launch import Launch, Launcher, multiprocessors, triton_real
-from kernels.runtime.tiles import Table, Tiles, fit, packs, precision
+from kernels.runtime.tiles import Table, Tiles, cdiv, fit, packs, precision
 from kernels.sampling import gradient_kernels, pack_kernels, product_kernels
 from kernels.sampling.maps import Levels, Sizes, Tables
 from kernels.sampling.pack_kernels import Weights
@@ -151,7 +150,7 @@ class Single:
         return self._tiling(self.sizes.H, self.sizes.W, size)
 
     def _tiling(self, height: int, width: int, size: tuple[int, int]) -> Tiling:
-        return Tiling(None, self.sizes, self.batch * triton.cdiv(height, size[0]) * triton.cdiv(width, size[1]))
+        return Tiling(None, self.sizes, self.batch * cdiv(height, size[0]) * cdiv(width, size[1]))
 
 
 def new_plan(x: Tensor, samples: int) -> Plan:
@@ -225,7 +224,7 @@ def forward_launch(
     """Write the products `out` (rows, outputs of all groups); tensors as in `product_kernels.forward_kernel`."""
     tiles = tiles_of(FORWARD, x, shape)
     tiling = maps.outputs((tiles.height, tiles.width))
-    grid = (tiling.number, shape.groups * triton.cdiv(shape.outputs, tiles.o))
+    grid = (tiling.number, shape.groups * cdiv(shape.outputs, tiles.o))
     tensors = {"x": x, "weight": weight, "bias": bias, "plan": plan, "out": out, "sums": sums}
     known = config(x, shape, maps, tiling, tiles)
     where = {"tables": tiling.tables, **tiling.sizes._asdict(), "rows": maps.sampled_rows}
@@ -250,8 +249,8 @@ def samples_launch(
     tiling = maps.outputs((tiles.height, tiles.width))
     # Where tiles are few, their points are spread over programs.
     splits = min(shape.points, max(1, 2 * multiprocessors(x.device) // tiling.number))
-    each = triton.cdiv(shape.points, splits)
-    grid = (tiling.number, triton.cdiv(shape.points, each))
+    each = cdiv(shape.points, splits)
+    grid = (tiling.number, cdiv(shape.points, each))
     tensors = {"grad": grad, "x": x, "weight": weight, "plan": plan, "products": products, "grad_x": grad_x}
     known = config(x, shape, maps, tiling, tiles)
     where = {"tables": tiling.tables, **tiling.sizes._asdict(), "rows": maps.sampled_rows, "each": each}
@@ -261,14 +260,14 @@ def samples_launch(
 def weight_steps(x: Tensor, shape: Shape) -> tuple[Tiles, int, int]:
     """The tiles of the weight's gradient, and programs of its grid along the first two axes."""
     tiles = tiles_of(WEIGHT, x, shape)
-    steps = shape.taps * (shape.channels // shape.span) * triton.cdiv(shape.span, tiles.c)
-    return tiles, steps, shape.groups * triton.cdiv(shape.outputs, tiles.o)
+    steps = shape.taps * (shape.channels // shape.span) * cdiv(shape.span, tiles.c)
+    return tiles, steps, shape.groups * cdiv(shape.outputs, tiles.o)
 
 
 def weight_splits(x: Tensor, shape: Shape, count: int) -> int:
     """How many tiles, of `count`, a program of the weight's gradient sums over."""
     _, steps, blocks = weight_steps(x, shape)
-    return triton.cdiv(count, max(1, _WAVES * multiprocessors(x.device) // (steps * blocks)))
+    return cdiv(count, max(1, _WAVES * multiprocessors(x.device) // (steps * blocks)))
 
 
 def weight_launch(
@@ -298,7 +297,7 @@ def sum_launch(partial: Tensor, targets: tuple[Tensor, ...], bounds: Tensor | No
     three = (*targets, *[targets[0]] * (3 - len(targets)))
     splits, outputs, taps, channels = partial.shape
     block = 2048 if INTERPRET else 128
-    grid = (triton.cdiv(outputs * taps * channels, block), 1 if bounds is None else len(bounds))
+    grid = (cdiv(outputs * taps * channels, block), 1 if bounds is None else len(bounds))
     constants = {"OUT": outputs, "C": channels, "TAPS": taps, "KW": targets[0].shape[3], "BLOCK": block}
     constants |= {"REAL": triton_real(partial.dtype)}
     tensors = {"partial": partial, "target": Weights(*three, *targets[0].stride()), "bounds": bounds}
