@@ -21,7 +21,8 @@ SIZES = [((7, 10), (4, 5), (2, 3)), ((6, 4), (3, 2)), ((5, 5),)]
 @pytest.fixture
 def prepared(monkeypatch):
     """Every launch that was described, and the arguments of all that ran, which must be those of a new launch."""
-    described, ran, call, describe = [], without_work(monkeypatch), launch.Launcher.__call__, launch.Launch.__init__
+    described, ran, call, describe = [], [], launch.Launcher.__call__, launch.Launch.__init__
+    without_work(monkeypatch, ran.append)
     # No layout that another test has left.
     monkeypatch.setattr(layout, "_layout", lru_cache(layout.Layout))
 

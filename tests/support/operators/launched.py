@@ -1,5 +1,6 @@
 """What kernels are run with, where none of them runs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import triton
@@ -9,14 +10,12 @@ from kernels import backend
 from kernels.block import dyhead_block
 
 
-def without_work(monkeypatch) -> list[dict[str, Any]]:
-    """Kernels are launched on a CPU as on a GPU, but do nothing; the arguments of each are added to the result."""
-    ran: list[dict[str, Any]] = []
-    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda self, *_, **named: ran.append(named))
+def without_work(monkeypatch, see: Callable[[dict[str, Any]], None] = lambda arguments: None) -> None:
+    """Kernels are launched on a CPU as on a GPU, but do nothing; `see` is told what each is run with."""
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda self, *_, **named: see(named))
     # Kernels that are never run do not need an interpreter on a CPU.
     for module in (backend, dyhead_block):
         monkeypatch.setattr(module, "INTERPRET", True)
-    return ran
 
 
 def same(found: dict[str, Any], expected: dict[str, Any]) -> bool:
