@@ -78,18 +78,19 @@ class Launch:
     def without(self, tensors: Sequence[Tensor]) -> "Prepared | None":
         """The launch with places for these tensors; None where it has memory of its own."""
         places = {id(x): place for place, x in enumerate(tensors)}
-        numbers, slots = {}, []
+        rest, alone, together = self._settings(), [], []
         for name, value in self.arguments.items():
             fields = value if isinstance(value, tuple) else (value,)
             if name in self.tables or not any(isinstance(x, Tensor) for x in fields):
-                numbers[name] = value
-                continue
-            if any(isinstance(x, Tensor) and id(x) not in places for x in fields):
+                rest[name] = value
+            elif any(isinstance(x, Tensor) and id(x) not in places for x in fields):
                 return None
-            kind = type(value) if isinstance(value, tuple) else None
-            found = tuple(_Place(places[id(x)]) if isinstance(x, Tensor) else x for x in fields)
-            slots.append(_Slot(name, kind, found))
-        return Prepared(self.kernel[self.grid], tuple(slots), numbers | self._settings())
+            elif isinstance(value, Tensor):
+                alone.append((name, places[id(value)]))
+            else:
+                found = tuple((True, places[id(x)]) if isinstance(x, Tensor) else (False, x) for x in fields)
+                together.append((name, type(value), found))
+        return Prepared(self.kernel[self.grid], tuple(alone), tuple(together), rest)
 
     def spec(self, name: str, dtype: torch.dtype, uses_dot: bool = False) -> CompileSpec:
         """What ahead-of-time compilation needs; the launch may have tensors on the `meta` device."""
@@ -133,35 +134,31 @@ class Launch:
         }
 
 
-class _Place(NamedTuple):
-    """A tensor that is still to come: its place among them."""
-
-    number: int
-
-
-class _Slot(NamedTuple):
-    """An argument with tensors in it: its name, its NamedTuple if it is one, its fields."""
-
-    name: str
-    kind: type | None
-    fields: tuple[Any, ...]
-
-
 class Prepared(NamedTuple):
-    """A launch whose tensors are still to come: the kernel on its grid, where they go, and all else by name."""
+    """A launch whose tensors are still to come.
+
+    Attributes:
+        kernel: On its grid.
+        alone: Arguments that are tensors: their names and which tensors they are.
+        together: Arguments that are NamedTuples with tensors: their names and types, and for every field whether it is
+            a tensor, and which one or else what.
+        rest: All other arguments by name.
+    """
 
     kernel: Callable[..., None]
-    slots: tuple[_Slot, ...]
+    alone: tuple[tuple[str, int], ...]
+    together: tuple[tuple[str, type, tuple[tuple[bool, Any], ...]], ...]
     rest: dict[str, Any]
 
     def run(self, tensors: Sequence[Tensor]) -> None:
         """Run it with tensors that differ from those it was made for in their memory alone."""
-        arguments: dict[str, Any] = {}
-        for name, kind, fields in self.slots:
-            found = [tensors[x.number] if type(x) is _Place else x for x in fields]
-            arguments[name] = found[0] if kind is None else kind(*found)
+        arguments = self.rest.copy()
+        for name, place in self.alone:
+            arguments[name] = tensors[place]
+        for name, kind, fields in self.together:
+            arguments[name] = kind(*[tensors[x] if is_tensor else x for is_tensor, x in fields])
         with torch.cuda.device(tensors[0].get_device()):
-            self.kernel(**arguments, **self.rest)
+            self.kernel(**arguments)
 
 
 class Owner:
@@ -216,11 +213,14 @@ class Launcher:
 def _tell(values: tuple[Any, ...], tensors: list[Tensor], key: list[Any]) -> None:
     """Add all tensors to `tensors`, and to `key` what is known of them without their memory, and everything else."""
     for x in values:
-        if isinstance(x, Tensor):
-            tensors.append(x)
-            key += (x.shape, x.stride(), x.dtype)
+        # Whether something is a tensor takes longest to say of what is none.
+        if x is None or type(x) is int:
+            key.append(x)
         elif isinstance(x, tuple):
             _tell(x, tensors, key)
+        elif isinstance(x, Tensor):
+            tensors.append(x)
+            key += (x.shape, x.stride(), x.dtype)
         else:
             key.append(x)
 
