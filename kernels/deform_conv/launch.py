@@ -6,7 +6,7 @@ large as a column matrix is stored: a sample has 12 bytes in 16 bits, 20 in floa
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,14 +97,17 @@ def _plan_config(offset: Tensor, mask: Tensor | None, shape: Shape, geometry: Ge
     )
 
 
+def _points_launch(kernel: Any, tensors: dict[str, Any], config: Config, shape: Shape, maps: Single) -> Launch:
+    arguments = tensors | {**maps.sizes._asdict(), "rows": maps.sampled_rows}
+    return Launch(kernel, (cdiv(maps.sampled_rows, _BLOCK), shape.points), arguments, {"K": config}, 4, 1)
+
+
 def plan_launch(
     offset: Tensor, mask: Tensor | None, plan: Plan, shape: Shape, geometry: Geometry, maps: Single
 ) -> Launch:
     """Offsets and masks are dense, see `Level`."""
-    arguments = {"offset": offset, "mask": mask, "plan": plan, **maps.sizes._asdict(), "rows": maps.sampled_rows}
-    grid = (cdiv(maps.sampled_rows, _BLOCK), shape.points)
-    constants = {"K": _plan_config(offset, mask, shape, geometry)}
-    return Launch(plan_kernels.plan_kernel, grid, arguments, constants, 4, 1)
+    tensors, config = {"offset": offset, "mask": mask, "plan": plan}, _plan_config(offset, mask, shape, geometry)
+    return _points_launch(plan_kernels.plan_kernel, tensors, config, shape, maps)
 
 
 def gradients_launch(
@@ -118,11 +121,9 @@ def gradients_launch(
     maps: Single,
 ) -> Launch:
     """The gradients have the strides of what they are for."""
-    tensors = {"offset": offset, "mask": mask, "grad_offset": grad_offset, "grad_mask": grad_mask}
-    arguments = {"products": products, **tensors, **maps.sizes._asdict(), "rows": maps.sampled_rows}
-    grid = (cdiv(maps.sampled_rows, _BLOCK), shape.points)
-    constants = {"K": _plan_config(offset, mask, shape, geometry)}
-    return Launch(plan_kernels.gradients_kernel, grid, arguments, constants, 4, 1)
+    tensors = {"products": products, "offset": offset, "mask": mask, "grad_offset": grad_offset, "grad_mask": grad_mask}
+    config = _plan_config(offset, mask, shape, geometry)
+    return _points_launch(plan_kernels.gradients_kernel, tensors, config, shape, maps)
 
 
 _plan, _gradients = Launcher(plan_launch), Launcher(gradients_launch)

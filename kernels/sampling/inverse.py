@@ -59,15 +59,7 @@ def _numbers(bins: Bins) -> dict[str, int]:
 
 
 def gather_launch(
-    grad: Tensor,
-    weight: Tensor,
-    plan: Plan,
-    index: Index,
-    out: Tensor,
-    bins: Bins,
-    taps: int,
-    shape: Shape,
-    maps: Maps,
+    grad: Tensor, weight: Tensor, plan: Plan, index: Index, out: Tensor, bins: Bins, taps: int, shape: Shape, maps: Maps
 ) -> Launch:
     """Write the gradient of the maps without atomics; tensors as in `inverse_kernels.gather_kernel`."""
     tiles = tiles_of(GATHER, grad, shape)

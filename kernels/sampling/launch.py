@@ -57,12 +57,7 @@ WEIGHT = Table(
 _WAVES = 4
 
 
-TYPES = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
+TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 class Shape(NamedTuple):
@@ -207,19 +202,15 @@ def config(x: Tensor, shape: Shape, maps: Maps, tiling: Tiling, tiles: Tiles) ->
     )
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], tiles: Tiles, config: Config, arguments: dict[str, Any]) -> Launch:
-    return Launch(kernel, grid, arguments, {"K": config}, tiles.warps, tiles.stages, tables=("tables",))
+def _launch(
+    kernel: Any, grid: tuple[int, ...], known: Config, tiles: Tiles, tiling: Tiling, maps: Maps, others: dict[str, Any]
+) -> Launch:
+    where = {"tables": tiling.tables, **tiling.sizes._asdict(), "rows": maps.sampled_rows}
+    return Launch(kernel, grid, others | where, {"K": known}, tiles.warps, tiles.stages, tables=("tables",))
 
 
 def forward_launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    plan: Plan,
-    out: Tensor,
-    sums: Sums | None,
-    shape: Shape,
-    maps: Maps,
+    x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, out: Tensor, sums: Sums | None, shape: Shape, maps: Maps
 ) -> Launch:
     """Write the products `out` (rows, outputs of all groups); tensors as in `product_kernels.forward_kernel`."""
     tiles = tiles_of(FORWARD, x, shape)
@@ -227,8 +218,7 @@ def forward_launch(
     grid = (tiling.number, shape.groups * cdiv(shape.outputs, tiles.o))
     tensors = {"x": x, "weight": weight, "bias": bias, "plan": plan, "out": out, "sums": sums}
     known = config(x, shape, maps, tiling, tiles)
-    where = {"tables": tiling.tables, **tiling.sizes._asdict(), "rows": maps.sampled_rows}
-    return _launch(product_kernels.forward_kernel, grid, tiles, known, tensors | where)
+    return _launch(product_kernels.forward_kernel, grid, known, tiles, tiling, maps, tensors)
 
 
 def samples_launch(
@@ -253,8 +243,7 @@ def samples_launch(
     grid = (tiling.number, cdiv(shape.points, each))
     tensors = {"grad": grad, "x": x, "weight": weight, "plan": plan, "products": products, "grad_x": grad_x}
     known = config(x, shape, maps, tiling, tiles)
-    where = {"tables": tiling.tables, **tiling.sizes._asdict(), "rows": maps.sampled_rows, "each": each}
-    return _launch(gradient_kernels.samples_kernel, grid, tiles, known, tensors | where)
+    return _launch(gradient_kernels.samples_kernel, grid, known, tiles, tiling, maps, tensors | {"each": each})
 
 
 def weight_steps(x: Tensor, shape: Shape) -> tuple[Tiles, int, int]:
@@ -277,16 +266,10 @@ def weight_launch(
     tiles, steps, blocks = weight_steps(x, shape)
     tiling = maps.outputs((tiles.height, tiles.width))
     known = config(x, shape, maps, tiling, tiles)
-    tensors = {"grad": grad, "x": x, "plan": plan, "partial": partial, "splits": splits}
-    where = {
-        "tables": tiling.tables,
-        **tiling.sizes._asdict(),
-        "rows": maps.sampled_rows,
-        "each": each,
-        "tiles": tiling.number,
-    }
+    others = {"grad": grad, "x": x, "plan": plan, "partial": partial, "splits": splits}
+    others |= {"each": each, "tiles": tiling.number}
     grid = (steps, blocks, len(partial))
-    return _launch(gradient_kernels.weight_kernel, grid, tiles, known, tensors | where)
+    return _launch(gradient_kernels.weight_kernel, grid, known, tiles, tiling, maps, others)
 
 
 def sum_launch(partial: Tensor, targets: tuple[Tensor, ...], bounds: Tensor | None) -> Launch:
