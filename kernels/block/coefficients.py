@@ -89,24 +89,23 @@ def backward(
         layout: Rows and tables of the pyramid.
     """
     grad_statistics = torch.empty_like(saved.statistics)
-    rows, columns = len(layout.sizes) * layout.batch, sums(saved)
+    rows, columns = len(layout.sizes) * layout.batch, sums(saved.statistics.shape[-1], saved.hidden)
     factors = saved.statistics.shape[-1] + saved.hidden if saved.hidden else 0
     found = partial.new_empty((rows, columns + factors))
     _run_backward(partial, bounds, saved, grad_statistics, found, groups, eps, layout)
     return grad_statistics, found
 
 
-def sums(saved: Saved) -> int:
-    """Columns of a row of sums that are only to be added up."""
-    channels, hidden = saved.statistics.shape[-1], saved.hidden
+def sums(channels: int, hidden: int) -> int:
+    """Columns of a row of sums that are only to be added up; `hidden` as in `Saved`."""
     return kernels.LINES.value * channels + (4 * channels + hidden if hidden else 0) + 1
 
 
 def empty_gradients(saved: Saved) -> Tensor:
     """Memory for the gradients of the parameters as `kernels.add_parameters` writes them."""
     dtype = reduce(torch.promote_types, {x.dtype for x in saved.parameters if x is not None})
-    matrices = 5 * saved.statistics.shape[-1] * saved.hidden
-    return saved.statistics.new_empty(matrices + sums(saved), dtype=dtype)
+    channels, hidden = saved.statistics.shape[-1], saved.hidden
+    return saved.statistics.new_empty(5 * channels * hidden + sums(channels, hidden), dtype=dtype)
 
 
 def split_gradients(grads: Tensor, saved: Saved) -> list[Tensor | None]:

@@ -184,26 +184,26 @@ def backward_sums(
 def _maps_launch(
     grad_m: Tensor,
     sampled: Tensor,
-    saved: coefficients.Saved,
-    grad_statistics: Tensor,
-    sums: Tensor,
-    grads: Tensor,
+    lines: Tensor,
+    statistics: tuple[Tensor, Tensor],
+    added: tuple[Tensor, Tensor],
     grad_sampled: Tensor | None,
+    hidden: int,
     layout: Layout,
 ) -> Launch:
-    """Without `grad_sampled` there are no programs for it."""
+    """`statistics` and their gradients; sums that are `added` up, and where to. No programs without `grad_sampled`."""
     arguments, constants, blocks = _common(sampled, layout)
-    channels, hidden, kinds = sampled.shape[1], saved.hidden, saved.coefficients.shape[2]
+    channels = sampled.shape[1]
     pixels = _pixels(channels, _MAPS)
     work = layout.sampled_runs(pixels)
     matrices = sum(cdiv(n, _ADDED) for n in (4 * channels, channels)) * cdiv(hidden, _ADDED)
-    adders = matrices + cdiv(coefficients.sums(saved), _ADDED)
-    arguments |= {"grad_m": grad_m, "coefficients": saved.coefficients, "statistics": saved.statistics}
-    arguments |= {"grad_statistics": grad_statistics, "problems": layout.table, "work": work}
-    arguments |= {"axes": kernels.Axes(layout.axes, layout.firsts), "parameters": kernels.Added(sums, grads)}
+    adders = matrices + cdiv(coefficients.sums(channels, hidden), _ADDED)
+    arguments |= {"grad_m": grad_m, "coefficients": lines, "statistics": statistics[0]}
+    arguments |= {"grad_statistics": statistics[1], "problems": layout.table, "work": work}
+    arguments |= {"axes": kernels.Axes(layout.axes, layout.firsts), "parameters": kernels.Added(*added)}
     arguments |= {"grad_sampled": sampled if grad_sampled is None else grad_sampled}
     arguments |= {"batch": layout.batch, "slots": len(layout.slots), "span": layout.span, "adders": adders}
-    constants |= {"KINDS": kinds, "R": hidden, "PIXELS": pixels, "BLOCK_A": _ADDED}
+    constants |= {"KINDS": lines.shape[2], "R": hidden, "PIXELS": pixels, "BLOCK_A": _ADDED}
     grid = (adders + (0 if grad_sampled is None else len(work)), blocks)
     return Launch(kernels.backward_maps_kernel, grid, arguments, constants, tables=TABLES)
 
@@ -225,7 +225,8 @@ def backward_maps(
     """The gradients of the sampled maps, (Q, C), and of the parameters; the last step of `backward`."""
     grad_sampled = torch.empty_like(sampled) if to_sampled else None
     grads = coefficients.empty_gradients(saved)
-    _run_maps(grad_m, sampled, saved, grad_statistics, sums, grads, grad_sampled, layout)
+    both, added = (saved.statistics, grad_statistics), (sums, grads)
+    _run_maps(grad_m, sampled, saved.coefficients, both, added, grad_sampled, saved.hidden, layout)
     return grad_sampled, coefficients.split_gradients(grads, saved)
 
 
@@ -239,12 +240,10 @@ def launches(pyramid: Tensor, sampled: Tensor, layout: Layout, kinds: int, recti
     one = sampled.new_empty((), dtype=layout.real)
     layout.run_bounds(_pixels_a_run(sampled, layout))
     statistics, lines = one.expand(3, levels, 3, batch, channels), one.expand(levels, batch, kinds, channels)
-    hidden = channels // 4 if kinds == 8 else 0
-    parameters = [*(one.expand(channels),) * 11, *((one.expand(hidden),) if hidden else (None,)) * 4]
-    saved = coefficients.Saved(lines, one, statistics, tuple(parameters))
+    maps = lines, (statistics, statistics), (one, one), sampled, channels // 4 if kinds == 8 else 0
     return {
         "statistics": _statistics_launch(sampled, one, counters(layout), layout),
         "tail forward": _forward_launch(sampled, lines, pyramid, rectified, layout),
         "tail backward sums": _sums_launch(pyramid, sampled, lines, pyramid, one, rectified, layout),
-        "tail backward maps": _maps_launch(pyramid, sampled, saved, statistics, one, one, sampled, layout),
+        "tail backward maps": _maps_launch(pyramid, sampled, *maps, layout),
     }
