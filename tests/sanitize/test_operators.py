@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from deform_conv_cases import CASES, Case, check
+from deform_conv_cases import CASES, Case, check, check_sample
 from half_precision import check_half
 
 from kernels import batched_nms, border_align, deform_conv2d, dynamic_relu, nms, roi_align, use_backend
+from kernels.bench.op import OPS, Shape, rounding
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 # Several programs in every direction, and not a whole number of tiles.
@@ -42,6 +43,19 @@ def test_deform_conv2d(masked, dtype, algorithms):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_geometries_of_deform_conv2d(case):
     check(deform_conv2d, case, torch.bfloat16, "cuda")
+
+
+@HALVES
+def test_no_error_of_deform_conv2d_is_larger_than_a_plain_chains(dtype):
+    op = OPS["deform_conv2d"]
+    tensors = op.make_inputs(Shape("", 1, 64, 8, 17), dtype, "cuda", 0)
+    errors, limits = op.errors(op.function, tensors), op.limits(tensors, rounding(dtype, 9 * 64))
+    assert [name for name, error in errors.items() if not error <= limits[name]] == [], (errors, limits)
+
+
+@HALVES
+def test_a_sample_loses_less_than_in_a_plain_chain(dtype):
+    check_sample(dtype, "cuda")
 
 
 @HALVES

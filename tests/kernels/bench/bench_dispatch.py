@@ -114,6 +114,9 @@ def per_empty(call: Callable[[], object]) -> float:
     """The time of a call over that of the empty operator, the least of many rounds of both in turn."""
 
     def seconds(function: Callable[[], object]) -> float:
+        if torch.cuda.is_available():
+            # A full queue would make the host wait.
+            torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(CALLS):
             function()
