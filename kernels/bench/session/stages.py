@@ -209,6 +209,11 @@ def is_done(kind: str, store: Store) -> bool:
     return any(s.kind == kind and s.name in outcomes and outcomes[s.name].outcome == DONE for s in every)
 
 
+def _ours() -> dict[str, str]:
+    """The environment but for what pytest-xdist tells its workers: a stage may be a run of tests of its own."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+
+
 def run(stage: Stage, store: Store, process: Callable[[list[str], dict[str, str]], str]) -> str:
     """Run a stage and add its rows; returns its outcome.
 
@@ -222,7 +227,7 @@ def run(stage: Stage, store: Store, process: Callable[[list[str], dict[str, str]
     environment = {"TRITON_INTERPRET": "1"} if store.rehearsed and stage.kind != "benchmark" else {}
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        outcome = process([sys.executable, *kind.command(stage, store, place)], dict(os.environ) | environment)
+        outcome = process([sys.executable, *kind.command(stage, store, place)], _ours() | environment)
         try:
             if outcome == DONE or kind.partly or any(place.iterdir()):
                 kind.collect(stage, store, place)
