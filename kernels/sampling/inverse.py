@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from kernels.runtime.launch import Launch, Launcher
@@ -69,6 +70,9 @@ def gather_launch(
     tensors = {"grad": grad, "weight": weight, "plan": plan, "index": index, "out": out, "tables": tiling.tables}
     numbers = {"H": tiling.sizes.H, "W": tiling.sizes.W, "rows": maps.sampled_rows, **_numbers(bins), "taps": taps}
     known = config(grad, shape, maps, tiling, tiles)
+    # Rows of all images, and not of one, are found by their numbers.
+    if maps.sampled_rows * shape.groups * shape.outputs >= 2**31:
+        known = known._replace(INDEX=tl.int64)
     constants = {"K": known, "ENTRIES": entries(grad.dtype, grad.device)}
     arguments = tensors | {"first_bins": bins.firsts} | numbers
     kernel = inverse_kernels.gather_kernel
@@ -94,7 +98,12 @@ def index(keys: Tensor, bins: int) -> Index:
     Args:
         keys: (samples,) int32, the bin of every sample, or `bins` for one that is in none.
         bins: Number of bins.
+
+    Raises:
+        ValueError: There are 2**31 samples or more.
     """
+    if len(keys) >= 2**31:
+        raise ValueError(f"deterministic gradients need fewer than 2**31 samples, got {len(keys)}; pass fewer images")
     found = torch.sort(keys, stable=True)
     edges = torch.arange(bins + 1, dtype=torch.int32, device=keys.device)
     # Of a number of 64 bits a kernel reads the lower half.

@@ -13,6 +13,8 @@ from kernels.bench.roofline import float32_products
 from kernels.bench.specs import all_specs
 from kernels.deform_conv.launch import levels
 from kernels.runtime.launch import Launch
+from kernels.sampling.inverse import Bins, gather_launch
+from kernels.sampling.inverse_kernels import Index
 from kernels.sampling.launch import forward_launch, new_plan
 
 
@@ -76,6 +78,19 @@ def test_large_images_take_64_bit_places():
 
     assert str(launch(1024).constants["K"].INDEX) == "int32"
     assert str(launch(8192).constants["K"].INDEX) == "int64"
+
+
+def test_many_images_take_64_bit_rows_in_the_gather():
+    def launch(batch: int) -> Launch:
+        new = lambda channels: torch.empty(batch, channels, 100, 168, dtype=torch.bfloat16, device="meta")  # noqa: E731
+        weight = torch.empty(256, 256, 3, 3, dtype=torch.bfloat16, device="meta")
+        (level,) = levels([new(256)], [new(18)], [new(9)], weight, [1, 1], [1, 1], [1, 1])
+        numbers = torch.empty(16, dtype=torch.int32, device="meta")
+        tensors = new(256), weight, new_plan(weight, 1), Index(numbers, numbers), new(256)
+        return gather_launch(*tensors, Bins(None, 16, 0, 0), 9, level.shape, level.maps)
+
+    assert str(launch(499).constants["K"].INDEX) == "int32"
+    assert str(launch(500).constants["K"].INDEX) == "int64"
 
 
 @pytest.mark.parametrize(("name", "gathers"), [("samples", 4), ("weight", 8)])
