@@ -79,13 +79,12 @@ def test_two_images_and_more_channels_than_a_block():
     check(*make("LS", sizes=((3, 4), (2, 2)), channels=48))
 
 
-@pytest.mark.parametrize("mode", ["crop", "prefix", "resize"])
-def test_every_way_to_coarser_offsets(mode):
+@pytest.mark.parametrize("mode", ["prefix", "resize"])
+def test_every_other_way_to_coarser_offsets(mode):
     check(*make("LS", sizes=((5, 7), (3, 4)), mode=mode))
 
 
 def test_biases_of_the_released_layout():
-    check(*make("LC", biases=True))
     check(*make("LSC", sizes=((3, 2), (2, 1)), biases=True))
 
 

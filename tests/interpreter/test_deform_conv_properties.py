@@ -20,7 +20,7 @@ from kernels import use_backend
 FLOATING = [torch.float32, torch.float32, torch.float64, torch.float16]
 MALFORMED = settings(max_examples=280, deadline=None, derandomize=True, database=None)
 # Every call is some tenths of a second, and making a failure smaller would take hundreds of them.
-EXTREME = settings(MALFORMED, max_examples=20, phases=[Phase.generate])
+EXTREME = settings(MALFORMED, max_examples=10, phases=[Phase.generate])
 levels = pytest.mark.parametrize("levels", [False, True], ids=["one", "levels"])
 
 
