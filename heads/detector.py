@@ -162,7 +162,12 @@ class Detector(nn.Module):
         return self.head.needs_masks
 
     def forward(
-        self, images: list[Tensor], targets: list[Target] | None = None, *, check_targets: bool = True
+        self,
+        images: list[Tensor],
+        targets: list[Target] | None = None,
+        *,
+        check_targets: bool = True,
+        features: list[Tensor] | None = None,
     ) -> dict[str, Tensor] | list[ImageDetections]:
         """Losses in training, detections in evaluation; the class's docstring has both formats.
 
@@ -172,6 +177,8 @@ class Detector(nn.Module):
             check_targets: Whether the targets are looked at first. On a GPU this waits once for what is on its way
                 there. Without it they must be right, `boxes` float32 and `labels` int64: a wrong one may train to
                 nothing without a word.
+            features: What the backbone gives for `batch(images)`, where that is known already: of a frozen backbone it
+                need be computed once. The images then only say their sizes.
 
         Returns:
             In training a dict of scalar losses whose sum is minimised, in evaluation one dict of detections an image.
@@ -185,29 +192,35 @@ class Detector(nn.Module):
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         if self.training and check_targets:
             targets = usable_targets(targets, sizes, self.head.num_classes, self.needs_masks, self.mean)
-        outputs = self.raw(self.batch(images), sizes)
+        if features is None:
+            features = self.features(self.batch(images))
+        outputs = self.raw_from(features, self.padded(images), sizes)
         if self.training:
             if targets is None:
                 raise ValueError("targets must be given in training: a list with one dict an image")
             return self.head.loss(outputs, targets, sizes)
         return self.head.predict(outputs, sizes)
 
-    def batch(self, images: list[Tensor]) -> Tensor:
+    def batch(self, images: list[Tensor], padded: tuple[int, int] | None = None) -> Tensor:
         """Normalise images and pad them at the bottom and right to one size.
 
         Args:
             images: RGB, (3, H, W) each, uint8 in 0 … 255 or floating point in 0 … 1.
+            padded: (height, width) to pad to; None for those of `padded`.
 
         Returns:
             (N, 3, H, W), a multiple of `divisor` high and wide, 0 in the padding.
         """
-        height, width = (max(image.shape[d] for image in images) for d in (-2, -1))
-        height, width = (-(-side // self.divisor) * self.divisor for side in (height, width))
-        batch = self.mean.new_zeros(len(images), 3, height, width)
+        batch = self.mean.new_zeros(len(images), 3, *(padded or self.padded(images)))
         for slot, image in zip(batch, images, strict=True):
             unit = image / 255 if image.dtype == torch.uint8 else image
             slot[:, : image.shape[1], : image.shape[2]] = (unit - self.mean) / self.std
         return batch.flip(1) if self.bgr else batch
+
+    def padded(self, images: list[Tensor]) -> tuple[int, int]:
+        """Height and width to which `batch` pads images (3, H, W) of any sizes."""
+        height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
+        return -(-height // self.divisor) * self.divisor, -(-width // self.divisor) * self.divisor
 
     def raw(self, batch: Tensor, sizes: list[tuple[int, int]] | None = None) -> Any:
         """Everything but target assignment and decoding.
@@ -220,9 +233,24 @@ class Detector(nn.Module):
         Returns:
             What the head's `forward` returns.
         """
+        return self.raw_from(self.features(batch), (batch.shape[2], batch.shape[3]), sizes)
+
+    def features(self, batch: Tensor) -> list[Tensor]:
+        """The backbone's maps of a batch (N, 3, H, W), as `batch` gives it."""
         # Channels last is the layout that convolutions, pooling and our kernels run fastest in, on a CPU too.
-        batch = batch.contiguous(memory_format=torch.channels_last)
-        maps = self.trunk(self.fpn(self.backbone(batch)))
+        return self.backbone(batch.contiguous(memory_format=torch.channels_last))
+
+    def raw_from(
+        self, features: list[Tensor], padded: tuple[int, int], sizes: list[tuple[int, int]] | None = None
+    ) -> Any:
+        """What `raw` does behind the backbone.
+
+        Args:
+            features: What `features` gives.
+            padded: (height, width) of the batch.
+            sizes: As for `raw`.
+        """
+        maps = self.trunk(self.fpn(features))
         return self.head(*maps) if isinstance(maps, tuple) else self.head(maps, maps)
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -170,6 +170,8 @@ class ResNet(nn.Module):
     ):
         super().__init__()
         check_finest(finest)
+        # A tuple, whose modules are not registered a second time.
+        self.frozen: tuple[nn.Module, ...] = ()
         kinds = [block] * 4 if isinstance(block, type) else block
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = norm(width)
@@ -201,9 +203,19 @@ class ResNet(nn.Module):
         return [c2, c3, c4, self.layer4(c4)][self.finest - 2 :]
 
     def freeze(self, stages: int) -> None:
-        """Stop training the stem and the first `stages` stages, as detectors on ImageNet weights do (usually 1)."""
-        for module in (self.conv1, self.bn1, *(self.layer1, self.layer2, self.layer3, self.layer4)[:stages]):
-            module.requires_grad_(False)
+        """Stop training the stem and the first `stages` stages, as detectors on ImageNet weights do (usually 1).
+
+        The norms in them keep their statistics from now on, whatever mode the model is in.
+        """
+        self.frozen = (self.conv1, self.bn1, *(self.layer1, self.layer2, self.layer3, self.layer4)[:stages])
+        for module in self.frozen:
+            module.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
 
 Backbone = ResNet | Swin

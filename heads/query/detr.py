@@ -301,12 +301,12 @@ def tokens_of(
 class DETR(Detector):
     """Backbone, one map, encoder and `DETRHead`: the published detector; see the top of this file."""
 
-    def raw(self, batch: Tensor, sizes: list[tuple[int, int]] | None = None) -> DETROutputs:
-        """Head outputs for a normalised, padded batch (N, 3, H, W) of images of these sizes; None says all are full."""
-        padded = (batch.shape[2], batch.shape[3])
-        sizes = [padded] * len(batch) if sizes is None else sizes
-        maps = self.fpn(self.backbone(batch.contiguous(memory_format=torch.channels_last)))
-        return self.head(*self.encode(maps, sizes, padded))
+    def raw_from(
+        self, features: list[Tensor], padded: tuple[int, int], sizes: list[tuple[int, int]] | None = None
+    ) -> DETROutputs:
+        """Head outputs from the backbone's maps of a batch of images of these sizes; None says that all are full."""
+        sizes = [padded] * len(features[0]) if sizes is None else sizes
+        return self.head(*self.encode(self.fpn(features), sizes, padded))
 
     def encode(self, maps: list[Tensor], sizes: list[tuple[int, int]], padded: tuple[int, int]) -> Tokens:
         """What the decoder attends to. Arguments as in `tokens_of`."""
