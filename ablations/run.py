@@ -16,11 +16,11 @@ import torch
 from ablations.data.coco import read_dataset
 from ablations.data.split import Dataset
 from ablations.experiment import logs
-from ablations.experiment.experiment import Event, Job
+from ablations.experiment.experiment import Job
 from ablations.experiment.pool import run_cells
 from ablations.experiment.progress import Progress, clock
 from ablations.experiment.room import Room
-from ablations.experiment.worker import Finished
+from ablations.experiment.worker import Finished, Notice
 from ablations.generate import generate
 from ablations.grid import Cell, build_grid, only
 from ablations.options import RUNS, Options, parse
@@ -143,11 +143,11 @@ def run(plan: Plan, options: Options, data: Dataset) -> None:
         retry_failed=options.retry_failed,
         log=options.log,
     )
-    progress = Progress(len(plan.todo))
+    progress = Progress(plan.todo)
     left = Counter(cell.seed for cell in plan.todo)
     room = Room(options.out)
 
-    def notice(cell: Cell, event: Event | Finished) -> None:
+    def notice(cell: Cell, event: Notice) -> None:
         progress.notice(cell, event)
         if isinstance(event, Finished):
             left[cell.seed] -= 1

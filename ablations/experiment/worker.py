@@ -45,7 +45,8 @@ class Unwritten(NamedTuple):
     reason: str
 
 
-Message = Event | Finished | Elsewhere | Unwritten
+Notice = Event | Finished | Elsewhere
+Message = Notice | Unwritten
 
 
 def work(connection: Connection, job: Job) -> None:
