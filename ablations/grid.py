@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from heads.build import TWO_STAGE
@@ -36,7 +37,9 @@ class Recipe:
         accumulate: Equal parts that a step's images are trained on one after the other, to need less memory.
         optimizer: `"sgd"` or `"adamw"`.
         lr: Learning rate for a batch of `batch_size`.
+        schedule: `"step"`, a tenth after each of the paper's milestones, or `"cosine"`, half a cosine down to 0.
         backbone_lr: Learning rate of the backbone, as a share of `lr`.
+        frozen: Stages of a pretrained backbone that are not trained, the stem with them; 4 for all of them.
         offset_lr: That of layers that predict offsets and masks of samples, as a share of the rate around them.
         weight_decay: Of weights; biases, norms and scales have none.
         warmup: Steps of the linear warm-up.
@@ -51,7 +54,9 @@ class Recipe:
     accumulate: int = 1
     optimizer: str = "sgd"
     lr: float
+    schedule: str = "step"
     backbone_lr: float = 1.0
+    frozen: int = 1
     offset_lr: float
     weight_decay: float
     warmup: int
@@ -157,7 +162,8 @@ class Preset(Recipe):
     Attributes:
         description: One line for the help of the command line.
         difficulty: Of the generated data.
-        pretrained: Whether the backbone begins with its published weights unless others are named.
+        weights: What the backbone begins with unless the command line says: `"none"`; `"published"`, its ImageNet
+            weights; or `"shipped"`, those of `SHIPPED`, on the generated set.
         depths: DyHead blocks of the grids that vary them.
         one_depth: DyHead blocks of the grids that vary something else.
         seeds: How often each cell is trained unless the command line says.
@@ -168,7 +174,7 @@ class Preset(Recipe):
 
     description: str
     difficulty: str
-    pretrained: bool = False
+    weights: Literal["none", "published", "shipped"] = "none"
     depths: tuple[int, ...]
     one_depth: int
     seeds: int
@@ -203,25 +209,32 @@ SHORT: dict[str, Exceptions] = {
     "detr": ADAMW | {"lr": 5e-4},
 }
 
+# Weights of backbones that were trained on objects of the generated kind, by `ablations.pretrain`.
+SHIPPED = {"tiny": Path(__file__).parent / "generated" / "tiny.safetensors"}
+
 PRESETS = {
     "tiny": Preset(
         description="2 CPU cores, about half a minute a cell",
         difficulty="tiny",
         seeds=3,
         image_size=(128,),
-        max_size=160,
+        max_size=128,
         backbone="tiny",
+        weights="shipped",
         channels=64,
         depths=(1, 2),
         one_depth=1,
-        steps=500,
+        steps=250,
         batch_size=8,
-        lr=0.02,
+        optimizer="adamw",
+        lr=2e-3,
+        schedule="cosine",
+        frozen=4,
         offset_lr=SLOW_OFFSETS,
         weight_decay=1e-4,
         warmup=20,
         gpu_precision="fp32",
-        exceptions=SHORT,
+        exceptions={"swin": {"lr": 5e-4, "weight_decay": 0.05}, "detr": {"lr": 5e-4}},
     ),
     "small": Preset(
         description="one GPU, under a minute a cell",
@@ -250,7 +263,7 @@ PRESETS = {
         image_size=(800,),
         max_size=1333,
         backbone="resnet50",
-        pretrained=True,
+        weights="published",
         channels=256,
         depths=(1, 2, 4, 6, 8, 10),
         one_depth=6,

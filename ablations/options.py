@@ -13,7 +13,7 @@ from ablations.data.annotations import BAD_ANNOTATIONS
 from ablations.data.images import MAX_PIXELS
 from ablations.experiment.experiment import Reading
 from ablations.experiment.logs import LOGS
-from ablations.grid import GRIDS, PRESETS, Backend, Exceptions, Preset
+from ablations.grid import GRIDS, PRESETS, SHIPPED, Backend, Exceptions, Preset
 from ablations.rows.machine import device_name
 from heads.backbones.resnet import BACKBONES
 from heads.build import DETECTORS, WITH_MASKS
@@ -110,8 +110,8 @@ def parse(arguments: Sequence[str]) -> Options:
     if parsed.backend == "triton" and parsed.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("--backend triton on a CPU needs TRITON_INTERPRET=1 in the environment, and hours of patience")
 
-    weights = parsed.weights or (preset.backbone if preset.pretrained else "none")
     data = None if parsed.data == "generated" else Path(parsed.data)
+    weights = parsed.weights or default_weights(preset, data)
     return Options(
         grid=parsed.grid,
         preset=preset,
@@ -134,6 +134,13 @@ def parse(arguments: Sequence[str]) -> Options:
         retry_failed=parsed.retry_failed,
         command=f"{PROGRAM} {shlex.join(arguments)}",
     )
+
+
+def default_weights(preset: Preset, data: Path | None) -> str:
+    """What the preset's backbone begins with on these data: a published name, a file, or `none`."""
+    if preset.weights == "shipped":
+        return str(SHIPPED[preset.backbone]) if data is None and preset.backbone in SHIPPED else "none"
+    return preset.backbone if preset.weights == "published" else "none"
 
 
 def told(base: Preset, parsed: argparse.Namespace) -> Preset:

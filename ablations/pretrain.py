@@ -79,6 +79,8 @@ def turned(maps: Tensor, which: int) -> Tensor:
 class Classifier(nn.Module):
     """A backbone, and the 1×1 convolutions that classify the cells of its maps."""
 
+    weight: Tensor
+
     def __init__(self, classes: int):
         super().__init__()
         self.classes = classes

@@ -87,8 +87,10 @@ def base_cell(options: Options, data: Dataset) -> Cell:
     weights = options.weights or "none"
     if Path(weights).is_file():
         weights = f"{Path(weights).name}:{hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:12]}"
+    # Random weights have nothing to keep.
+    recipe = preset.recipe() | ({"frozen": 0} if options.weights is None else {})
     return Cell(
-        **preset.recipe(),
+        **recipe,
         data=options.data_name,
         data_fingerprint=data.fingerprint,
         train_fingerprint=data.train.fingerprint,

@@ -186,8 +186,8 @@ class Loader:
         Returns:
             Images, (3, H, W) uint8 RGB of differing sizes, and for each a target: `boxes` (n, 4) float32 xyxy in pixels
             of that image, finite and of positive size, `labels` (n,) int64, 0-based, `image_id`, and `flipped`; n is 0
-            for an image without objects. With `masks` also `masks`, (n, H, W) uint8 of 0 and 1. An object whose box has no
-            size left at the size of the image is left out.
+            for an image without objects. With `masks` also `masks`, (n, H, W) uint8 of 0 and 1. An object whose box has
+            no size left at the size of the image is left out.
 
         Raises:
             DataError: An image does not decode; the message names the file.

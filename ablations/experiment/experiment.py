@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
 import torch
+from torch import Tensor
 
 from ablations.data.coco import read_dataset
-from ablations.data.loader import EvalLoader, Loader
+from ablations.data.loader import EvalLoader, Loader, Target
 from ablations.data.problems import DataError
 from ablations.data.split import Dataset
 from ablations.experiment import trained
 from ablations.experiment.curve import Scalars
 from ablations.experiment.detect import View, detect, loader_threads, move
 from ablations.experiment.evaluate import evaluate
+from ablations.experiment.features import Features, is_frozen
 from ablations.experiment.measure import count_gmacs, count_parameters, measure_latency
 from ablations.experiment.precision import autocast
 from ablations.experiment.room import Room
@@ -29,6 +31,8 @@ from heads.backbones.resnet import Backbone, load_imagenet
 from heads.detector import Detector
 
 STEPS_PER_NOTICE = 10
+# Of all cells that this process runs, one after the other.
+FEATURES = Features()
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ def build(cell: Cell, num_classes: int, weights: str | None) -> Detector:
         # A detector takes any module for its backbone; this one is of `BACKBONES`.
         backbone = cast(Backbone, model.backbone)
         load_imagenet(backbone, weights)
-        backbone.freeze(1)
+        backbone.freeze(cell.frozen)
     return model
 
 
@@ -203,9 +207,17 @@ def fit(
         threads=threads,
         masks=model.needs_masks,
     )
+
+    def features(images: list[Tensor], targets: list[Target]) -> list[Tensor] | None:
+        if not is_frozen(model):
+            return None
+        owner = (data.train.fingerprint, cell.weights, cell.backbone, model.backbone.channels, cell.precision)
+        return FEATURES.of(owner, model, images, targets, cell.precision)
+
     with closing(loader) as batches:
         directory = trained.folder(job.out, cell)
-        return train(cell, model, batches.batch, torch.device(job.device), directory, room.busy, report, log)
+        device = torch.device(job.device)
+        return train(cell, model, batches.batch, device, directory, room.busy, report, log, features)
 
 
 @lru_cache(maxsize=1)

@@ -43,7 +43,9 @@ class Features:
             self._owner, self._kept, self._bytes = owner, {}, 0
         padded = model.padded(list(images))
         maps = [
-            self._one((target["image_id"], target["flipped"], image.shape[-2:], padded), model, image, padded, precision)
+            self._one(
+                (target["image_id"], target["flipped"], image.shape[-2:], padded), model, image, padded, precision
+            )
             for image, target in zip(images, targets, strict=True)
         ]
         return [torch.cat(level).contiguous(memory_format=torch.channels_last) for level in zip(*maps, strict=True)]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ablations.data.loader import Target
 from ablations.experiment.curve import CURVE, Curve, Scalars
 from ablations.experiment.precision import autocast
 from ablations.experiment.trained import CHECKPOINT
@@ -36,8 +37,10 @@ class Diverged(RuntimeError):
 
 
 def learning_rate(cell: Cell, step: int) -> float:
-    """Linear warm-up, then a tenth after each milestone."""
+    """Linear warm-up, then a tenth after each milestone, or half a cosine down to 0."""
     warmup = min(1.0, (step + 1) / cell.warmup) if cell.warmup else 1.0
+    if cell.schedule == "cosine":
+        return cell.lr * warmup * 0.5 * (1 + math.cos(math.pi * step / cell.steps))
     drops = sum(step >= milestone * cell.steps for milestone in MILESTONES)
     return cell.lr * warmup * 0.1**drops
 
@@ -76,12 +79,13 @@ def build_optimizer(model: nn.Module, cell: Cell, device: torch.device) -> torch
 def train(
     cell: Cell,
     model: nn.Module,
-    batch: Callable[[int], tuple[list[Tensor], list[dict[str, Any]]]],
+    batch: Callable[[int], tuple[list[Tensor], list[Target]]],
     device: torch.device,
     directory: Path,
     busy: Callable[[], AbstractContextManager[object]] = nullcontext,
     report: Callable[[int, float], None] = lambda step, loss: None,
     log: Callable[[int, Scalars], None] = lambda step, scalars: None,
+    features: Callable[[list[Tensor], list[Target]], list[Tensor] | None] = lambda images, targets: None,
 ) -> Training:
     """Train `model` in place, from the checkpoint in `directory` if there is one.
 
@@ -94,6 +98,7 @@ def train(
         busy: Context manager around every step; latency is measured only while no step runs.
         report: Called with the step's number and its loss.
         log: Called with every line of the loss curve.
+        features: Images and targets, on `device` -> the backbone's maps, where they are known; else None.
 
     Returns:
         `steps`, `images`, `seconds` and `loss`, the mean of the watched steps in the last tenth.
@@ -116,7 +121,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_share"]
             optimizer.zero_grad(set_to_none=True)
-            losses = backward(cell, model, images, targets, device)
+            losses = backward(cell, model, images, targets, device, features)
             curve.add(losses, lr)
             # Asking a GPU for the value waits for it, so there it is asked only now and then.
             step += 1
@@ -140,7 +145,12 @@ def train(
 
 
 def backward(
-    cell: Cell, model: nn.Module, images: list[Tensor], targets: list[dict[str, Any]], device: torch.device
+    cell: Cell,
+    model: nn.Module,
+    images: list[Tensor],
+    targets: list[Target],
+    device: torch.device,
+    features: Callable[[list[Tensor], list[Target]], list[Tensor] | None],
 ) -> dict[str, Tensor]:
     """Add the gradients of a step's loss to those of the parameters; returns its parts without graph.
 
@@ -155,7 +165,7 @@ def backward(
             for t in targets[start : start + size]
         ]
         with autocast(device, cell.precision):
-            losses = model(shown, wanted, check_targets=False)
+            losses = model(shown, wanted, check_targets=False, features=features(shown, wanted))
         if cell.accumulate > 1:
             losses = {name: loss / cell.accumulate for name, loss in losses.items()}
         sum(losses.values()).backward()
