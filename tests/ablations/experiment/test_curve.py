@@ -21,7 +21,7 @@ class Falling(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
 
-    def forward(self, images, targets, *, check_targets):
+    def forward(self, images, targets, *, check_targets, features):
         step = images[0].sum()
         return {"loss_cls": 0 * self.weight.sum() + 1 / (1 + step), "loss_bbox": 2 / (1 + step)}
 

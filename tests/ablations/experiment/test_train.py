@@ -24,8 +24,8 @@ class Line(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
         self.scale = scale
 
-    def forward(self, images, targets, *, check_targets):
-        assert not check_targets
+    def forward(self, images, targets, *, check_targets, features):
+        assert not check_targets and features is None
         x = torch.stack(images)
         y = torch.stack([t["y"] for t in targets])
         return {"loss_fit": self.scale * (x * self.weight + self.bias - y).square().mean()}
@@ -151,9 +151,9 @@ def test_a_step_in_parts_takes_the_same_batches_and_the_mean_of_their_losses(par
     shown = []
 
     class Watched(Line):
-        def forward(self, images, targets, *, check_targets):
+        def forward(self, images, targets, *, check_targets, features):
             shown.append(len(images))
-            return super().forward(images, targets, check_targets=check_targets)
+            return super().forward(images, targets, check_targets=check_targets, features=features)
 
     whole, split = Line(), Watched()
     cell = replace(CELL, batch_size=4)
