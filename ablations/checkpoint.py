@@ -20,7 +20,8 @@ from ablations.data.annotations import BAD_ANNOTATIONS
 from ablations.data.coco import read_split
 from ablations.data.images import MAX_PIXELS
 from ablations.data.split import Split
-from ablations.evaluation.evaluate import Detections, evaluate
+from ablations.evaluation.detections import Detections
+from ablations.evaluation.evaluate import evaluate
 from ablations.experiment.detect import View, detect, loader_threads, move
 from ablations.experiment.experiment import Reading
 from ablations.files import atomic_write_text

@@ -11,7 +11,7 @@ import torch
 
 from ablations.data.loader import EvalLoader
 from ablations.data.split import Split
-from ablations.evaluation.evaluate import Detections, run_lengths
+from ablations.evaluation.detections import Detections, run_lengths
 from ablations.experiment.augment import merge, mirrored
 from ablations.experiment.precision import autocast
 from heads.detector import Detector
