@@ -15,10 +15,11 @@ the order of the authors' code (tidecv), where types overlap:
 
 Of several mended detections of one object the one with the highest score is right and the others are gone. Each type is
 mended alone, and its number is what AP50 gains. Where they differ, this follows the paper: tidecv lets `loc` and `cls`
-compete for an object though only one of them is mended, sets a loss to 0, keeps 100 detections an image where pycocotools
-keeps them of each category, and gives AP 0 to a category without objects.
+compete for an object though only one of them is mended, sets a loss to 0, keeps 100 detections an image where
+pycocotools keeps them of each category, and gives AP 0 to a category without objects.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,9 +33,13 @@ BACKGROUND = 0.1
 
 
 class Types(NamedTuple):
-    """The type of each of N detections, -1 where it is right or ignored, else an index of `ERRORS`; missed objects (G,).
+    """What is wrong with N detections and G annotations.
 
-    `true` (N,) are the detections that are right; `counted` those that are right or wrong.
+    Attributes:
+        detection: (N,) an index of `ERRORS`, or -1 where a detection is right or ignored.
+        missed: (G,) whether an annotation is an object that is missed.
+        true: (N,) whether a detection is right.
+        counted: (N,) whether it is right or wrong, not ignored.
     """
 
     detection: Ints
@@ -66,12 +71,12 @@ def error_types(matches: Matches) -> Types:
     return Types(kind, missed, true, counted)
 
 
-def gains(matches: Matches, weights: Weights, base: Floats) -> dict[str, Floats]:
+def gains(matches: Matches, weights: Sequence[Weights], base: Floats) -> dict[str, Floats]:
     """How many points of AP50 mending each type of error alone would give back, (B,) in percent.
 
     Args:
         matches: What was found.
-        weights: (B, images) how often each image counts.
+        weights: Blocks (images, b) of how often each image counts, B in all.
         base: (K, B) AP50 as it is, by category: `precisions(...)[0, 0]`.
     """
     types = error_types(matches)
@@ -98,7 +103,7 @@ def gains(matches: Matches, weights: Weights, base: Floats) -> dict[str, Floats]
 
 
 def _mended(matches: Matches, types: Types, number: int, nearest: Nearest) -> Ints:
-    """The detections of an error type that are right once they are mended: of each free object the one that scores most."""
+    """The detections of an error type that mending makes right: of each object not found, the one that scores most."""
     wrong = np.flatnonzero(types.detection == number)
     found = np.zeros(len(matches.object_image), dtype=bool)
     first = matches.matched[0, 0]
@@ -108,12 +113,14 @@ def _mended(matches: Matches, types: Types, number: int, nearest: Nearest) -> In
     return order[np.diff(nearest.object[order], prepend=-1) != 0]
 
 
-def _precision(matches: Matches, true: Bools, kept: Bools, category: Ints, weights: Weights, positives: Ints) -> Floats:
+def _precision(
+    matches: Matches, true: Bools, kept: Bools, category: Ints, weights: Sequence[Weights], positives: Ints
+) -> Floats:
     """AP50 (K, B), a fraction, of the kept detections, some of which are of another category than they were."""
     chosen = np.flatnonzero(kept)
     chosen = chosen[np.lexsort((matches.image[chosen], -matches.score[chosen], category[chosen]))]
     bounds = np.searchsorted(category[chosen], np.arange(matches.categories + 1))
-    results = np.full((matches.categories, len(weights)), np.nan)
+    results = np.full(positives.shape, np.nan)
 
     def fill(k: int) -> None:
         part = chosen[bounds[k] : bounds[k + 1]]

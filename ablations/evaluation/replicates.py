@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from ablations.evaluation.detections import Id, Predictions
 from ablations.evaluation.errors import ERRORS, gains
 from ablations.evaluation.evaluate import METRICS
-from ablations.evaluation.matches import match
-from ablations.evaluation.weighted import Weights, image_counts, precisions, summary
+from ablations.evaluation.matches import MOST_DETECTIONS, Floats, Matches, match
+from ablations.evaluation.weighted import Weights, in_blocks, precisions, summary
 from ablations.files import atomic_file
 
 FILE = "replicates.npz"
@@ -40,7 +40,7 @@ class Summary(NamedTuple):
     replicates: NDArray[np.float32]
 
 
-def image_weights(images: int, seed_text: str, replicates: int = REPLICATES) -> Weights:
+def image_weights(images: int, seed_text: str, replicates: int = REPLICATES) -> NDArray[np.int32]:
     """How often each image counts in each replicate, (replicates, images) int32; each row's sum is `images`.
 
     A pure function of its arguments, on every machine and with every version of NumPy: the draws are made from the raw
@@ -73,17 +73,22 @@ def summarise(
         ValueError: A score, box or label cannot be; the message names the image.
     """
     matches = match(ground_truth, detections, category_ids)
-    # The first weighting is the data set as it is.
-    weights = np.concatenate([image_counts(matches, None), image_weights(matches.images, seed_text, replicates)])
-    precision = precisions(matches, weights)
-    values = summary(precision) | gains(matches, weights, precision[0, 0])
-    table = np.stack([values[name] for name in NAMES], axis=1)
+    draws = image_weights(matches.images, seed_text, replicates)
+    exact = MOST_DETECTIONS * matches.images < 2**24
+    once = _values(matches, in_blocks(matches, np.ones((1, matches.images), int), np.float64))
+    drawn = _values(matches, in_blocks(matches, draws, np.float32 if exact else np.float64))
     names = {category["id"]: str(category.get("name", category["id"])) for category in ground_truth["categories"]}
     return Summary(
-        {name: _number(values[name][0]) for name in ERRORS},
-        {names[i]: _number(100 * ap) for i, ap in zip(category_ids, precision[0, :, :, 0].mean(axis=0), strict=True)},
-        table[1:].astype(np.float32),
+        {name: _number(once[0][name][0]) for name in ERRORS},
+        {names[i]: _number(100 * ap) for i, ap in zip(category_ids, once[1][:, 0], strict=True)},
+        np.stack([drawn[0][name] for name in NAMES], axis=1).astype(np.float32),
     )
+
+
+def _values(matches: Matches, weights: Sequence[Weights]) -> tuple[dict[str, Floats], Floats]:
+    """What `NAMES` says, (B,) each, and AP (K, B) by category, a fraction."""
+    precision = precisions(matches, weights)
+    return summary(precision) | gains(matches, weights, precision[0, 0]), precision[0].mean(axis=0)
 
 
 def _number(value: float) -> float | None:

@@ -7,22 +7,25 @@ images leaves the mean. So the numbers are those of a data set in which images a
 image and category have different scores: of equal scores the first counts w times, then the second.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.functional import embedding_bag
 
 from ablations.evaluation.evaluate import METRICS
 from ablations.evaluation.matches import AREAS, THRESHOLDS, Bools, Floats, Ints, Matches
 
 RECALLS: Floats = np.linspace(0, 1, 101)
-# Numbers in a block of replicates: what a core's cache holds.
-BLOCK = 1 << 18
+# Weightings that are worked on together: rows long enough for NumPy, arrays that do not fill the memory.
+BLOCK = 512
 
-Weights = NDArray[np.int32]
+# (images, B) of a block of weightings, whole numbers. Sums of them are exact, below 2^24 in float32.
+Weights = NDArray[np.float32] | Floats
 
 
 def average_precision(matches: Matches, weights: NDArray[np.integer] | None = None) -> dict[str, Floats]:
@@ -31,6 +34,9 @@ def average_precision(matches: Matches, weights: NDArray[np.integer] | None = No
     Args:
         matches: What was found.
         weights: (B, images) how often each image counts, whole numbers from 0; None for once each, B = 1.
+
+    Raises:
+        ValueError: The weights are of another number of images, or less than 0.
 
     Example:
         >>> import numpy as np
@@ -41,21 +47,21 @@ def average_precision(matches: Matches, weights: NDArray[np.integer] | None = No
         >>> average_precision(match(truth, [(7, found)], [3]), np.array([[1], [0]]))["AP"].round()
         array([90., nan])
     """
-    weights = image_counts(matches, weights)
-    return summary(precisions(matches, weights)) | recalls(matches, weights)
+    blocks = in_blocks(matches, np.ones((1, matches.images), int) if weights is None else weights, np.float64)
+    return summary(precisions(matches, blocks)) | recalls(matches, blocks)
 
 
-def image_counts(matches: Matches, weights: NDArray[np.integer] | None) -> Weights:
-    """Weights (B, images) as int32; once each where none are given.
+def in_blocks(
+    matches: Matches, weights: NDArray[np.integer], dtype: type[np.float32] | type[np.float64]
+) -> list[Weights]:
+    """Weights (B, images) as blocks (images, up to 512); precisions come in their type.
 
     Raises:
-        ValueError: They are not of this many images, or less than 0.
+        ValueError: They are of another number of images, or less than 0.
     """
-    if weights is None:
-        return np.ones((1, matches.images), np.int32)
     if weights.ndim != 2 or weights.shape[1] != matches.images or (weights < 0).any():
         raise ValueError(f"weights {weights.shape} of {matches.images} images are (B, images), from 0 on")
-    return np.ascontiguousarray(weights, dtype=np.int32)
+    return [np.ascontiguousarray(weights[i : i + BLOCK].T, dtype=dtype) for i in range(0, len(weights), BLOCK)]
 
 
 def summary(precision: Floats) -> dict[str, Floats]:
@@ -71,14 +77,13 @@ def over_categories(values: Floats) -> Floats:
     return np.where(count > 0, np.where(there, values, 0).sum(axis=0) / np.maximum(count, 1), np.nan)
 
 
-def precisions(matches: Matches, weights: Weights) -> Floats:
+def precisions(matches: Matches, weights: Sequence[Weights]) -> Floats:
     """Average precision (4, 10, K, B), a fraction, by area range, threshold, category and weighting; NaN as above."""
-    results = np.full((len(AREAS), len(THRESHOLDS), matches.categories, len(weights)), np.nan)
+    results = np.full((len(AREAS), len(THRESHOLDS), matches.categories, sum(w.shape[1] for w in weights)), np.nan)
 
     def fill(area: int, category: int, positives: Ints) -> None:
         image = matches.image[matches.starts[category] : matches.starts[category + 1]]
-        true, counted = matches.of(area, category)
-        results[area, :, category] = interpolated(image, true, counted, weights, positives)
+        results[area, :, category] = interpolated(image, *matches.of(area, category), weights, positives)
 
     tasks = []
     for area in range(len(AREAS)):
@@ -88,9 +93,9 @@ def precisions(matches: Matches, weights: Weights) -> Floats:
     return results
 
 
-def weighted_objects(objects: Floats, weights: Weights) -> Ints:
+def weighted_objects(objects: Floats, weights: Sequence[Weights]) -> Ints:
     """How many objects (K, B) each weighting has, from how many (K, images) there are. Exact: whole numbers."""
-    return (objects @ weights.T.astype(np.float64)).astype(np.int64)
+    return np.concatenate([objects.astype(block.dtype) @ block for block in weights], axis=1).astype(np.int64)
 
 
 def in_threads(call: Callable[..., None], tasks: Iterable[tuple[Any, ...]]) -> None:
@@ -100,65 +105,75 @@ def in_threads(call: Callable[..., None], tasks: Iterable[tuple[Any, ...]]) -> N
             pass
 
 
-def interpolated(image: Ints, true: Bools, counted: Bools, weights: Weights, positives: Ints) -> Floats:
+def interpolated(image: Ints, true: Bools, counted: Bools, weights: Sequence[Weights], positives: Ints) -> Floats:
     """Average precision (T, B) of one category under image weights; NaN where it has no object.
 
     Args:
         image: (n,) the image of each detection, by falling score.
         true: (T, n) whether it is right at each threshold.
         counted: (T, n) whether it is right or wrong, not ignored.
-        weights: (B, images).
+        weights: Blocks (images, b), B in all.
         positives: (B,) the number of objects.
     """
-    result = np.zeros((len(true), len(weights)))
-    reached, offset = _reached(positives)
-    # What is counted at the first threshold is nearly what is counted at the others: only the differences are summed.
+    result = np.zeros((len(true), len(positives)))
+    # What is counted at the first threshold is nearly what is counted at the others: only differences are summed for
+    # each; and precision is needed only where a detection is right.
     base = counted[0]
-    base_image = image[base]
-    before = np.cumsum(base)
+    marks = np.flatnonzero(true.any(axis=0))
     levels = []
     for t in range(len(true)):
         right = np.flatnonzero(true[t])
         if len(right):
             changed = np.flatnonzero(counted[t] != base)
-            sign = np.where(counted[t, changed], 1, -1).astype(np.int32)
-            levels.append(
-                (t, image[right], before[right], image[changed], sign, np.searchsorted(changed, right, side="right"))
-            )
-    if levels:
-        step = max(16, BLOCK // max(1, len(base_image)))
-        for start in range(0, len(weights), step):
-            block = slice(start, start + step)
-            part = weights[block]
-            total = _sums(part, base_image)
-            for t, right_image, place, changed_image, sign, changed_place in levels:
-                hits = np.cumsum(np.take(part, right_image, axis=1), axis=1, dtype=np.int64)
-                count = np.take(total, place, axis=1)
-                if len(sign):
-                    count += np.take(_sums(part, changed_image, sign), changed_place, axis=1)
-                precision = hits / np.maximum(count, 1)
-                precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-                hits += offset[block, None]
-                result[t, block] = _area(precision, np.take(reached, hits))
+            sign = np.where(counted[t, changed], 1, -1)[:, None]
+            after = np.searchsorted(changed, right, side="right")
+            levels.append((t, image[right], np.searchsorted(marks, right), image[changed], sign, after))
+    if not levels:
+        return np.where(positives > 0, result, np.nan)
+    ends = np.cumsum(base)[marks]
+    summed = torch.from_numpy(image[base][: ends[-1]])
+    bags = torch.from_numpy(np.concatenate([[0], ends[:-1]]))
+    reached, offset = _reached(positives)
+    stop = 0
+    for block in weights:
+        here = slice(stop, stop := stop + block.shape[1])
+        total = _scan(np.add, embedding_bag(summed, torch.from_numpy(block), bags, mode="sum").numpy())
+        for t, right, mark, changed, sign, after in levels:
+            hits = _scan(np.add, block[right])
+            count = total[mark]
+            if len(changed):
+                change = _scan(np.add, block[changed] * sign.astype(block.dtype))
+                count += np.where(after[:, None] > 0, change[after - 1], 0)
+            precision = hits / np.maximum(count, 1, out=count)
+            _scan(np.maximum, precision[::-1])
+            steps = np.take(reached, np.add(hits, offset[here], dtype=np.int64, casting="unsafe"))
+            steps[1:] -= steps[:-1].copy()
+            result[t, here] = np.einsum("nb,nb->b", precision, steps) / len(RECALLS)
     return np.where(positives > 0, result, np.nan)
 
 
-def _sums(weights: Weights, image: Ints, sign: NDArray[np.int32] | None = None) -> NDArray[np.int32]:
-    """(B, n + 1) the sum of the first 0 ... n weights of a list of images, perhaps signed."""
-    sums = np.zeros((len(weights), len(image) + 1), np.int32)
-    values = np.take(weights, image, axis=1)
-    np.cumsum(values if sign is None else values * sign, axis=1, out=sums[:, 1:])
-    return sums
+def _scan(operation: np.ufunc, rows: Weights) -> Weights:
+    """Running sums or maxima down the rows of an array (n, B), in place.
+
+    `accumulate` walks one column after the other. Long rows are faster row by row: all chunks of rows at once, then
+    each chunk with the end of the one before.
+    """
+    count, width = rows.shape
+    if width < BLOCK // 4:
+        return operation.accumulate(rows, axis=0, out=rows)
+    size = math.isqrt(count)
+    whole = count - count % max(size, 1)
+    chunks = rows[:whole].reshape(-1, max(size, 1), width)
+    for i in range(1, size):
+        operation(chunks[:, i - 1], chunks[:, i], out=chunks[:, i])
+    for i in range(1, len(chunks)):
+        operation(chunks[i - 1, -1], chunks[i], out=chunks[i])
+    for i in range(whole, count):
+        operation(rows[i - 1], rows[i], out=rows[i])
+    return rows
 
 
-def _area(precision: Floats, reached: Floats) -> Floats:
-    """The mean of 101 precisions (B,) where after each hit (B, n) so many of the recalls are reached."""
-    return (
-        np.einsum("bn,bn->b", precision[:, :-1] - precision[:, 1:], reached[:, :-1]) + precision[:, -1] * reached[:, -1]
-    ) / len(RECALLS)
-
-
-def _reached(positives: Ints) -> tuple[Floats, Ints]:
+def _reached(positives: Ints) -> tuple[NDArray[np.float32], Ints]:
     """How many of the 101 recalls are reached by so many hits of so many objects.
 
     Returns:
@@ -169,10 +184,10 @@ def _reached(positives: Ints) -> tuple[Floats, Ints]:
     starts = np.cumsum(counts + 1) - (counts + 1)
     hits = np.arange(starts[-1] + counts[-1] + 1) - np.repeat(starts, counts + 1)
     recall = hits / np.repeat(np.maximum(counts, 1), counts + 1)
-    return np.searchsorted(RECALLS, recall, side="right").astype(np.float64), starts[inverse]
+    return np.searchsorted(RECALLS, recall, side="right").astype(np.float32), starts[inverse]
 
 
-def recalls(matches: Matches, weights: Weights) -> dict[str, Floats]:
+def recalls(matches: Matches, weights: Sequence[Weights]) -> dict[str, Floats]:
     """The six recalls of `METRICS` in percent, (B,) each."""
     results = {}
     names = METRICS[len(METRICS) // 2 :]
