@@ -21,13 +21,12 @@ SIZES = ((150, 3), (600, 3), (600, 5), (5000, 2))
 TRUTH_IMAGES = 100_000
 
 
-def write_coverage(lines: list[Coverage], draws: int, replicates: int, directory: Path) -> list[Path]:
+def write_coverage(lines: list[Coverage], draws: int, replicates: int, machine: str, directory: Path) -> list[Path]:
     """Write `coverage.csv` and `coverage.md` into `directory`.
 
     Raises:
         OSError: A file cannot be written.
     """
-    machine = machine_line([machine_info("cpu", own_command())])
     frame = pd.DataFrame(lines)
     shown = []
     for (images, seeds, kind), part in frame.groupby(["images", "seeds", "kind"], sort=False):
@@ -36,13 +35,15 @@ def write_coverage(lines: list[Coverage], draws: int, replicates: int, directory
         reported = by_method[METHODS[0]]
         cells[0] += f" ± {reported['error']:.3f}"
         shown.append([images, seeds, kind, *cells, f"{reported['half_width']:.2f}"])
-    table = pd.DataFrame(shown, columns=["images", "seeds", "kind", *METHODS, "half-width (AP)"], dtype=str)
+    names = ["images", "seeds", "kind", *METHODS, "half-width (AP)"]
+    align = ["right", "right", "left", *["right"] * (len(METHODS) + 1)]
+    table = pd.DataFrame(shown, columns=names, dtype=str)
     text = (
         f"{machine}\n\n**Share of 95 % intervals that hold the true difference**\n\n"
-        f"{table.to_markdown(index=False, disable_numparse=True, colalign=['right'] * 2 + ['left'] + ['right'] * 6)}\n\n"
+        f"{table.to_markdown(index=False, disable_numparse=True, colalign=align)}\n\n"
         f"- {draws} tables of 16 cells and a baseline for each line, {replicates} replicates of the images of each; "
-        f"true values from {TRUTH_IMAGES:,} images. Differences: the 16 lines against the baseline; effects: the seven of "
-        "L, S and C at each of two depths and over both.\n"
+        f"true values from {TRUTH_IMAGES:,} images. Differences: the 16 lines against the baseline; effects: the seven "
+        "of L, S and C at each of two depths and over both.\n"
         "- ± standard error of the share; the intervals of one table count as one draw. Half-width: the median of the "
         "first method.\n"
         "- as in the tables: training's variance from what cell and seed leave in the whole table, that of images from "
@@ -62,7 +63,7 @@ def write_coverage(lines: list[Coverage], draws: int, replicates: int, directory
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the program; returns its exit code: 0, or 1 where the tables' intervals hold the truth otherwise than they say."""
+    """Run the program; returns its exit code: 0, or 1 where the share is not 0.95 ± 0.02 somewhere."""
     parser = argparse.ArgumentParser(prog="python -m ablations.simulate", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/statistics"), metavar="DIR", help="where it goes")
     parser.add_argument("--draws", type=int, default=400, metavar="N", help="tables for each line (default: 400)")
@@ -70,6 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.draws < 2 or options.replicates < 2:
         parser.error("--draws and --replicates must be 2 or more")
+    # What is running; the checkout may have moved on by the end.
+    machine = machine_line([machine_info("cpu", own_command())])
     design = make_design()
     truth = true_ap(design, TRUTH_IMAGES, np.random.default_rng(0))
     lines: list[Coverage] = []
@@ -80,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{images} images, {seeds} seeds: table {draw + 1} of {options.draws}", file=sys.stderr)
 
         lines += coverage(design, truth, images, seeds, options.draws, options.replicates, tell)
-    for path in write_coverage(lines, options.draws, options.replicates, options.out):
+    for path in write_coverage(lines, options.draws, options.replicates, machine, options.out):
         print(path)
     wrong = [line for line in lines if line.method == METHODS[0] and not holds(line)]
     for line in wrong:
