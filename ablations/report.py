@@ -9,13 +9,14 @@ from pathlib import Path
 import pandas as pd
 
 from ablations.files import atomic_write_text
-from ablations.rows.effects import EFFECTS, effects_table
+from ablations.rows.effects import EFFECTS_TITLE, effects_notes, effects_text
 from ablations.rows.frame import as_text
 from ablations.rows.gains import GAINS_NOTE, GAINS_TITLE, gains_table
 from ablations.rows.picture import write_pictures
 from ablations.rows.plots import ap_against_depth, ap_against_latency, gain_by_detector, to_svg
 from ablations.rows.row import Row, machine_of
 from ablations.rows.sections import Section, make_sections
+from ablations.rows.statistics import stored_replicates
 from ablations.rows.store import read_all
 from ablations.rows.tables import write_tables
 
@@ -86,7 +87,7 @@ def write_report(rows: Iterable[Row], directory: str | Path, problems: Iterable[
         OSError: The file cannot be written.
     """
     directory = Path(directory)
-    sections = make_sections(rows)
+    sections = make_sections(rows, stored_replicates(directory))
     if not sections:
         raise ValueError(f"{directory} holds no rows to report on")
     body = "".join(f"<p class='problem'>{escape(problem)}</p>\n" for problem in problems)
@@ -118,7 +119,7 @@ def _section(section: Section, number: int) -> str:
             svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
             parts.append(f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>\n")
     parts.append(_gains(section.frame))
-    parts.append(_effects(section.rows))
+    parts.append(_effects(section.effects))
     parts.append(_reproduce(section.rows))
     return "".join(parts)
 
@@ -147,30 +148,11 @@ def _gains(frame: pd.DataFrame) -> str:
     return f"<h3>{escape(GAINS_TITLE)}</h3>\n<p class='notes'>{escape(GAINS_NOTE)}</p>\n{_table(gains)}"
 
 
-def _effects(rows: list[Row]) -> str:
-    frame = effects_table(rows)
-    if frame.empty:
+def _effects(effects: pd.DataFrame) -> str:
+    if effects.empty:
         return ""
-
-    def show(line: pd.Series, name: str) -> str:
-        deviation = line.get(f"{name}_std")
-        text = f"{line[name]:+.1f}"
-        return text if deviation is None or pd.isna(deviation) else f"{text} ± {deviation:.1f}"
-
-    text = frame[["detector", "depth", "formulation", "seeds"]].astype(str)
-    for name in EFFECTS:
-        text[name] = [show(line, name) for _, line in frame.iterrows()]
-    caution = (
-        "± is the sample standard deviation of the effect over the seeds."
-        if any(f"{name}_std" in frame for name in EFFECTS)
-        else "One seed: how much of this is chance cannot be told; run with --seeds 3 or more to see it."
-    )
-    return (
-        "<h3>Effects of the three attentions</h3>\n"
-        "<p class='notes'>In points of AP, from all eight subsets at one depth. L: AP with scale attention minus AP "
-        "without it, averaged over the four settings of S and C; S and C alike. L×S: how much more L brings where S is "
-        f"on than where it is off. L×S×C: how much that changes when C is switched on. {caution}</p>\n{_table(text)}"
-    )
+    notes = "".join(f"<li>{escape(note)}</li>" for note in effects_notes(effects))
+    return f"<h3>{EFFECTS_TITLE}</h3>\n{_table(effects_text(effects))}<ul class='notes'>{notes}</ul>\n"
 
 
 def _reproduce(rows: list[Row]) -> str:
