@@ -23,12 +23,12 @@ from ablations.generated.outlines import SHAPES
 from ablations.generated.scenes import Difficulty, draw_scene
 
 # Any change of what is drawn or written raises it: the directory and the JSON carry it, and so does a data fingerprint.
-VERSION = 2
+VERSION = 3
 
 DIFFICULTIES = {
     "tiny": Difficulty(
         train=600,
-        val=150,
+        val=600,
         sizes=((128, 128), (128, 112), (112, 128)),
         classes=5,
         objects=(2, 5),

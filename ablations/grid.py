@@ -56,7 +56,7 @@ class Recipe:
     lr: float
     schedule: str = "step"
     backbone_lr: float = 1.0
-    frozen: int = 1
+    frozen: int = 0
     offset_lr: float
     weight_decay: float
     warmup: int
@@ -243,6 +243,7 @@ PRESETS = {
         image_size=(256,),
         max_size=320,
         backbone="tiny",
+        frozen=1,
         channels=128,
         depths=(1, 2, 4, 6),
         one_depth=6,
@@ -264,6 +265,7 @@ PRESETS = {
         max_size=1333,
         backbone="resnet50",
         weights="published",
+        frozen=1,
         channels=256,
         depths=(1, 2, 4, 6, 8, 10),
         one_depth=6,

@@ -16,9 +16,9 @@ FULL = replace(CELL, attentions="LSC", depth=2, formulation="released", coarse_o
 @pytest.mark.parametrize(
     ("cell", "key", "training_key", "name"),
     [
-        (CELL, "4e5ea60b3b44b14f", "cbe1a187814c6628", "atss baseline seed 3"),
-        (STATIC, "1fbf2fd885176848", "58048f7978b7f85f", "atss none depth 1 paper seed 3"),
-        (FULL, "3af7b9c62dd96d7f", "3ba0dc97348c1abe", "atss LSC depth 2 seed 1"),
+        (CELL, "188f1655def29014", "e739f4025a418f26", "atss baseline seed 3"),
+        (STATIC, "d74e24b7381e76ca", "9a207cd395ec7996", "atss none depth 1 paper seed 3"),
+        (FULL, "5fac06eebf6bb644", "73063bdeb1894096", "atss LSC depth 2 seed 1"),
     ],
     ids=["baseline", "none", "LSC"],
 )

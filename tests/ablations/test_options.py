@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ablations.grid import PRESETS
+from ablations.grid import PRESETS, SHIPPED
 from ablations.options import parse
 
 
@@ -13,7 +13,7 @@ def test_what_is_not_said_is_the_presets():
     options = parse(["--grid"])
     assert options.preset == PRESETS["tiny"] and options.grid == "default" and options.detectors == ("atss",)
     assert options.data is None and options.data_name == "generated-tiny" and options.out == Path("runs/tiny")
-    assert options.weights is None and options.workers is None and options.test_sizes == (128,)
+    assert options.weights == str(SHIPPED["tiny"]) and options.workers is None and options.test_sizes == (128,)
     assert options.command == "python -m ablations.run --grid"
     with pytest.raises(FrozenInstanceError):
         options.grid = "full"
@@ -31,14 +31,17 @@ def test_what_is_said_takes_the_presets_place_in_training_and_in_its_cells():
 @pytest.mark.parametrize(
     ("arguments", "weights"),
     [
-        (["--preset", "tiny"], None),
+        (["--preset", "tiny"], str(SHIPPED["tiny"])),
+        (["--preset", "tiny", "--data", "some/coco"], None),
+        (["--preset", "tiny", "--backbone", "resnet18"], None),
+        (["--preset", "small"], None),
         (["--preset", "paper"], "resnet50"),
         (["--preset", "paper", "--backbone", "swin_t"], "swin_t"),
         (["--preset", "paper", "--weights", "none"], None),
         (["--preset", "tiny", "--weights", "some.pth"], "some.pth"),
     ],
 )
-def test_only_the_paper_preset_begins_with_published_weights(arguments, weights):
+def test_paper_begins_with_published_weights_and_tiny_on_generated_data_with_those_that_are_shipped(arguments, weights):
     assert parse(["--grid", *arguments]).weights == weights
 
 

@@ -304,7 +304,7 @@ def test_who_had_to_wait_takes_what_is_there(tmp_path, monkeypatch):
     [
         ({"difficulty": "huge"}, "unknown difficulty 'huge'; the difficulties are tiny, small, paper"),
         ({"difficulty": "tiny", "seed": -1}, "seed is -1"),
-        ({"difficulty": "tiny", "train": 0}, "train and val are 0 and 150"),
+        ({"difficulty": "tiny", "train": 0}, "train and val are 0 and 600"),
     ],
 )
 def test_bad_arguments_are_named(tmp_path, arguments, message):
