@@ -40,6 +40,8 @@ class Recipe:
         schedule: `"step"`, a tenth after each of the paper's milestones, or `"cosine"`, half a cosine down to 0.
         backbone_lr: Learning rate of the backbone, as a share of `lr`.
         frozen: Stages of a pretrained backbone that are not trained, the stem with them; 4 for all of them.
+        class_std: Standard deviation of the initial weights of class logits under a focal loss; None for the published
+            0.01, which takes hundreds of steps to grow apart.
         offset_lr: That of layers that predict offsets and masks of samples, as a share of the rate around them.
         weight_decay: Of weights; biases, norms and scales have none.
         warmup: Steps of the linear warm-up.
@@ -57,6 +59,7 @@ class Recipe:
     schedule: str = "step"
     backbone_lr: float = 1.0
     frozen: int = 0
+    class_std: float | None = None
     offset_lr: float
     weight_decay: float
     warmup: int
@@ -230,6 +233,7 @@ PRESETS = {
         lr=2e-3,
         schedule="cosine",
         frozen=4,
+        class_std=0.1,
         offset_lr=SLOW_OFFSETS,
         weight_decay=1e-4,
         warmup=20,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from heads.boxes.selection import ImageDetections
+from heads.parameters import SpecialParameters
 from heads.targets import Target, usable_targets
 from kernels.runtime.checks import check_device, kind_of
 
@@ -17,7 +18,7 @@ STD = (0.229, 0.224, 0.225)
 Outputs = TypeVar("Outputs")
 
 
-class PredictionHead(nn.Module, Generic[Outputs]):
+class PredictionHead(SpecialParameters, Generic[Outputs]):
     """The last part of a detector: it predicts from the trunk's maps, and knows the losses and the detections.
 
     A subclass implements `forward`, `loss` and `predict`, and sets `num_classes`. Nobody asks a head for its class:

@@ -1,4 +1,4 @@
-"""What an optimiser treats apart: biases of positions, layers that predict offsets, the backbone.
+"""What a training treats apart: biases of positions, layers that predict offsets or classes, the backbone.
 
 A module names its own special parameters where it makes them; nobody else has to know the names of its layers.
 """
@@ -14,10 +14,12 @@ class SpecialParameters(nn.Module):
     Attributes:
         offset_layers: Names of the layers that predict where another convolution samples, and with which weights.
         position_biases: Names of the parameters that are biases of positions, although they are matrices.
+        class_layers: Names of the layers that give class logits to a focal loss.
     """
 
     offset_layers: ClassVar[tuple[str, ...]] = ()
     position_biases: ClassVar[tuple[str, ...]] = ()
+    class_layers: ClassVar[tuple[str, ...]] = ()
 
 
 class ParameterKind(NamedTuple):
@@ -27,11 +29,13 @@ class ParameterKind(NamedTuple):
         decays: It is a weight, and no bias, norm, scale or bias of positions.
         in_backbone: It belongs to the backbone.
         predicts_offsets: It belongs to a layer that predicts offsets and masks of samples.
+        predicts_classes: It belongs to a layer that gives class logits to a focal loss.
     """
 
     decays: bool
     in_backbone: bool
     predicts_offsets: bool
+    predicts_classes: bool
 
 
 def parameter_kinds(model: nn.Module) -> dict[str, ParameterKind]:
@@ -48,7 +52,7 @@ def parameter_kinds(model: nn.Module) -> dict[str, ParameterKind]:
         >>> from heads.parameters import parameter_kinds
         >>> kinds = parameter_kinds(DyHead(16, depth=1))
         >>> kinds["blocks.0.spatial.offset.weight"]
-        ParameterKind(decays=True, in_backbone=False, predicts_offsets=True)
+        ParameterKind(decays=True, in_backbone=False, predicts_offsets=True, predicts_classes=False)
     """
     kinds = {}
     for name, parameter in model.named_parameters():
@@ -58,6 +62,7 @@ def parameter_kinds(model: nn.Module) -> dict[str, ParameterKind]:
             decays=parameter.ndim > 1 and leaf not in _special(model, layer).position_biases,
             in_backbone=name.startswith("backbone."),
             predicts_offsets=layer_leaf in _special(model, block).offset_layers,
+            predicts_classes=layer_leaf in _special(model, block).class_layers,
         )
     return kinds
 

@@ -29,6 +29,7 @@ from ablations.rows.row import Results, Training
 from heads import build_detector
 from heads.backbones.resnet import Backbone, load_imagenet
 from heads.detector import Detector
+from heads.parameters import parameter_kinds
 
 STEPS_PER_NOTICE = 10
 # Of all cells that this process runs, one after the other.
@@ -172,6 +173,11 @@ def build(cell: Cell, num_classes: int, weights: str | None) -> Detector:
         channels=cell.channels,
         placement=cell.placement,
     )
+    if cell.class_std is not None:
+        kinds = parameter_kinds(model)
+        for name, parameter in model.named_parameters():
+            if kinds[name].predicts_classes and kinds[name].decays:
+                torch.nn.init.normal_(parameter, std=cell.class_std)
     if weights is not None:
         # A detector takes any module for its backbone; this one is of `BACKBONES`.
         backbone = cast(Backbone, model.backbone)

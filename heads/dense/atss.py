@@ -166,6 +166,8 @@ class ATSSHead(PredictionHead[ATSSOutputs]):
         ValueError: The convention is unknown.
     """
 
+    class_layers = ("cls_logits",)
+
     def __init__(
         self,
         *,

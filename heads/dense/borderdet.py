@@ -121,6 +121,8 @@ class BorderDetHead(PointHead[BorderDetOutputs]):
         selection: Which predictions become detections.
     """
 
+    class_layers = ("cls_logits", "border_cls")
+
     def __init__(
         self,
         *,

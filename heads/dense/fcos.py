@@ -164,6 +164,8 @@ class PointHead(PredictionHead[Outputs]):
         ValueError: The recipe is unknown, or there is not one range for each stride.
     """
 
+    class_layers = ("cls_logits",)
+
     def __init__(
         self,
         *,

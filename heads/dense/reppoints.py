@@ -124,6 +124,7 @@ class RepPointsHead(PredictionHead[RepPointsOutputs]):
         selection: Which predictions become detections.
     """
 
+    class_layers = ("cls_out",)
     taps: Tensor
 
     def __init__(

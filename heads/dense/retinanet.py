@@ -148,6 +148,7 @@ class RetinaNetHead(PredictionHead[RetinaNetOutputs]):
         ValueError: The convention is unknown.
     """
 
+    class_layers = ("cls_score",)
     running_positives: Tensor
 
     def __init__(

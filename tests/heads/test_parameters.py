@@ -1,4 +1,4 @@
-"""What an optimiser treats apart, asked of the modules and not of the names of their layers."""
+"""What a training treats apart, asked of the modules and not of the names of their layers."""
 
 import pytest
 import torch
@@ -9,6 +9,9 @@ from heads.backbones.resnet import BACKBONES
 from heads.build import DETECTORS
 from heads.parameters import ParameterKind, SpecialParameters, parameter_kinds
 
+# The detectors that learn their classes by a focal loss, and the layers that give it their logits.
+FOCAL = ("atss", "borderdet", "fcos", "reppoints", "retinanet")
+CLASS_LAYERS = ("head.cls_logits", "head.border_cls", "head.cls_out", "head.cls_score")
 VARIANTS = [(name, "tiny", attentions, "released") for name in DETECTORS for attentions in (None, "LSC")]
 VARIANTS += [("atss", name, "LSC", "paper") for name in BACKBONES]
 
@@ -25,6 +28,7 @@ def test_kinds_of_every_detector_are_those_that_its_names_tell(name, backbone, a
             decays=value.ndim > 1 and not parameter.endswith("relative_position_bias_table"),
             in_backbone=parameter.startswith("backbone."),
             predicts_offsets=parameter.rpartition(".")[0].endswith("offset"),
+            predicts_classes=name in FOCAL and parameter.rpartition(".")[0] in CLASS_LAYERS,
         ), parameter
 
 
@@ -59,4 +63,4 @@ def test_a_root_may_be_special_itself():
             super().__init__()
             self.table = nn.Parameter(torch.zeros(2, 2))
 
-    assert parameter_kinds(Table()) == {"table": ParameterKind(False, False, False)}
+    assert parameter_kinds(Table()) == {"table": ParameterKind(False, False, False, False)}
