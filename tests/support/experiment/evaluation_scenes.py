@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import os
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,20 @@ def random_scene(seed, images=12, categories=3, detections=40, ties=True):
             rows = np.column_stack([near, score, label])
         predictions.append((image, found(*rows.tolist())))
     return truth(boxes, images=images, categories=range(1, categories + 1)), predictions
+
+
+def repeated(ground, predictions, weights):
+    """A data set in which each image, with what is on it and was found on it, is there as often as it weighs."""
+    copies, found = {"images": [], "annotations": [], "categories": ground["categories"]}, []
+    by_id = {image: list(group) for image, group in groupby(ground["annotations"], lambda entry: entry["image_id"])}
+    for (image, detections), weight in zip(predictions, weights, strict=True):
+        for _ in range(weight):
+            number = len(copies["images"]) + 1
+            copies["images"].append({"id": number, "width": 200, "height": 200})
+            for entry in by_id.get(image, ()):
+                copies["annotations"].append({**entry, "id": len(copies["annotations"]) + 1, "image_id": number})
+            found.append((number, detections))
+    return copies, found
 
 
 def by_pycocotools(ground, predictions, kind="bbox"):
