@@ -41,7 +41,7 @@ def test_intervals_hold_the_truth_and_those_of_one_part_do_not():
         # With 40 tables the share is known to some 0.02.
         assert 0.91 < reported.coverage < 0.985 and 0 < reported.error < 0.03, reported
         for method in ("training only", "images only"):
-            assert found[kind, method].coverage < 0.9, found[kind, method]
+            assert found[kind, method].coverage < reported.coverage - 0.03, found[kind, method]
             assert found[kind, method].half_width < reported.half_width
         assert found[kind, "one part counted twice"].coverage > reported.coverage
 
