@@ -161,6 +161,7 @@ def test_replicates_lie_beside_the_rows(tmp_path):
     draws = drawn(rows)
     for row in rows:
         write_row(tmp_path, row)
+        (tmp_path / "cells" / row["key"]).mkdir()
         write_replicates(tmp_path / "cells" / row["key"] / "replicates.npz", draws(row).astype(np.float32))
     assert stored_replicates(tmp_path)(rows[0]).shape == (200, len(NAMES))
     assert stored_replicates(tmp_path)(make_row("LSC", 9)) is None
