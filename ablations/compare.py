@@ -1,8 +1,8 @@
 """`python -m ablations.compare A B`: what B has more than A, and what that difference is worth.
 
-A and B are two cells or two directories of results. A cell is named by a key or the beginning of one, as DIR/KEY, as
-the file DIR/cells/KEY.json, or as KEY with --out DIR; all seeds of its settings in that directory take part. Cells of two
-directories are paired by equal settings. Pairs are compared seed by seed on the same images.
+A and B are two cells or two directories of results. A cell is named by a key or the beginning of one: as DIR/KEY, as
+the file DIR/cells/KEY.json, or as KEY with --out DIR; all seeds of its settings in that directory take part. Cells of
+two directories are paired by equal settings. Pairs are compared seed by seed on the same images.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from ablations.evaluation.replicates import image_weights
 from ablations.evaluation.weighted import in_blocks, precisions
 from ablations.rows.frame import AP_COLUMNS, difference_text
 from ablations.rows.row import Row, good
+from ablations.rows.sections import setting_text
 from ablations.rows.statistics import VARIED, Experiment, Replicates, experiment_of, run_of, stored_replicates
 from ablations.rows.store import read_rows
 from ablations.statistics.intervals import Interval, Run, contrast, holm
@@ -230,7 +231,7 @@ def _check_images(pair: Pair) -> None:
 def _changed(pair: Pair) -> str:
     a, b = _cell(pair.a), _cell(pair.b)
     names = [name for name in dict.fromkeys((*a, *b)) if a.get(name) != b.get(name)]
-    return ", ".join(f"{name} {a.get(name)} → {b.get(name)}" for name in names)
+    return ", ".join(f"{name} {setting_text(a.get(name))} → {setting_text(b.get(name))}" for name in names)
 
 
 def _runs(nodes: Nodes, name: str, stored: Mapping[Path, Replicates]) -> dict[Node, dict[int, Run]]:
