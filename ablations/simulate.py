@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ablations.simulate", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/statistics"), metavar="DIR", help="where it goes")
     parser.add_argument("--draws", type=int, default=400, metavar="N", help="tables for each line (default: 400)")
-    parser.add_argument("--replicates", type=int, default=200, metavar="N", help="of images (default: 200)")
+    parser.add_argument("--replicates", type=int, default=100, metavar="N", help="of images (default: 100)")
     options = parser.parse_args(arguments)
     if options.draws < 2 or options.replicates < 2:
         parser.error("--draws and --replicates must be 2 or more")
@@ -83,8 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{images} images, {seeds} seeds: table {draw + 1} of {options.draws}", file=sys.stderr)
 
         lines += coverage(design, truth, images, seeds, options.draws, options.replicates, tell)
-    for path in write_coverage(lines, options.draws, options.replicates, machine, options.out):
-        print(path)
+        # What is done stands, should the rest be stopped.
+        paths = write_coverage(lines, options.draws, options.replicates, machine, options.out)
+    print(*paths, sep="\n")
     wrong = [line for line in lines if line.method == METHODS[0] and not holds(line)]
     for line in wrong:
         print(f"{line.images} images, {line.seeds} seeds, {line.kind}: {line.coverage:.3f}", file=sys.stderr)

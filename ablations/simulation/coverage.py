@@ -86,7 +86,7 @@ def true_ap(design: Design, images: int, random: np.random.Generator) -> dict[Na
     """AP of each cell in percent on so many images, in expectation over seeds (Gauss and Hermite, five nodes)."""
     nodes, shares = np.polynomial.hermite_e.hermegauss(5)
     drawn = draw_images(images, random)
-    once = np.ones((1, images), np.float32)
+    once = np.ones((images, 1), np.float32)
     truth = {}
     for cell, ability in design.abilities.items():
         detector = Detector.draw(ability, drawn, random)
@@ -101,8 +101,8 @@ def draw_table(
 ) -> dict[Name, dict[int, Run]]:
     """What a grid would store: AP and its replicates for each cell and seed, all on the same new images."""
     drawn = draw_images(images, random)
-    weights = np.ones((1 + replicates, images), np.float32)
-    weights[1:] = random.multinomial(images, np.full(images, 1 / images), size=replicates)
+    weights = np.ones((images, 1 + replicates), np.float32)
+    weights[:, 1:] = random.multinomial(images, np.full(images, 1 / images), size=replicates).T
     of_seed = random.normal(0, SEED, seeds)
     table: dict[Name, dict[int, Run]] = {}
     for cell, ability in design.abilities.items():

@@ -69,9 +69,9 @@ class Detector:
         return cls(ability, of_image, random.normal(0, CELL_OBJECT, len(images.image)))
 
     def run(self, luck: float, images: Images, random: np.random.Generator) -> sparse.csr_array:
-        """The detections of one training run, whose seed shifts it by `luck`: (I, SCORES × (1 + THRESHOLDS)) counts.
+        """The detections of one training run, whose seed shifts it by `luck`: (SCORES × (1 + THRESHOLDS), I) counts.
 
-        A column is a score, from the highest down, and the number of thresholds that the box passes.
+        A row is a score, from the highest down, and the number of thresholds that the box passes.
         """
         of_image = self.ability + luck + self.of_image + random.normal(0, RUN_IMAGE, len(images.objects))
         skill = of_image[images.image] + images.easy + self.of_object + random.normal(0, RUN_OBJECT, len(images.image))
@@ -84,9 +84,10 @@ class Detector:
         image = np.concatenate([image, np.repeat(np.arange(len(alarms)), alarms)])
         passed = np.concatenate([passed, np.zeros(len(wrong), int)])
         place = SCORES - 1 - np.minimum((np.concatenate([scores, wrong]) * SCORES).astype(int), SCORES - 1)
-        columns = place * (1 + THRESHOLDS) + passed
-        shape = (len(alarms), SCORES * (1 + THRESHOLDS))
-        return sparse.csr_array((np.ones(len(columns), np.float32), (image, columns)), shape)
+        row = place * (1 + THRESHOLDS) + passed
+        return sparse.csr_array(
+            (np.ones(len(row), np.float32), (row, image)), shape=(SCORES * (1 + THRESHOLDS), len(alarms))
+        )
 
 
 def average_precision(detections: sparse.csr_array, objects: Array, weights: Array) -> Array:
@@ -95,23 +96,22 @@ def average_precision(detections: sparse.csr_array, objects: Array, weights: Arr
     Args:
         detections: Of one run (`Detector.run`).
         objects: (I,) how many there are in each image.
-        weights: (B, I) how often each image counts.
+        weights: (I, B) float32, how often each image counts.
 
     Returns:
-        (B,) float64.
+        (B,) float32.
     """
-    histogram = np.asarray((detections.T @ weights.T.astype(np.float32)).T).reshape(len(weights), SCORES, -1)
-    # hits[..., t]: detections that pass threshold t or more.
-    hits = histogram[..., :0:-1].cumsum(axis=2)[..., ::-1].cumsum(axis=1)
-    every = histogram.sum(axis=2).cumsum(axis=1)
-    precision = hits / np.maximum(every, 1)[..., None]
-    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    recall = hits / (weights @ objects)[:, None, None]
+    histogram = (detections @ weights).reshape(SCORES, 1 + THRESHOLDS, -1).cumsum(axis=0)
+    # hits[:, t]: detections that pass threshold t or more.
+    hits = histogram[:, :0:-1].cumsum(axis=1)[:, ::-1]
+    every = hits[:, :1] + histogram[:, :1]
+    precision = hits / np.maximum(every, 1)
+    precision = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
     # How many of the recalls 0, 0.01, ..., 1 are reached so far.
-    reached = np.floor(100 * recall + 1e-4) + 1
-    reached = np.where(every[..., None] > 0, reached, 0)
-    steps = np.diff(reached, axis=1, prepend=0)
-    return 100 * np.asarray((steps * precision).sum(axis=1).mean(axis=1), dtype=np.float64) / 101
+    reached = np.floor(hits * (100 / (objects @ weights)) + 1e-3)
+    reached += every > 0
+    reached[1:] -= reached[:-1].copy()
+    return 100 * np.einsum("stb,stb->b", reached, precision) / THRESHOLDS / 101
 
 
 def _logistic(x: Array) -> Array:
