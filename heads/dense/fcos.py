@@ -34,7 +34,7 @@ sum, not of a weight (`heads/dense/towers.py`).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -164,7 +164,7 @@ class PointHead(PredictionHead[Outputs]):
         ValueError: The recipe is unknown, or there is not one range for each stride.
     """
 
-    class_layers = ("cls_logits",)
+    class_layers: ClassVar[tuple[str, ...]] = ("cls_logits",)
 
     def __init__(
         self,
