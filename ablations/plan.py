@@ -113,7 +113,7 @@ def training_seconds(cell: Cell, rows: Iterable[Row]) -> float | None:
         same = all(stored.get(name) == wanted[name] for name in fields)
         same = same and (stored["attentions"] == "baseline") == (cell.attentions is None)
         if same and training.get("seconds") and training.get("images"):
-            letters = {*stored["attentions"]} ^ {*wanted["attentions"]}
+            letters = {*stored["attentions"].replace("none", "")} ^ {*(cell.attentions or "")}
             far = abs((stored["depth"] or 0) - (cell.depth or 0)), len(letters)
             paces[far].append(training["seconds"] / training["images"])
     return mean(paces[min(paces)]) * cell.steps * cell.batch_size if paces else None
