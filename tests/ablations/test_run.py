@@ -16,6 +16,7 @@ from places import ROOT
 from tiny_coco import REAL, needs_coco
 
 from ablations import run
+from ablations.experiment.curve import read_curve
 from ablations.generate import generate
 from ablations.grid import PRESETS, build_grid, only
 from ablations.options import parse
@@ -185,6 +186,8 @@ def test_a_grid_runs_to_tables_and_a_second_call_runs_nothing(brief, data, tmp_p
     assert "NO GPU" in printed and "NOT MEASURED" in printed
     (row,) = read_rows(out)
     assert row["status"] == "ok" and row["training"]["steps"] == 10 and row["training"]["images"] == 20
+    lines = read_curve(out / "cells" / row["key"] / "losses.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 11)) and {"lr", "loss", "loss_cls"} <= lines[0].keys()
     assert row["peak_memory_MB"] is None and row["latency_ms_p50"] > 0 and row["GMACs"] > 0
     table = (out / "table.md").read_text()
     assert "device:" in table.splitlines()[0] and "LSC" in table
