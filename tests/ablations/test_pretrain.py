@@ -1,8 +1,11 @@
 """The backbone of the tiny preset: what its cells are taught, and that what is shipped fits and tells shapes apart."""
 
+from contextlib import closing
+
 import torch
 
 from ablations.data.coco import read_split
+from ablations.data.loader import Loader
 from ablations.generate import generate
 from ablations.grid import SHIPPED
 from ablations.pretrain import STRIDES, Classifier, cell_classes, main, padded, turned
@@ -53,10 +56,6 @@ def test_the_shipped_weights_tell_apart_shapes_they_never_saw(tmp_path):
     load_imagenet(model.backbone, SHIPPED["tiny"])
     # One convolution for each stride, fitted to the half of the cells by least squares, judged on the other half.
     model.eval()
-    from contextlib import closing
-
-    from ablations.data.loader import Loader
-
     with closing(Loader(split, 100, 0, (128,), 128, flip=0.0)) as batches, torch.no_grad():
         images, targets = batches.batch(0)
         maps = model.backbone(padded(images))
