@@ -4,10 +4,11 @@ Tensors without memory go through its detector, so nothing is computed and a lar
 a detector of many costs what it does with one, and for each further one what a second one costs a DyHead by itself.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -78,15 +79,15 @@ def estimate(cell: Cell, data: Dataset) -> Estimate:
     """
     classes = len(data.train.category_ids)
     tested = shape(data.val.images[0].width, data.val.images[0].height, cell.test_size[0], cell.max_size)
-    shapes = {shape(image.width, image.height, max(cell.image_size), cell.max_size) for image in data.train.images}
-    trained = max(shapes, key=lambda side: side[0] * side[1])
+    sizes = {(image.width, image.height) for image in data.train.images}
+    trained = max((shape(*size, max(cell.image_size), cell.max_size) for size in sizes), key=math.prod)
     test = total(cell, classes, 1, tested)
     train = total(cell, classes, cell.batch_size // cell.accumulate, trained)
     memory = 4 * (train.parameters + BESIDE[cell.optimizer] * train.trained) + train.saved
     return Estimate(test.parameters / 1e6, test.macs / 1e9, memory / 1e6)
 
 
-@lru_cache
+@cache
 def shape(width: int, height: int, short_side: int, max_size: int) -> tuple[int, int]:
     """Height and width of an image as it is shown."""
     width, height = resized(width, height, short_side, max_size)
@@ -111,7 +112,7 @@ def total(cell: Cell, classes: int, images: int, size: tuple[int, int]) -> Cost:
 Maps = tuple[tuple[int, ...], ...]
 
 
-@lru_cache
+@cache
 def whole(cell: Cell, classes: int, images: int, size: tuple[int, int]) -> tuple[Cost, Maps]:
     """The cost of a whole detector, and the shapes of its pyramid's maps."""
     maps: Maps = ()
@@ -135,7 +136,7 @@ def whole(cell: Cell, classes: int, images: int, size: tuple[int, int]) -> tuple
     return counted(make, pass_through, cell.precision), maps
 
 
-@lru_cache
+@cache
 def blocks(cell: Cell, maps: Maps) -> Cost:
     """The cost of a cell's DyHead by itself on maps of these shapes."""
 
