@@ -23,7 +23,7 @@ from ablations.evaluation.detections import FILE, by_image, read_detections
 from ablations.evaluation.matches import match
 from ablations.evaluation.replicates import image_weights
 from ablations.evaluation.weighted import in_blocks, precisions
-from ablations.rows.frame import AP_COLUMNS, difference_text
+from ablations.rows.frame import AP_COLUMNS, difference_text, rank_of
 from ablations.rows.row import Row, good
 from ablations.rows.sections import setting_text
 from ablations.rows.statistics import VARIED, Experiment, Replicates, experiment_of, run_of, stored_replicates
@@ -34,6 +34,7 @@ from ablations.statistics.training import Array, Training, pool
 OK, USAGE = 0, 2
 # Which data a cell was evaluated on is said by their fingerprint; the path may be another on another machine.
 PATHS = ("data",)
+UNKNOWN = "Without ±: one seed and no replicates, so nothing is known of what a difference is worth."
 
 
 class Node(NamedTuple):
@@ -138,9 +139,12 @@ def compare_folders(a: Path, b: Path) -> str:
     parts = [f"A: {a}\nB: {b}\nB minus A in AP, each cell paired by seed and by image", _markdown(lines)]
     if number:
         parts.append(f"* and p: after Holm's correction over {number} comparisons.")
-    alone = [str(_experiment(node)) for node in everything if node not in {each for pair in pairs for each in pair}]
+    if any(each and each[1] is None for each in compared):
+        parts.append(UNKNOWN)
+    paired = {node for pair in pairs for node in pair}
+    alone = sorted((_experiment(node) for node in everything if node not in paired), key=rank_of)
     if alone:
-        parts.append(f"In one of the two alone: {', '.join(alone)}.")
+        parts.append(f"In one of the two alone: {', '.join(map(str, alone))}.")
     return "\n\n".join(parts)
 
 
@@ -218,7 +222,7 @@ def _pairs(a: Nodes, b: Nodes) -> list[tuple[Node, Node]]:
         others = rest[1].get(name, [])
         if len(ones) == len(others) == 1:
             pairs.append((ones[0], others[0]))
-    return sorted(pairs, key=lambda pair: str(_experiment(pair[0])))
+    return sorted(pairs, key=lambda pair: rank_of(_experiment(pair[0])))
 
 
 def _check_images(pair: Pair) -> None:
@@ -304,6 +308,11 @@ def _heading(pair: Pair) -> str:
 
 def _basis(pair: Pair, runs: Mapping[Node, Mapping[int, Run]]) -> str:
     """What the intervals of AP were made from."""
+    found = pair.compare(runs, pair.images())
+    if found is None:
+        return "No difference: the two share no seed."
+    if found[1] is None:
+        return UNKNOWN
     seeds, images, training = pair.seeds(), pair.images(), pair.training(runs)
     words = [f"{len(seeds)} seed{'' if len(seeds) == 1 else 's'} ({', '.join(map(str, seeds))})"]
     words = [f"{images} images", *words] if images else words

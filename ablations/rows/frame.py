@@ -50,7 +50,7 @@ def make_frame(rows: Iterable[Row], statistics: Statistics | None = None) -> pd.
         experiments[experiment_of(row["cell"])].append(row)
     lines = [
         _line(experiments[experiment], statistics.differences.get(experiment))
-        for experiment in sorted(experiments, key=_rank)
+        for experiment in sorted(experiments, key=rank_of)
     ]
     frame = pd.DataFrame(lines)
     columns = list(COLUMNS)
@@ -86,7 +86,7 @@ def formulation_name(formulation: str | None, coarse_offsets: str | None, placem
     return ", ".join(part for part in parts if part)
 
 
-def _rank(experiment: Experiment) -> tuple[Any, ...]:
+def rank_of(experiment: Experiment) -> tuple[Any, ...]:
     """The order of lines: detector, baseline first, subsets by size, depth, formulation."""
 
     def position(value: str | None, known: tuple[str, ...]) -> tuple[int, str]:
@@ -184,7 +184,8 @@ def difference_text(value: float, half_width: float, p: float) -> str:
         >>> difference_text(2.14, 1.3, 0.001), difference_text(-0.2, 1.3, 0.7), difference_text(1.0, math.nan, math.nan)
         ('+2.1 ± 1.3*', '-0.2 ± 1.3', '+1.0')
     """
-    text = f"{value:+.1f}"
+    # Nothing reads -0.0.
+    text = f"{round(value, 1) + 0.0:+.1f}"
     if not pd.isna(half_width):
         text += f" ± {half_width:.1f}"
     return f"{text}*" if not pd.isna(p) and p < 1 - CONFIDENCE else text

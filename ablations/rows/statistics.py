@@ -208,7 +208,8 @@ def _basis(intervals: list[Interval], images: int | None, training: Mapping[Expe
             of = f"{detector}: " if len(pools) > 1 else ""
             words.append(
                 f"{of}training's variance pooled over {found.cells} cells ({found.pooled.freedom:g} degrees of "
-                f"freedom; standard deviation of a run {found.pooled.variance**0.5:.1f} AP, seed aside)"
+                f"freedom; beside what a seed does to all of them, runs have a standard deviation of "
+                f"{found.pooled.variance**0.5:.1f} AP)"
             )
         if found.own:
             own = ", ".join(map(str, found.own))

@@ -57,8 +57,9 @@ def pool(values: Mapping[K, Mapping[int, float]]) -> Training[K]:
 
     Example:
         >>> from ablations.statistics.training import pool
-        >>> pool({"baseline": {0: 20.0, 1: 21.0}, "LSC": {0: 22.0, 1: 25.0}}).pooled
-        Spread(variance=1.0, freedom=1)
+        >>> found = pool({"baseline": {0: 20.0, 1: 21.0}, "LSC": {0: 22.0, 1: 25.0}}).pooled
+        >>> round(found.variance, 6), found.freedom
+        (1.0, 1)
     """
     names = [cell for cell, runs in values.items() if len(runs) > 1]
     if not names:

@@ -112,6 +112,20 @@ def test_rows_without_replicates_say_so(tmp_path, capsys):
     assert "no AP by category" in text and line(text, "APs")[1:] == ["", "", "", ""]
 
 
+def test_one_seed_without_replicates_is_worth_nothing_known(tmp_path, capsys):
+    rows = [row for row in rows_with() if row["cell"]["seed"] == 1]
+    store(tmp_path, rows, replicates=False)
+    a, b = tmp_path / "atss-baseline-None-cpu-1", tmp_path / "atss-S-1-cpu-1"
+    text = said(capsys, a, b)
+    assert "nothing is known" in text and " ± " not in text
+    for row in rows[1:]:
+        (tmp_path / "cells" / f"{row['key']}.json").unlink()
+        row["key"], row["cell"]["seed"] = row["key"] + "-later", 2
+    store(tmp_path, rows)
+    text = said(capsys, a, tmp_path / "atss-S-1-cpu-1-later")
+    assert "share no seed" in text and line(text, "AP")[3] == ""
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
     store(tmp_path / "a", [*rows_with(), make_row("LSC", 4, status="diverged")])
     store(tmp_path / "b", rows_with(cell={"data_fingerprint": "beef"}))
