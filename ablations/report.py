@@ -16,6 +16,7 @@ from ablations.page.page import make_page
 from ablations.rows.picture import write_pictures
 from ablations.rows.row import Row
 from ablations.rows.sections import make_sections
+from ablations.rows.statistics import stored_replicates
 from ablations.rows.store import read_all
 from ablations.rows.tables import write_tables
 
@@ -46,7 +47,7 @@ def write_report(rows: Iterable[Row], directory: str | Path, problems: Iterable[
         OSError: The file cannot be written.
     """
     directory = Path(directory)
-    sections = make_sections(rows)
+    sections = make_sections(rows, stored_replicates(directory))
     if not sections:
         raise ValueError(f"{directory} holds no rows to report on")
     path = directory / "report.html"

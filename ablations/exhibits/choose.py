@@ -31,26 +31,26 @@ def by_image(boxes: Iterable[Box]) -> ByImage:
     return groups
 
 
-def changed_most(truth: ByImage, before: ByImage, after: ByImage, each: int) -> list[Change]:
-    """The images whose own AP rises most, then those where it falls most, each side with the largest change first.
-
-    Images without objects have no AP. Of equal changes the image that comes first in `truth` counts. An image whose AP
-    does not change is on neither side.
+def changes(truth: ByImage, before: ByImage, after: ByImage) -> list[Change]:
+    """Every image's own AP, the largest rise first; images without objects have none, equal changes keep their order.
 
     Args:
         truth: Annotations.
         before, after: Detections without and with DyHead.
-        each: Images of each side, at most.
     """
-    changes = []
+    found = []
     for image, objects in truth.items():
-        values = [image_ap(objects, found.get(image, [])) for found in (before, after)]
+        values = [image_ap(objects, boxes.get(image, [])) for boxes in (before, after)]
         if values[0] is not None and values[1] is not None:
-            changes.append(Change(image, values[0], values[1]))
-    changes.sort(key=lambda change: change.before - change.after)
-    gains = [change for change in changes if change.after > change.before]
-    losses = [change for change in reversed(changes) if change.after < change.before]
-    return gains[:each] + losses[:each]
+            found.append(Change(image, values[0], values[1]))
+    return sorted(found, key=lambda change: change.before - change.after)
+
+
+def extremes(ordered: Sequence[Change], each: int) -> list[Change]:
+    """The largest rises, then the largest falls, of either at most `each`; an image that does not change is neither."""
+    rises = [change for change in ordered if change.after > change.before]
+    falls = [change for change in reversed(ordered) if change.after < change.before]
+    return rises[:each] + falls[:each]
 
 
 def image_ap(truth: Sequence[Box], found: Sequence[Box]) -> float | None:

@@ -14,7 +14,7 @@ from ablations.data.coco import read_image
 from ablations.data.loader import EvalLoader, Shown
 from ablations.data.split import Dataset, ImageRecord, Split
 from ablations.evaluation.detections import read_detections
-from ablations.exhibits.choose import Change, by_image, changed_most
+from ablations.exhibits.choose import Change, by_image, changes, extremes
 from ablations.exhibits.pictures import best_boxes, image_uri, map_uri, truth_boxes
 from ablations.exhibits.probe import Probe, probe, samples
 from ablations.exhibits.stored import FOLDER, Exhibit, Subject, exhibit_path, name_of, read_exhibit, subject_of
@@ -80,15 +80,13 @@ def make_exhibit(subject: Subject, directory: Path, data: Dataset | None) -> Exh
     model = build(cell, len(data.train.category_ids), None)
     trained.load(directory, cell, model, torch.device("cpu"))
     model.eval()
-    exhibit: Exhibit = {"key": cell.key, "name": name_of(subject.row), "levels": [], "notes": []}
+    exhibit: Exhibit = {"key": cell.key, "notes": [], "pictures": []}
     try:
-        pictures, changes = _pictures(subject, directory, data.val)
+        exhibit |= _pictures(subject, directory, data.val)
     except (OSError, ValueError) as error:
-        pictures, changes = [], []
         exhibit["notes"].append(f"No boxes side by side: {error}.")
-    exhibit["pictures"] = pictures
     exhibit |= _averages(model, cell, data.val)
-    record = _shown_record(data.val, changes)
+    record = _shown_record(data.val, exhibit["pictures"])
     if record is not None:
         exhibit |= _one_image(model, cell, data.val, record)
     return exhibit
@@ -113,7 +111,7 @@ def restored(row: Row) -> Cell:
     return cell
 
 
-def _pictures(subject: Subject, directory: Path, val: Split) -> tuple[list[dict[str, Any]], list[Change]]:
+def _pictures(subject: Subject, directory: Path, val: Split) -> Exhibit:
     """The images whose AP changes most, with what was annotated and found in them."""
     if subject.baseline is None:
         raise ValueError(f"there is no baseline of seed {subject.row['cell']['seed']}")
@@ -122,21 +120,25 @@ def _pictures(subject: Subject, directory: Path, val: Split) -> tuple[list[dict[
         by_image(read_detections(directory / "cells" / row["key"] / "detections.json.gz"))
         for row in (subject.baseline, subject.row)
     )
-    changes = changed_most(truth, before, after, EACH)
+    ordered = changes(truth, before, after)
     names = dict(zip(val.category_ids, val.category_names, strict=True))
     records = {record.image_id: record for record in val.images}
-    pictures = []
-    for change in changes:
+
+    def picture(change: Change) -> dict[str, Any]:
         image = change.image_id
-        objects = truth[image]
-        pictures.append(
-            _picture(records[image])
-            | {"AP": [round(change.before, 1), round(change.after, 1)]}
-            | {"truth": truth_boxes(objects, names)}
-            | {"baseline": best_boxes(objects, before.get(image, []), names)}
-            | {"dyhead": best_boxes(objects, after.get(image, []), names)}
-        )
-    return pictures, changes
+        return _picture(records[image]) | {
+            "AP": [round(change.before, 1), round(change.after, 1)],
+            "truth": truth_boxes(truth[image], names),
+            "baseline": best_boxes(truth[image], before.get(image, []), names),
+            "dyhead": best_boxes(truth[image], after.get(image, []), names),
+        }
+
+    return {
+        "pictures": [picture(change) for change in extremes(ordered, EACH)],
+        "compared": len(ordered),
+        "rise": sum(change.after > change.before for change in ordered),
+        "fall": sum(change.after < change.before for change in ordered),
+    }
 
 
 def _picture(record: ImageRecord) -> dict[str, Any]:
@@ -188,9 +190,9 @@ def _level(stride: float) -> str:
     return f"P{round(math.log2(stride))}"
 
 
-def _shown_record(val: Split, changes: Sequence[Change]) -> ImageRecord | None:
+def _shown_record(val: Split, pictures: Sequence[dict[str, Any]]) -> ImageRecord | None:
     """The image that gains most, else the first one with an object."""
-    wanted = changes[0].image_id if changes else None
+    wanted = pictures[0]["image_id"] if pictures else None
     with_objects = [record for record in val.images if len(record.boxes)]
     return next((record for record in with_objects if record.image_id == wanted), next(iter(with_objects), None))
 

@@ -28,7 +28,7 @@ def show(exhibit: Exhibit, number: int) -> str:
     parts.append(_positions(exhibit, number))
     parts.append(_slopes(exhibit))
     parts.append(_maps(exhibit))
-    return "".join(parts)
+    return f'<div class="exhibit">{"".join(parts)}</div>\n'
 
 
 def _uri(value: Any) -> str:
@@ -57,43 +57,48 @@ def _drawing(picture: Mapping[str, Any], name: str, content: str, label: str) ->
 def _pictures(exhibit: Exhibit, number: int) -> str:
     if not exhibit["pictures"]:
         return ""
-    parts = [
-        "<h4>What the attentions change in detections</h4>\n<p class='aside'>The validation images whose own AP (IoU "
-        "0.50:0.95, the classes that the image shows) rises most from the baseline to DyHead, then those where it "
-        "falls most. As many boxes as the image has objects, by falling score; solid: right (its class, IoU ≥ 0.5), "
-        "dashed: wrong.</p>\n"
-    ]
+    sides: dict[str, list[str]] = {"rises": [], "falls": []}
     for index, picture in enumerate(exhibit["pictures"], 1):
         name = f"picture-{number}-{index}"
         before, after = (float(value) for value in picture["AP"])
         columns = (
-            ("annotated", picture["truth"], ""),
-            ("baseline", picture["baseline"], f": AP {before:.1f}"),
-            ("LSC", picture["dyhead"], f": AP {after:.1f}"),
+            ("annotated", picture["truth"]),
+            (f"baseline: AP {before:.1f}", picture["baseline"]),
+            (f"LSC: AP {after:.1f}", picture["dyhead"]),
         )
         drawn = "".join(
-            f"<figure>{_drawing(picture, name, _boxes(picture, boxes), f'{title}{words}')}"
-            f"<figcaption>{title}{words}</figcaption></figure>"
-            for title, boxes, words in columns
+            f"<figure>{_drawing(picture, name, _boxes(picture, boxes), title)}<figcaption>{title}</figcaption></figure>"
+            for title, boxes in columns
         )
-        caption = f"image {picture['image_id']}: {after - before:+.1f} AP"
-        parts.append(
-            f'{_image(picture, name)}<div class="wide" tabindex="0" role="region" aria-label="{escape(caption)}">'
-            f"{drawn}</div><p class='aside'>{escape(caption)}</p>\n"
+        title = f"<p>{after - before:+.1f} AP, image {escape(str(picture['image_id']))}</p>"
+        sides["rises" if after > before else "falls"].append(
+            f'{_image(picture, name)}<div class="trio">{title}{drawn}</div>\n'
         )
-    return "".join(parts)
+    shown = "".join(f"<div>{''.join(trios)}</div>" for trios in sides.values() if trios)
+    return (
+        "<h4>What the attentions change in detections</h4>\n<p class='aside'>The validation images whose own AP (IoU "
+        "0.50:0.95, the classes that the image shows) rises most from the baseline to LSC, and those where it falls "
+        f"most, of {int(exhibit['compared'])} images with objects: {int(exhibit['rise'])} rise, "
+        f"{int(exhibit['fall'])} fall. As many boxes as the image has objects, by falling score; solid: right (its "
+        f"class, IoU ≥ 0.5), dashed: wrong.</p>\n<div class='sides'>{shown}</div>\n"
+    )
 
 
 def _boxes(picture: Mapping[str, Any], boxes: Iterable[Mapping[str, Any]]) -> str:
-    size = 0.055 * float(picture["width"])
-    drawn = []
+    size = 0.075 * float(picture["width"])
+    drawn, taken = [], list[tuple[float, float]]()
     for box in boxes:
         x, y, width, height = (float(value) for value in box["box"])
         kind = "truth" if "right" not in box else "right" if box["right"] else "wrong"
         words = str(box["label"]) + (f" {float(box['score']):.2f}" if "score" in box else "")
+        # Names of boxes that share a corner stand below each other.
+        line = max(y, 0) + size
+        while any(abs(x - other) < 4 * size and abs(line - height) < size for other, height in taken):
+            line += size / 2
+        taken.append((x, line))
         drawn.append(
             f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"/>'
-            f'<text x="{x + 0.3 * size:.1f}" y="{max(y, 0) + size:.1f}" font-size="{size:.1f}" '
+            f'<text x="{x + 0.2 * size:.1f}" y="{line:.1f}" font-size="{size:.1f}" '
             f'stroke-width="{size / 5:.1f}">{escape(words)}</text>'
         )
     return "".join(drawn)
@@ -128,7 +133,7 @@ def _neighbours(level: int, levels: int) -> list[str]:
 
 
 def _gate(value: float | None) -> str:
-    return "<td></td>" if value is None else f'<td style="--v: {2 * (value - 0.5):.2f}">{value:.2f}</td>'
+    return "<td></td>" if value is None else f'<td style="--v: {2 * (value - 0.5):.2f}">{value:.3f}</td>'
 
 
 def _positions(exhibit: Exhibit, number: int) -> str:
@@ -158,7 +163,7 @@ def _positions(exhibit: Exhibit, number: int) -> str:
     return (
         "<h4>Spatial attention (S): where one pixel looks</h4>\n<p class='aside'>For the output pixel at the middle of "
         f"the image's largest object (ring): the nine positions in each map that it reads. {keys}. Size: the mask. "
-        f"Image {escape(str(picture['image_id']))}, that of the largest gain above. Positions may lie outside of it.</p>\n"
+        f"Image {escape(str(picture['image_id']))}, that of the largest gain; positions may lie outside of it.</p>\n"
         f'{_image(picture, name)}<div class="panels">{"".join(panels)}</div>\n'
     )
 
@@ -169,23 +174,31 @@ def _slopes(exhibit: Exhibit) -> str:
         return ""
     columns = max(len(levels) for levels in blocks if levels)
     levels = exhibit["levels"] if exhibit["released"] else ["all levels"]
+    furthest = max(
+        max(abs(a1 - 1), abs(a2))
+        for points in blocks
+        if points
+        for each in points
+        for a1, a2 in zip(*each, strict=True)
+    )
+    reach = next(reach for reach in (0.05, 0.1, 0.2, 0.5, 1.0) if furthest <= reach or reach == 1.0)
     cells = ["<span></span>", *(f"<b>{escape(level)}</b>" for level in levels)]
     for block, points in enumerate(blocks, 1):
         if points:
-            cells += [f"<b>block {block}</b>", *(_cloud(*each, f"block {block}") for each in points)]
+            cells += [f"<b>block {block}</b>", *(_cloud(*each, reach, f"block {block}") for each in points)]
     return (
-        "<h4>Task attention (C): the slopes of each channel</h4>\n<p class='aside'>A dot a channel: across a1 from 0 to "
-        "2, up a2 from −1 to 1. Training starts at the crossing, (1, 0), a ReLU; on the diagonal a channel is "
-        f"linear. Mean over the first {int(exhibit['images'])} validation images.</p>\n"
+        "<h4>Task attention (C): the slopes of each channel</h4>\n<p class='aside'>A dot a channel: across a1 from "
+        f"{1 - reach:g} to {1 + reach:g}, up a2 from −{reach:g} to {reach:g}. Training starts at the crossing, (1, 0), "
+        f"a ReLU. Mean over the first {int(exhibit['images'])} validation images.</p>\n"
         f'<div class="slopes" style="--columns: {columns}">{"".join(cells)}</div>\n'
     )
 
 
-def _cloud(first: Sequence[float], second: Sequence[float], label: str) -> str:
-    points = "".join(f"M{a1 - 1:.2f} {-a2:.2f}h0" for a1, a2 in zip(first, second, strict=True))
+def _cloud(first: Sequence[float], second: Sequence[float], reach: float, label: str) -> str:
+    points = "".join(f"M{(a1 - 1) / reach:.2f} {-a2 / reach:.2f}h0" for a1, a2 in zip(first, second, strict=True))
     return (
         f'<svg viewBox="-1.1 -1.1 2.2 2.2" role="img" aria-label="{escape(label)}: slopes of {len(first)} channels">'
-        f'<line x1="-1" x2="1"/><line y1="-1" y2="1"/><line x1="0" y1="-1" x2="1" y2="-1"/><path d="{points}"/></svg>'
+        f'<line x1="-1" x2="1"/><line y1="-1" y2="1"/><path d="{points}"/></svg>'
     )
 
 

@@ -10,6 +10,8 @@ from ablations.page.plots import Plot
 from ablations.rows.plots import COLOURS, MARKERS, to_svg
 
 SIGNS = "●■▲◆▼✚✖◀▶"
+# Pixels of the page for an inch of a figure, and between panels.
+SCALE, GAP = 120, 24
 # Colours of the plots that are the page's own, light and dark.
 THEMED = {"#e6e6e6": "--line", "#888888": "--muted", "#ffffff": "--ground", "#000000": "--ink"}
 THEMED |= {colour: f"--{name}" for name, colour in COLOURS.items()}
@@ -67,16 +69,21 @@ def _cell(name: str, value: str, numeric: bool) -> str:
 
 
 def plot(drawn: Plot, number: int, legend: str = "") -> str:
-    """A plot's panels side by side as far as there is room, its caption below."""
+    """A plot's panels side by side as far as there is room, its caption below; of a mosaic the first is a large one."""
     panels = []
     for index, (title, figure) in enumerate(drawn.panels, 1):
         name = f"{drawn.name}-{number}-{index}"
         heading = f"<h4>{escape(title)}</h4>" if len(drawn.panels) > 1 else ""
-        width = round(figure.get_figwidth() * 96)
+        width = round(figure.get_figwidth() * SCALE)
         svg = themed(to_svg(figure, name, "none"), f"{drawn.title}: {title}")
         panels.append(f'<div class="panel" style="--width: {width}px">{heading}{svg}</div>')
     caption = f"<figcaption>{escape(drawn.caption)}</figcaption>" if drawn.caption else ""
-    return f'<figure>{legend}<div class="panels">{"".join(panels)}</div>{caption}</figure>\n'
+    kind = "mosaic" if drawn.mosaic else "panels"
+    whole = "100%" if drawn.mosaic else f"{len(drawn.panels) * (width + GAP)}px"
+    return (
+        f'<div class="plot" style="--width: {whole}"><h3>{escape(drawn.title)}</h3>\n'
+        f'<figure>{legend}<div class="{kind}">{"".join(panels)}</div>{caption}</figure></div>\n'
+    )
 
 
 def themed(svg: str, label: str) -> str:
@@ -84,7 +91,11 @@ def themed(svg: str, label: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
     # Its style sheet would hold for the whole page; the page has it for plots.
     svg = re.sub(r"<defs>\s*<style[^>]*>.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"^<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 role="img" aria-label="{escape(label)}">', svg)
+    svg = re.sub(
+        r"^<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>",
+        rf'<svg class="drawn" \1 role="img" aria-label="{escape(label)}">',
+        svg,
+    )
     svg = re.sub(r"<text style=\"[^\"]*\"", lambda match: _text(match[0]), svg)
     for colour, name in THEMED.items():
         svg = svg.replace(f": {colour}", f": var({name})")
@@ -106,9 +117,9 @@ def _text(tag: str) -> str:
 
 
 def legend(attentions: Iterable[str], markers: Mapping[int, str]) -> str:
-    """Colours of the attentions and shapes of the depths."""
+    """Colours of the attentions and shapes of the depths; without depths the baseline is a dashed line."""
     present = set(attentions)
-    items = ["<li><i>★</i>baseline</li>"] if "baseline" in present else []
+    items = [f"<li><i>{'★' if markers else '┅'}</i>baseline</li>"] if "baseline" in present else []
     items += [f'<li><i style="color: var(--{name})">●</i>{name}</li>' for name in COLOURS if name in present]
     items += [f"<li><i>{SIGNS[MARKERS.index(sign)]}</i>depth {depth}</li>" for depth, sign in markers.items()]
     return f'<ul class="legend">{"".join(items)}</ul>'

@@ -1,6 +1,7 @@
 """The page: for each table its numbers, plots, effects, classes, losses, exhibits, and how to make it again."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +14,7 @@ from ablations.page import markup
 from ablations.page.classes import class_table
 from ablations.page.plots import ap_against_depth, ap_against_latency, gain_by_detector
 from ablations.page.repeated import effects_plot, loss_plot
-from ablations.rows.effects import effects_long
+from ablations.rows.effects import EFFECTS_TITLE, effects_notes, effects_text
 from ablations.rows.frame import as_text
 from ablations.rows.gains import GAINS_NOTE, GAINS_TITLE, gains_table
 from ablations.rows.plots import markers_of
@@ -40,7 +41,8 @@ def make_page(sections: Sequence[Section], directory: Path, problems: Iterable[s
     style += f":root {{ {markup.colours(dark=False)} }}\n"
     style += f"@media (prefers-color-scheme: dark) {{ :root {{ {markup.colours(dark=True)} }} }}\n"
     entries = "".join(
-        f'<li><a href="#section-{number}">{escape(section.title)}</a></li>' for number, section in enumerate(sections, 1)
+        f'<li><a href="#section-{number}">{escape(section.title)}</a></li>'
+        for number, section in enumerate(sections, 1)
     )
     contents = f'<nav aria-label="Tables"><ul>{entries}</ul></nav>\n' if len(sections) > 1 else ""
     warnings = "".join(f'<p class="problem">{escape(problem)}</p>\n' for problem in problems)
@@ -65,18 +67,16 @@ def _section(section: Section, number: int, directory: Path) -> str:
         markup.table(as_text(frame), f"Results on {section.title}"),
         markup.notes(section.notes),
     ]
+    parts.append('<div class="plots">\n')
     for drawn in (ap_against_latency(frame), ap_against_depth(frame), gain_by_detector(frame)):
         if drawn is not None:
-            parts.append(f"<h3>{escape(drawn.title)}</h3>\n")
             parts.append(markup.plot(drawn, number, legend if drawn.name == "latency" else ""))
+    parts.append("</div>\n")
     parts.append(_gains(frame))
-    effects = effects_plot(effects_long(section))
-    if effects is not None:
-        parts.append(f"<h3>{escape(effects.title)}</h3>\n{markup.plot(effects, number)}")
+    parts.append(_effects(section.effects, number))
     parts.append(class_table(section.rows))
     losses = loss_plot(section.rows, directory)
     if losses is not None:
-        parts.append(f"<h3>{escape(losses.title)}</h3>\n")
         parts.append(markup.plot(losses, number, markup.legend(frame["attentions"], {})))
     parts.append(_exhibit(section, number, directory))
     parts.append(_reproduce(section.rows))
@@ -125,6 +125,16 @@ def _gains(frame: pd.DataFrame) -> str:
     )
 
 
+def _effects(effects: pd.DataFrame, number: int) -> str:
+    drawn = effects_plot(effects)
+    if drawn is None:
+        return ""
+    return (
+        f"{markup.plot(drawn, number)}<details><summary>The same as numbers</summary>"
+        f"{markup.table(effects_text(effects), EFFECTS_TITLE)}</details>\n{markup.notes(effects_notes(effects))}"
+    )
+
+
 def _exhibit(section: Section, number: int, directory: Path) -> str:
     subject = subject_of(section)
     if subject is None:
@@ -137,10 +147,8 @@ def _exhibit(section: Section, number: int, directory: Path) -> str:
         reason = str(found["reason"])
     else:
         reason = "its file is not one that this version reads"
-        try:
+        with suppress(ValueError, TypeError, LookupError):
             content = exhibits.show(found, number)
-        except (ValueError, TypeError, LookupError):
-            pass
     heading = f"<h3>Inside the attentions: {escape(name_of(subject.row))}</h3>\n"
     return heading + (content if content is not None else f'<p class="aside">No exhibit: {escape(reason)}.</p>\n')
 

@@ -24,6 +24,7 @@ from ablations.rows.plots import (
 
 # Inches; a page shows 96 pixels of each, less on a phone.
 SIZE = (4.6, 3.4)
+BELOW, ABOVE = 0.45, 0.1
 SMALL = 8
 
 
@@ -42,20 +43,27 @@ class Plot(NamedTuple):
         title: What is shown, a few words.
         caption: How to read it.
         panels: At least one.
+        mosaic: Whether the others are small ones around the first.
     """
 
     name: str
     title: str
     caption: str
     panels: list[Panel]
+    mosaic: bool = False
 
 
-def panel(draw: Callable[[Figure, Axes], None], size: tuple[float, float] = SIZE) -> Figure:
-    """A figure of one pair of axes that `draw` fills."""
+def panel(
+    draw: Callable[[Figure, Axes], None], size: tuple[float, float] = SIZE, left: float = 0.55, right: float = 0.12
+) -> Figure:
+    """A figure of one pair of axes that `draw` fills; `left` and `right` of them stay free, in inches as `size`."""
+    width, height = size
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure, figure.subplots())
-        figure.draw_without_rendering()
+        figure = Figure(figsize=size)
+        draw(
+            figure,
+            figure.add_axes((left / width, BELOW / height, 1 - (left + right) / width, 1 - (BELOW + ABOVE) / height)),
+        )
     return figure
 
 
@@ -96,7 +104,7 @@ def ap_against_depth(frame: pd.DataFrame) -> Plot | None:
         return lambda figure, axes: _draw_depths(figure, axes, part, limits)
 
     caption = f"One line a subset of the attentions; dashed: the baseline. {bars_are(frame)}".strip()
-    panels = [Panel(title, panel(fill(part))) for title, part in comparisons(frame)]
+    panels = [Panel(title, panel(fill(part), right=0.7)) for title, part in comparisons(frame)]
     return Plot("depth", "AP against depth", caption, panels)
 
 
@@ -166,7 +174,10 @@ def gain_by_detector(frame: pd.DataFrame) -> Plot | None:
         name_ends(figure, axes, [(b["latency_ms_p50"], b["AP"], detector) for detector, _, b in pairs])
 
     size = (SIZE[0], max(SIZE[1], 1.0 + 0.3 * len(pairs)))
-    panels = [Panel("gain in AP", panel(draw_gains, size)), Panel("AP and latency", panel(draw_plane, size))]
+    panels = [
+        Panel("gain in AP", panel(draw_gains, size, 0.95)),
+        Panel("AP and latency", panel(draw_plane, size, right=0.9)),
+    ]
     caption = "★ own towers (baseline), ● best of its DyHead cells, which is the luckiest one as well."
     return Plot("gain", "Each detector with its own towers and with DyHead", caption, panels)
 
@@ -182,7 +193,8 @@ def _limits(frame: pd.DataFrame, name: str) -> tuple[float, float]:
 def _tip(line: pd.Series) -> str:
     depth = "" if pd.isna(line["depth"]) else f", depth {line['depth']}"
     half = spread(line, "AP")
-    return f"{line['attentions']}{depth}: AP {line['AP']:.1f}{f' ± {half:.1f}' if half else ''}, {line['latency_ms_p50']:.3g} ms"
+    width = f" ± {half:.1f}" if half else ""
+    return f"{line['attentions']}{depth}: AP {line['AP']:.1f}{width}, {line['latency_ms_p50']:.3g} ms"
 
 
 def _baseline(part: pd.DataFrame) -> pd.DataFrame:

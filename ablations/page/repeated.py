@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from ablations.page.plots import Panel, Plot, panel
-from ablations.rows.effects import EFFECTS
+from ablations.rows.effects import ALL, EFFECTS, EFFECTS_TITLE
 from ablations.rows.frame import SUBSETS, formulation_name
 from ablations.rows.plots import MARKERS, colour_of
 from ablations.rows.row import Row
 
-# Inches; of a small panel a phone shows two side by side.
-SMALL = (2.3, 2.15)
+# Inches; of the small panels a phone shows two side by side.
+LARGE, SMALL = (4.6, 4.5), (2.3, 2.15)
 ERRORS = ("cls", "loc", "both", "dup", "bkg", "miss")
 # Points of a loss curve: more cannot be told apart in a panel.
 POINTS = 100
@@ -29,9 +29,7 @@ def effects_plot(effects: pd.DataFrame) -> Plot | None:
     """The effects on AP by depth, then those on every other metric over all depths.
 
     Args:
-        effects: Columns `detector, depth, formulation, metric, effect, value, half_width, p`, one line an effect;
-            `depth` is a number or `"all"`. Values are points; those of error types are points of AP50 that the error
-            costs.
+        effects: A section's (`ablations.rows.effects.effects_table`).
 
     Returns:
         None where there is none.
@@ -45,16 +43,17 @@ def effects_plot(effects: pd.DataFrame) -> Plot | None:
         depths = list(dict.fromkeys(part["depth"]))
         on_ap = part[part["metric"] == "AP"]
         if len(on_ap):
-            panels.append(Panel(f"{name}AP", panel(_dots(on_ap, depths), (4.6, 3.6))))
-        last = "all" if "all" in depths else depths[-1]
+            panels.append(Panel(f"{name}AP", panel(_dots(on_ap, depths), LARGE, 0.62)))
+        last = ALL if ALL in depths else depths[-1]
         for metric, lines in part[(part["metric"] != "AP") & (part["depth"] == last)].groupby("metric", sort=False):
             title = f"{name}{metric}{' (errors)' if metric in ERRORS else ''}"
-            panels.append(Panel(title, panel(_dots(lines, [last]), SMALL)))
+            panels.append(Panel(title, panel(_dots(lines, [last]), SMALL, 0.62, 0.05)))
     caption = (
-        "Points gained where the attention is on, mean over the settings of the others; × marks an interaction. Bars: "
-        "95 % intervals; filled: p < 0.05. Errors: points of AP50 that an error type costs, so less is better."
+        "Points gained where the attention is on, mean over the settings of the others; ×: an interaction. ◆: over "
+        "all depths. Bars: 95 % intervals; filled: p < 0.05, corrected. Errors: points of AP50 that an error type "
+        "costs, so less is better."
     )
-    return Plot("effects", "Effects of the three attentions", caption, panels) if panels else None
+    return Plot("effects", EFFECTS_TITLE, caption, panels, mosaic=True) if panels else None
 
 
 def _dots(lines: pd.DataFrame, depths: Sequence[object]) -> Callable[[Figure, Axes], None]:
@@ -64,7 +63,7 @@ def _dots(lines: pd.DataFrame, depths: Sequence[object]) -> Callable[[Figure, Ax
         axes.axvline(0, color="black", linewidth=0.9, zorder=1)
         for _, line in lines.iterrows():
             position = depths.index(line["depth"])
-            whole = line["depth"] == "all"
+            whole = line["depth"] == ALL
             height = names.index(line["effect"]) + (position - (len(depths) - 1) / 2) * 0.6 / len(depths)
             colour = colour_of(line["effect"].replace("×", ""))
             half = line["half_width"]
