@@ -2,12 +2,13 @@
 
 import pandas as pd
 
+from ablations.rows.frame import delta_text
 from ablations.rows.printed import DETECTORS_AP, DETECTORS_SOURCE
 
 COLUMNS = ("detector", "depth", "formulation", "baseline", "LSC", "gain", "paper_baseline", "paper_LSC", "paper_gain")
 GAINS_TITLE = "Gain of DyHead over each detector's own head"
 GAINS_NOTE = (
-    "AP of baseline and LSC in percent, gain in points. "
+    "AP of baseline and LSC in percent, gain in points, with its interval as in the table above. "
     f"paper_*: {DETECTORS_SOURCE}; empty where it prints no such pair."
 )
 
@@ -19,7 +20,7 @@ def gains_table(frame: pd.DataFrame) -> pd.DataFrame:
         frame: A section's (`ablations.rows.frame.make_frame`).
 
     Returns:
-        `COLUMNS`; empty where there is no number, `gain ± deviation` where there are several seeds.
+        `COLUMNS`; empty where there is no number, the gain with its interval as in the table.
     """
     baselines = frame[frame["attentions"] == "baseline"].set_index("detector")["AP"]
     full = frame[(frame["attentions"] == "LSC") & frame["detector"].isin(baselines.index)]
@@ -30,14 +31,13 @@ def gains_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _gain(line: pd.Series, baseline: float) -> dict[str, str]:
-    gain, deviation = _number(line["delta_AP"], "+"), _number(line.get("delta_AP_std"))
     shown = {
         "detector": line["detector"],
         "depth": str(line["depth"]),
         "formulation": line["formulation"],
         "baseline": _number(baseline),
         "LSC": _number(line["AP"]),
-        "gain": f"{gain} ± {deviation}" if deviation else gain,
+        "gain": delta_text(line),
     }
     if line["detector"] not in DETECTORS_AP:
         return shown | dict.fromkeys(COLUMNS[-3:], "")

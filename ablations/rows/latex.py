@@ -1,7 +1,10 @@
 """A section as LaTeX, for a two-column paper."""
 
+from collections.abc import Iterable
+
 import pandas as pd
 
+from ablations.rows.effects import EFFECTS_TITLE, effects_notes, effects_text
 from ablations.rows.frame import TEXTS, as_text
 from ablations.rows.gains import GAINS_NOTE, GAINS_TITLE, gains_table
 from ablations.rows.sections import Section
@@ -34,15 +37,21 @@ ESCAPES = {character: f"\\{character}" for character in "&%$#_{}"} | {
 
 
 def to_latex(section: Section, number: int = 1) -> str:
-    """A `table*` for two-column papers, and one of the gains where there are several detectors; needs booktabs.
+    """A `table*` for two-column papers, with one of the effects and one of the gains where there are some; booktabs.
 
     Columns without any value are left out.
     """
-    notes = "".join(f"% {' '.join(note.split())}\n" for note in section.notes)
     table = _table(as_text(section.frame), section.title, f"tab:dyhead-ablation-{number}")
-    text = f"% {section.machine}\n{notes}{table}"
+    text = f"% {section.machine}\n{_comments(section.notes)}{table}"
+    if not section.effects.empty:
+        text += _comments(effects_notes(section.effects))
+        text += _table(effects_text(section.effects), EFFECTS_TITLE, f"tab:dyhead-effects-{number}")
     gains = gains_table(section.frame)
     return text if gains.empty else f"{text}% {GAINS_NOTE}\n{_table(gains, GAINS_TITLE, f'tab:dyhead-gains-{number}')}"
+
+
+def _comments(notes: Iterable[str]) -> str:
+    return "".join(f"% {' '.join(note.split())}\n" for note in notes)
 
 
 def _table(text: pd.DataFrame, caption: str, label: str) -> str:

@@ -90,6 +90,9 @@ class Results(TypedDict, total=False):
         weights: Their file, relative to the directory of the results.
         metrics: Of the boxes, in percent; a good row has at least `AP`.
         segm_metrics: Of the masks, where the detector has them.
+        errors: AP50 points that mending one type of error alone would give back: cls, loc, both, dup, bkg, miss.
+        class_AP: AP in percent of each category, by name; None for one without ground truth.
+        images: How many were evaluated.
         params_M, GMACs: Millions of parameters, and 10^9 multiply-adds an image.
         images_per_s: Throughput at `batch_size_measured`.
         latency_ms_p50, latency_ms_p90: Percentiles at batch size 1.
@@ -101,6 +104,9 @@ class Results(TypedDict, total=False):
     weights: str
     metrics: Metrics | None
     segm_metrics: Metrics | None
+    errors: Metrics | None
+    class_AP: Metrics | None
+    images: int | None
     params_M: float | None
     GMACs: float | None
     images_per_s: float | None

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from ablations.rows.frame import VARIED, make_frame
+from ablations.rows.effects import effects_table
+from ablations.rows.frame import make_frame
 from ablations.rows.machine import machine_line
 from ablations.rows.printed import SOURCE
 from ablations.rows.row import Row, good, machine_of
+from ablations.rows.statistics import VARIED, Replicates, Statistics, make_statistics, no_replicates
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class Section:
         title: Data and device in a few words.
         notes: Sentences that belong under the table.
         frame: The numbers, one line an experiment (`make_frame`).
+        replicates: How the replicates of a row are found.
+        statistics: What the differences of the table are worth.
+        effects: What each attention buys (`effects_table`); perhaps empty.
     """
 
     rows: list[Row]
@@ -34,10 +39,19 @@ class Section:
     title: str
     notes: list[str]
     frame: pd.DataFrame
+    replicates: Replicates
+    statistics: Statistics
+    effects: pd.DataFrame
 
 
-def make_sections(rows: Iterable[Row]) -> list[Section]:
-    """Split rows into tables, in the order in which the tables were started."""
+def make_sections(rows: Iterable[Row], replicates: Replicates = no_replicates) -> list[Section]:
+    """Split rows into tables, in the order in which the tables were started.
+
+    Args:
+        rows: In any order.
+        replicates: How the replicates of a row are found (`ablations.rows.statistics.stored_replicates`); without, no
+            interval covers other images.
+    """
     groups: defaultdict[str, list[Row]] = defaultdict(list)
     for row in rows:
         cell = row["cell"]
@@ -45,7 +59,7 @@ def make_sections(rows: Iterable[Row]) -> list[Section]:
         groups[_canonical([cell.get("device_kind"), name, cell.get("data_fingerprint")])].append(row)
     parts = [part for group in groups.values() for part in _split_by_settings(group)]
     parts.sort(key=lambda part: min(_start(row) for row in part))
-    return [_make_section(part) for part in parts]
+    return [_make_section(part, replicates) for part in parts]
 
 
 def _start(row: Row) -> tuple[str, str]:
@@ -82,19 +96,21 @@ def _split_by_settings(rows: list[Row]) -> list[list[Row]]:
     return list(parts.values())
 
 
-def _make_section(rows: list[Row]) -> Section:
+def _make_section(rows: list[Row], replicates: Replicates) -> Section:
     rows = sorted(rows, key=_start)
-    frame = make_frame(rows)
+    statistics = make_statistics(rows, replicates)
+    frame = make_frame(rows, statistics)
     cell = rows[0]["cell"]
     device = machine_of(rows[0]).get("device") or cell.get("device_kind")
     title = f"{cell.get('data')}, {cell.get('backbone')} backbone, {device}"
-    return Section(rows, machine_line(map(machine_of, rows)), title, _notes(rows, frame), frame)
+    machine, notes = machine_line(map(machine_of, rows)), _notes(rows, frame, statistics)
+    return Section(rows, machine, title, notes, frame, replicates, statistics, effects_table(statistics))
 
 
-def _notes(rows: list[Row], frame: pd.DataFrame) -> list[str]:
-    notes = [*_settings_notes(rows), _speed_note(rows), _dropped_note(rows)]
+def _notes(rows: list[Row], frame: pd.DataFrame, statistics: Statistics) -> list[str]:
+    notes = [*statistics.notes(), *_settings_notes(rows), _speed_note(rows), _dropped_note(rows)]
     if (frame["seeds"] > 1).any():
-        notes.append("mean ± sample standard deviation over the good seeds, whose number is in `seeds`.")
+        notes.append("Means over the good seeds, whose number is in `seeds`; their standard deviations: table.csv.")
     if any("S" in row["cell"]["attentions"] and row["cell"].get("formulation") == "released" for row in rows):
         notes.append("Offsets of the coarser level: crop, unless the formulation says otherwise.")
     if "segm_AP" in frame:

@@ -1,4 +1,4 @@
-"""The tables of a directory: `table.csv`, `table.md` and `table.tex`.
+"""The tables of a directory: `table.csv`, `table.md`, `table.tex`, and `effects.csv` where there are effects.
 
 `table.md` and `table.tex` hold all sections, each behind its machine line; a CSV file holds one: `table.csv` the one
 that was started first, `table-2.csv`, `table-3.csv`, ... the others in the order in which they were started.
@@ -10,19 +10,22 @@ from pathlib import Path
 import pandas as pd
 
 from ablations.files import atomic_write_text
+from ablations.rows.effects import EFFECTS_TITLE, effects_notes, effects_text
 from ablations.rows.frame import TEXTS, as_text
 from ablations.rows.gains import GAINS_NOTE, GAINS_TITLE, gains_table
 from ablations.rows.latex import to_latex
 from ablations.rows.row import Row
 from ablations.rows.sections import Section, make_sections
+from ablations.rows.statistics import stored_replicates
 
 
 def write_tables(rows: Iterable[Row], directory: str | Path) -> list[Path]:
-    """Write `table.csv` (and `table-2.csv`, ...), `table.md` and `table.tex` into `directory`.
+    """Write `table.csv` (and `table-2.csv`, ...), `table.md`, `table.tex` and `effects.csv` into `directory`.
 
     Args:
         rows: What the tables are made of (`read_rows`).
-        directory: Where they go. Tables of an earlier time that these rows do not make are removed.
+        directory: Where they go, and where the rows' replicates lie. Tables of an earlier time that these rows do not
+            make are removed.
 
     Returns:
         The files.
@@ -32,11 +35,16 @@ def write_tables(rows: Iterable[Row], directory: str | Path) -> list[Path]:
         OSError: A file cannot be written.
     """
     directory = Path(directory)
-    sections = make_sections(rows)
+    sections = make_sections(rows, stored_replicates(directory))
     if not sections:
         raise ValueError(f"{directory} holds no rows to make a table of")
-    texts = {f"table{f'-{n}' if n > 1 else ''}.csv": to_csv(section) for n, section in enumerate(sections, 1)}
-    for path in directory.glob("table-*.csv"):
+    texts = {}
+    for n, section in enumerate(sections, 1):
+        number = f"-{n}" if n > 1 else ""
+        texts[f"table{number}.csv"] = _csv(section.machine, section.frame)
+        if not section.effects.empty:
+            texts[f"effects{number}.csv"] = _csv(section.machine, section.effects)
+    for path in [*directory.glob("table-*.csv"), *directory.glob("effects*.csv")]:
         if path.name not in texts:
             path.unlink(missing_ok=True)
     texts["table.md"] = "\n".join(map(to_markdown, sections))
@@ -48,15 +56,25 @@ def write_tables(rows: Iterable[Row], directory: str | Path) -> list[Path]:
 
 def to_csv(section: Section) -> str:
     """The machine line as a comment, then the numbers: `pandas.read_csv(path, comment="#")` reads them back."""
-    return f"# {section.machine}\n" + section.frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    return _csv(section.machine, section.frame)
+
+
+def _csv(machine: str, frame: pd.DataFrame) -> str:
+    return f"# {machine}\n" + frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
 def to_markdown(section: Section) -> str:
-    """The machine line, the title, the table and its notes; then the gains, where there are several detectors."""
-    notes = "".join(f"- {note}\n" for note in section.notes)
-    text = f"{section.machine}\n\n**{section.title}**\n\n{_markdown(as_text(section.frame))}\n\n{notes}"
+    """The machine line, the title, the table and its notes; then the effects and the gains, where there are some."""
+    text = f"{section.machine}\n\n**{section.title}**\n\n{_markdown(as_text(section.frame))}\n\n{_list(section.notes)}"
+    if not section.effects.empty:
+        effects = _markdown(effects_text(section.effects))
+        text += f"\n**{EFFECTS_TITLE}**\n\n{effects}\n\n{_list(effects_notes(section.effects))}"
     gains = gains_table(section.frame)
-    return text if gains.empty else f"{text}\n**{GAINS_TITLE}**\n\n{_markdown(gains)}\n\n- {GAINS_NOTE}\n"
+    return text if gains.empty else f"{text}\n**{GAINS_TITLE}**\n\n{_markdown(gains)}\n\n{_list([GAINS_NOTE])}"
+
+
+def _list(notes: Iterable[str]) -> str:
+    return "".join(f"- {note}\n" for note in notes)
 
 
 def _markdown(text: pd.DataFrame) -> str:

@@ -1,7 +1,6 @@
 """The report: one file that needs nothing else, pictures whose names can be read, effects with known sizes."""
 
 import itertools
-import json
 import re
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import pytest
 from synthetic_rows import GPU, make_row, make_rows, synthetic_ap
 
 from ablations.report import main, write_report
-from ablations.rows.effects import EFFECTS, effect, effects_table
 from ablations.rows.frame import make_frame
 from ablations.rows.plots import ap_against_depth, ap_against_latency, gain_by_detector, to_svg
 from ablations.rows.store import read_rows, write_row
@@ -86,7 +84,8 @@ def test_the_report_is_one_whole_page_that_asks_for_nothing(tmp_path):
     first, effects, second = page.tables
     assert first[0][:3] == ["detector", "attentions", "depth"] and len(first) == 1 + 17 + 1
     assert first[1][1] == "baseline" and len(second) == 3
-    assert effects[0] == ["detector", "depth", "formulation", "seeds", *EFFECTS]
+    assert effects[0] == ["detector", "depth", "formulation", "effect", "AP", "AP50", "AP75", "APm", "APl"]
+    assert len(effects) == 1 + 3 * 7 and effects[1][:5] == ["atss", "1", "released", "L", "+1.2"]
     words = " ".join(page.text)
     for expected in ("device: Test CPU", "device: Test GPU", "loss is nan at step 12", "How to reproduce"):
         assert expected in words
@@ -145,7 +144,7 @@ def test_the_command(tmp_path, capsys):
     result = run(tmp_path)
     assert result.returncode == 0 and result.stderr == ""
     written = {line.rsplit("/", 1)[-1] for line in result.stdout.split()}
-    assert written == {"table.csv", "table.md", "table.tex", "ap_against_latency.svg", "report.html"}
+    assert written == {"table.csv", "effects.csv", "table.md", "table.tex", "ap_against_latency.svg", "report.html"}
     assert all((tmp_path / name).stat().st_size for name in written)
     assert main([str(tmp_path / "nowhere")]) == 2
     assert "no directory" in capsys.readouterr().err and not (tmp_path / "nowhere").exists()
@@ -155,54 +154,6 @@ def test_the_command(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main([])
     assert caught.value.code == 2
-
-
-# The synthetic AP adds 1.0, 3.0 and 1.5 for L, S and C, and 0.5 where L and S are both on.
-KNOWN = {"L": 1.25, "S": 3.25, "C": 1.5, "L×S": 0.5, "L×C": 0.0, "S×C": 0.0, "L×S×C": 0.0}
-
-
-def test_effects_have_their_known_sizes():
-    table = effects_table(make_rows(depths=(1, 2), seeds=(0, 1, 2)))
-    assert list(table["depth"]) == [1, 2] and set(table["seeds"]) == {3}
-    for name, size in KNOWN.items():
-        assert table[name].to_list() == pytest.approx([size, size])
-        assert table[f"{name}_std"].to_list() == pytest.approx([0, 0], abs=1e-12)
-
-
-def test_the_triple_effect_is_a_difference_of_differences_of_differences():
-    ap = dict.fromkeys(("none", "L", "S", "C", "LS", "LC", "SC", "LSC"), 0.0) | {"LSC": 8.0}
-    assert effect(ap, "LSC") == 8 and effect(ap, "LS") == 4 and effect(ap, "L") == 2
-
-
-def test_effects_need_all_eight_subsets():
-    rows = make_rows(depths=(1, 2))
-    assert effects_table(rows[:-1])["depth"].to_list() == [1]
-    rows[-1]["status"] = "diverged"
-    assert effects_table(rows)["depth"].to_list() == [1]
-    assert effects_table([]).empty
-    assert effects_table([make_row("baseline")]).empty
-
-
-def test_effects_of_each_treatment_of_offsets_share_the_cells_without_s():
-    rows = make_rows(depths=(1,))
-    for row in list(rows):
-        if "S" in row["cell"]["attentions"]:
-            other = json.loads(json.dumps(row))
-            other["cell"]["coarse_offsets"] = "prefix"
-            other["metrics"]["AP"] += 1
-            rows.append(other)
-        else:
-            row["cell"]["coarse_offsets"] = "crop"
-    table = effects_table(rows)
-    assert table["formulation"].to_list() == ["released", "released, prefix"]
-    assert table["S"].to_list() == pytest.approx([3.25, 4.25]) and table["L"].to_list() == pytest.approx([1.25, 1.25])
-
-
-def test_effects_with_unequal_seeds_have_no_deviation():
-    rows = make_rows(depths=(1,), seeds=(0, 1))
-    table = effects_table(rows[:-1])
-    assert table["seeds"].to_list() == [1] and "L_std" not in table
-    assert "± is" not in "".join(table.columns)
 
 
 def overlapping_names(figure):

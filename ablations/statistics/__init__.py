@@ -1,0 +1,1 @@
+"""What a difference of measured numbers is worth: variance between trainings, variance over images, intervals."""
