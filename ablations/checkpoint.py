@@ -20,8 +20,9 @@ from ablations.data.annotations import BAD_ANNOTATIONS
 from ablations.data.coco import read_split
 from ablations.data.images import MAX_PIXELS
 from ablations.data.split import Split
+from ablations.evaluation.detections import Detections
+from ablations.evaluation.evaluate import evaluate
 from ablations.experiment.detect import View, detect, loader_threads, move
-from ablations.experiment.evaluate import Detections, evaluate
 from ablations.experiment.experiment import Reading
 from ablations.files import atomic_write_text
 from ablations.grid import Backend

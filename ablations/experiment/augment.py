@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ablations.experiment.evaluate import Detections
+from ablations.evaluation.detections import Detections
 from kernels import batched_nms
 
 IOU_THRESHOLD = 0.6

@@ -11,8 +11,8 @@ import torch
 
 from ablations.data.loader import EvalLoader
 from ablations.data.split import Split
+from ablations.evaluation.detections import Detections, run_lengths
 from ablations.experiment.augment import merge, mirrored
-from ablations.experiment.evaluate import Detections, run_lengths
 from ablations.experiment.precision import autocast
 from heads.detector import Detector
 from heads.two_stage.masks import paste

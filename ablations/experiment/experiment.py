@@ -13,9 +13,9 @@ from ablations.data.coco import read_dataset
 from ablations.data.loader import EvalLoader, Loader
 from ablations.data.problems import DataError
 from ablations.data.split import Dataset
+from ablations.evaluation.evaluate import evaluate
 from ablations.experiment import trained
 from ablations.experiment.detect import View, detect, loader_threads, move
-from ablations.experiment.evaluate import evaluate
 from ablations.experiment.measure import count_gmacs, count_parameters, measure_latency
 from ablations.experiment.precision import autocast
 from ablations.experiment.room import Room

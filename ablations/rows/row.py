@@ -17,7 +17,7 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 Measure = Literal["params_M", "GMACs", "images_per_s", "latency_ms_p50", "latency_ms_p90", "peak_memory_MB"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 
-# `ablations.experiment.evaluate.METRICS` in percent; None for a size class without ground truth.
+# `ablations.evaluation.evaluate.METRICS` in percent; None for a size class without ground truth.
 Metrics = Mapping[str, float | None]
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from places import GOLDEN
 
 from ablations.checkpoint import main
-from ablations.experiment.evaluate import METRICS
+from ablations.evaluation.evaluate import METRICS
 from heads import load_released
 from heads.backbones.resnet import BasicBlock, FrozenBatchNorm2d, ResNet
 from heads.released.layouts import build_released

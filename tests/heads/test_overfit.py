@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ablations.experiment.evaluate import evaluate, run_lengths
+from ablations.evaluation.detections import run_lengths
+from ablations.evaluation.evaluate import evaluate
 from heads import build_detector
 from heads.build import DETECTORS
 

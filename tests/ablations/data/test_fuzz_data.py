@@ -19,7 +19,7 @@ from ablations.data.check import check_segmentations
 from ablations.data.coco import read_image, read_split
 from ablations.data.loader import Loader
 from ablations.data.problems import DataError
-from ablations.experiment.evaluate import evaluate
+from ablations.evaluation.evaluate import evaluate
 
 # pycocotools' masks are of before numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools")

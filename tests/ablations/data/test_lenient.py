@@ -13,7 +13,7 @@ from ablations.data.check import read_instances
 from ablations.data.coco import read_dataset, read_split
 from ablations.data.images import read_header
 from ablations.data.problems import DataError
-from ablations.experiment.evaluate import METRICS, evaluate
+from ablations.evaluation.evaluate import METRICS, evaluate
 
 
 def every(section: str, change):

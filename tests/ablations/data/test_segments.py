@@ -11,7 +11,7 @@ from ablations.data.coco import read_dataset, read_split
 from ablations.data.loader import Loader
 from ablations.data.problems import DataError
 from ablations.data.segments import MAX_POINT, bitmap, compact_polygons, read_segmentation, run_lengths
-from ablations.experiment.evaluate import evaluate
+from ablations.evaluation.evaluate import evaluate
 
 # pycocotools' masks are of before numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools")

@@ -9,43 +9,23 @@ back changed, and -1 for a slice without ground truth.
 import contextlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import ArrayLike
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-Array = np.ndarray[Any, Any]
+from ablations.evaluation.detections import Array, Id, Predictions, RunLengths, columns, run_lengths
 
 # What is evaluated, in the order of pycocotools' statistics.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
-Id = int | str
-# A compressed mask as pycocotools has it: `size` (height, width) and `counts`.
-RunLengths = dict[str, Any]
-
-
-class Detections(TypedDict):
-    """The detections of one image.
-
-    Attributes:
-        boxes: (K, 4) float32 xyxy in pixels of the original image.
-        scores: (K,).
-        labels: (K,) int64, 0-based and contiguous.
-        masks: K masks of the original image's size, where the detector has them.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    masks: NotRequired[list[RunLengths]]
-
 
 def evaluate(
-    predictions: Iterable[tuple[Id, Mapping[str, Any]]],
+    predictions: Predictions,
     ground_truth: Mapping[str, Any],
     category_ids: Sequence[Id],
     iou_type: Literal["bbox", "segm"] = "bbox",
@@ -80,14 +60,14 @@ def evaluate(
         >>> round(metrics["AP"]), round(metrics["AP50"]), metrics["APl"]
         (90, 100, None)
     """
-    categories = _numbers("category", (category["id"] for category in ground_truth["categories"]))
+    categories = numbered("category", (category["id"] for category in ground_truth["categories"]))
     unknown = [category for category in category_ids if category not in categories]
     if unknown:
         raise ValueError(f"category ids {unknown} are not in the ground truth, which has {list(categories)}")
     if len(set(category_ids)) != len(category_ids):
         raise ValueError(f"category_ids holds an id twice: {list(category_ids)}")
     evaluated = [categories[category] for category in category_ids]
-    images = _numbers("image", (image["id"] for image in ground_truth["images"]))
+    images = numbered("image", (image["id"] for image in ground_truth["images"]))
 
     truth = _ground_truth(ground_truth, images, categories, iou_type)
     detections = _detections(predictions, images, truth, evaluated, iou_type)
@@ -105,7 +85,7 @@ def evaluate(
     }
 
 
-def _numbers(kind: str, ids: Iterable[Id]) -> dict[Id, int]:
+def numbered(kind: str, ids: Iterable[Id]) -> dict[Id, int]:
     """The numbers from 1 that stand for ids within pycocotools, which passes some through float64: in the ids' order.
 
     Raises:
@@ -157,14 +137,8 @@ def _ground_truth(
     return truth
 
 
-def _array(values: ArrayLike | Tensor, dtype: DTypeLike) -> Array:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().numpy()
-    return np.asarray(values, dtype=dtype)
-
-
 def _detections(
-    predictions: Iterable[tuple[Id, Mapping[str, Any]]],
+    predictions: Predictions,
     numbers: Mapping[Id, int],
     truth: COCO,
     categories: Sequence[int],
@@ -202,51 +176,24 @@ def _image_detections(
     category_ids: Sequence[int],
     iou_type: str,
 ) -> list[dict[str, Any]]:
-    boxes = _array(detections["boxes"], np.float64).reshape(-1, 4)
-    scores = _array(detections["scores"], np.float64)
-    labels = _array(detections["labels"], np.int64)
-    if not len(boxes) == len(scores) == len(labels):
-        raise ValueError(f"image {image_id}: {len(boxes)} boxes, {len(scores)} scores and {len(labels)} labels")
-    for name, values, finite in (
-        ("box", boxes, np.isfinite(boxes).all(axis=1)),
-        ("score", scores, np.isfinite(scores)),
-    ):
-        bad = np.flatnonzero(~finite)
-        if len(bad):
-            raise ValueError(f"image {image_id}: {name} {bad[0]} is {values[bad[0]].tolist()}, not a finite number")
-    sizes = boxes[:, 2:] - boxes[:, :2]
-    bad = np.flatnonzero((sizes < 0).any(axis=1))
-    if len(bad):
-        raise ValueError(f"image {image_id}: box {bad[0]} is {boxes[bad[0]].tolist()}; x2 and y2 must not be less")
-    bad = np.flatnonzero((labels < 0) | (labels >= len(category_ids)))
-    if len(bad):
-        raise ValueError(f"image {image_id}: label {labels[bad[0]]}; there are {len(category_ids)} categories")
-
+    bbox, scores, labels = columns(image_id, detections, len(category_ids))
     annotations = [
         {
             "image_id": image["id"],
             "category_id": category_ids[label],
-            "bbox": [*corner, *size],
-            "area": size[0] * size[1],
+            "bbox": box,
+            "area": box[2] * box[3],
             "score": score,
             "iscrowd": 0,
         }
-        for corner, size, score, label in zip(
-            boxes[:, :2].tolist(), sizes.tolist(), scores.tolist(), labels.tolist(), strict=True
-        )
+        for box, score, label in zip(bbox.tolist(), scores.tolist(), labels.tolist(), strict=True)
     ]
     if iou_type == "segm":
-        masks = _run_lengths(image_id, image, detections["masks"], len(boxes))
+        masks = _run_lengths(image_id, image, detections["masks"], len(bbox))
         for annotation, mask, area in zip(annotations, masks, rle.area(masks) if masks else [], strict=True):
             annotation["segmentation"] = mask
             annotation["area"] = float(area)
     return annotations
-
-
-def run_lengths(masks: ArrayLike | Tensor) -> list[RunLengths]:
-    """Masks (K, H, W), a tensor on any device or an array, as K compressed RLEs: a hundredth of the memory."""
-    pixels = _array(masks, np.uint8)
-    return rle.encode(np.asfortranarray(pixels.transpose(1, 2, 0))) if len(pixels) else []
 
 
 def _run_lengths(
@@ -267,7 +214,7 @@ def _run_lengths(
 
 
 # Of one image, category and area range, by the names that COCOeval reads them with.
-Matches = dict[str, Any]
+ImageMatches = dict[str, Any]
 
 
 class _Evaluation(COCOeval):
@@ -280,9 +227,9 @@ class _Evaluation(COCOeval):
 
     def _prepare(self) -> None:
         super()._prepare()
-        self._matched: dict[tuple[int, int], dict[tuple[float, ...], Matches]] = {}
+        self._matched: dict[tuple[int, int], dict[tuple[float, ...], ImageMatches]] = {}
 
-    def evaluateImg(self, imgId: int, catId: int, aRng: list[float], maxDet: int) -> Matches | None:
+    def evaluateImg(self, imgId: int, catId: int, aRng: list[float], maxDet: int) -> ImageMatches | None:
         truth, detections = self._gts[imgId, catId], self._dts[imgId, catId]
         if not truth and not detections:
             return None
@@ -292,7 +239,7 @@ class _Evaluation(COCOeval):
 
     def _match(
         self, truth: list[dict[str, Any]], detections: list[dict[str, Any]], overlaps: ArrayLike, most: int
-    ) -> dict[tuple[float, ...], Matches]:
+    ) -> dict[tuple[float, ...], ImageMatches]:
         """What `accumulate` reads of one image and category, for every area range."""
         ranges = np.array(self.params.areaRng, dtype=float)
         thresholds = np.minimum(self.params.iouThrs, 1 - 1e-10)

@@ -14,7 +14,7 @@ from places import ROOT
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ablations.experiment.evaluate import METRICS, evaluate
+from ablations.evaluation.evaluate import METRICS, evaluate
 
 PLACES = [os.environ.get("DYHEAD_COCOEVAL"), ROOT.parent / "shared" / "cocoeval"]
 COCOEVAL = next((Path(place) for place in PLACES if place and Path(place).is_dir()), None)
