@@ -33,6 +33,7 @@ class Recipe:
         channels: Channels of the pyramid.
         steps: Training steps.
         batch_size: Images a step, in evaluation images a batch.
+        accumulate: Equal parts that a step's images are trained on one after the other, to need less memory.
         optimizer: `"sgd"` or `"adamw"`.
         lr: Learning rate for a batch of `batch_size`.
         backbone_lr: Learning rate of the backbone, as a share of `lr`.
@@ -47,6 +48,7 @@ class Recipe:
     channels: int
     steps: int
     batch_size: int
+    accumulate: int = 1
     optimizer: str = "sgd"
     lr: float
     backbone_lr: float = 1.0
@@ -158,6 +160,7 @@ class Preset(Recipe):
         pretrained: Whether the backbone begins with its published weights unless others are named.
         depths: DyHead blocks of the grids that vary them.
         one_depth: DyHead blocks of the grids that vary something else.
+        seeds: How often each cell is trained unless the command line says.
         gpu_precision: Precision on a GPU; on a CPU it is fp32.
         exceptions: Fields in which cells differ from the recipe, by the detector's name or by the beginning of the
             backbone's. Where two entries fit, the later one counts.
@@ -168,6 +171,7 @@ class Preset(Recipe):
     pretrained: bool = False
     depths: tuple[int, ...]
     one_depth: int
+    seeds: int
     gpu_precision: str
     exceptions: dict[str, Exceptions] = field(default_factory=dict)
 
@@ -203,6 +207,7 @@ PRESETS = {
     "tiny": Preset(
         description="2 CPU cores, about half a minute a cell",
         difficulty="tiny",
+        seeds=3,
         image_size=(128,),
         max_size=160,
         backbone="tiny",
@@ -221,6 +226,7 @@ PRESETS = {
     "small": Preset(
         description="one GPU, under a minute a cell",
         difficulty="small",
+        seeds=3,
         image_size=(256,),
         max_size=320,
         backbone="tiny",
@@ -240,6 +246,7 @@ PRESETS = {
     "paper": Preset(
         description="R-50, 800×1333, 1x schedule, batch 16: days on one GPU",
         difficulty="paper",
+        seeds=1,
         image_size=(800,),
         max_size=1333,
         backbone="resnet50",
@@ -285,7 +292,7 @@ def with_dyhead(cell: Cell, attentions: str, depth: int, formulation: str, coars
 
 
 def build_grid(name: str, preset: Preset, base: Cell, detectors: Iterable[str], seeds: int) -> list[Cell]:
-    """The cells of a named grid, each once, baseline first.
+    """The cells of a named grid, each once: all of the first seed, then all of the next, a detector's baseline first.
 
     Args:
         name: One of `GRIDS`.
@@ -300,10 +307,9 @@ def build_grid(name: str, preset: Preset, base: Cell, detectors: Iterable[str], 
     if name not in GRIDS:
         raise ValueError(f"unknown grid {name!r}; the grids are {', '.join(GRIDS)}")
     cells: list[Cell] = []
-    for detector in detectors:
-        for seed in range(seeds):
-            baseline = replace(base, detector=detector, seed=seed, **preset.exceptions_for(detector, base.backbone))
-            cells += [baseline, *variants(name, preset, baseline)]
+    for seed, detector in product(range(seeds), detectors):
+        baseline = replace(base, detector=detector, seed=seed, **preset.exceptions_for(detector, base.backbone))
+        cells += [baseline, *variants(name, preset, baseline)]
     return list(dict.fromkeys(cells))
 
 

@@ -1,16 +1,19 @@
 """The command line of `python -m ablations.run`, read once into `Options` whose fields are what the run works with."""
 
 import argparse
+import math
 import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from ablations.data.annotations import BAD_ANNOTATIONS
 from ablations.data.images import MAX_PIXELS
 from ablations.experiment.experiment import Reading
-from ablations.grid import GRIDS, PRESETS, Backend, Preset
+from ablations.experiment.logs import LOGS
+from ablations.grid import GRIDS, PRESETS, Backend, Exceptions, Preset
 from ablations.rows.machine import device_name
 from heads.backbones.resnet import BACKBONES
 from heads.build import DETECTORS, WITH_MASKS
@@ -36,6 +39,7 @@ class Options:
         only: Terms that the cells must match, as typed.
         detectors: Names of the detectors, each once.
         seeds: Number of seeds.
+        precision: `"fp32"` or `"bf16"`; None for the preset's.
         weights: Initial backbone weights, a published name or a file; None for random ones.
         test_sizes: Shorter sides in evaluation, pixels.
         test_flip: Whether evaluation adds the mirrored image.
@@ -43,6 +47,7 @@ class Options:
         device: Where to run, as PyTorch names it.
         backend: Of the operators.
         workers: Number of processes; None for the device's default.
+        log: One of `ablations.experiment.logs.LOGS`; None for none.
         dry_run: List the cells and run nothing.
         fresh: Run finished cells again.
         retry_failed: Run failed cells again.
@@ -56,6 +61,7 @@ class Options:
     only: str
     detectors: tuple[str, ...]
     seeds: int
+    precision: str | None
     weights: str | None
     test_sizes: tuple[int, ...]
     test_flip: bool
@@ -63,6 +69,7 @@ class Options:
     device: str
     backend: Backend
     workers: int | None
+    log: str | None
     dry_run: bool
     fresh: bool
     retry_failed: bool
@@ -79,12 +86,11 @@ def parse(arguments: Sequence[str]) -> Options:
     parser = build_parser()
     parsed = parser.parse_args(arguments)
     base = PRESETS[parsed.preset]
-    preset = replace(
-        base,
-        backbone=parsed.backbone or base.backbone,
-        image_size=parsed.train_sizes or base.image_size,
-        max_size=parsed.max_size or base.max_size,
-    )
+    preset = told(base, parsed)
+    if preset.batch_size % preset.accumulate:
+        parts = [str(n) for n in range(1, preset.batch_size + 1) if preset.batch_size % n == 0]
+        message = f"--accumulate {preset.accumulate} does not divide the batch of {preset.batch_size} images"
+        parser.error(f"{message}; give one of {', '.join(parts)}, or another --batch-size")
     test_sizes = parsed.test_sizes or base.image_size
     shorter = max(*preset.image_size, *test_sizes)
     if shorter > preset.max_size:
@@ -99,6 +105,8 @@ def parse(arguments: Sequence[str]) -> Options:
     if masks and (parsed.test_flip or len(test_sizes) > 1):
         named = ", ".join(WITH_MASKS)
         parser.error(f"--test-flip and several --test-sizes merge boxes, not masks: name a --detector without {named}")
+    if parsed.backend == "triton" and parsed.device == "cpu" and parsed.precision == "bf16":
+        parser.error("--precision bf16 cannot be interpreted on a CPU: leave --backend triton out, or take fp32")
     if parsed.backend == "triton" and parsed.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("--backend triton on a CPU needs TRITON_INTERPRET=1 in the environment, and hours of patience")
 
@@ -111,7 +119,8 @@ def parse(arguments: Sequence[str]) -> Options:
         reading=Reading(masks, parsed.bad_annotations, parsed.max_image_pixels),
         only=parsed.only,
         detectors=detectors,
-        seeds=parsed.seeds,
+        seeds=parsed.seeds or preset.seeds,
+        precision=parsed.precision,
         weights=None if weights == "none" else weights,
         test_sizes=test_sizes,
         test_flip=parsed.test_flip,
@@ -119,11 +128,26 @@ def parse(arguments: Sequence[str]) -> Options:
         device=parsed.device,
         backend=parsed.backend,
         workers=parsed.workers,
+        log=parsed.log,
         dry_run=parsed.dry_run,
         fresh=parsed.fresh,
         retry_failed=parsed.retry_failed,
         command=f"{PROGRAM} {shlex.join(arguments)}",
     )
+
+
+def told(base: Preset, parsed: argparse.Namespace) -> Preset:
+    """The preset with what the command line says in its place; that counts for every detector and backbone."""
+    names = ("backbone", "max_size", "steps", "batch_size", "accumulate", "lr", "depths")
+    said = {name: value for name in names if (value := getattr(parsed, name)) is not None}
+    exceptions = {
+        name: cast(Exceptions, {field: value for field, value in changes.items() if field not in said})
+        for name, changes in base.exceptions.items()
+    }
+    preset = replace(base, **said, image_size=parsed.train_sizes or base.image_size, exceptions=exceptions)
+    # A training that is shorter than planned is not to be all warm-up.
+    warmup = min(preset.warmup, preset.steps // 10) if preset.steps < base.steps else preset.warmup
+    return replace(preset, warmup=warmup, one_depth=max(parsed.depths) if parsed.depths else preset.one_depth)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -154,15 +178,26 @@ def build_parser() -> argparse.ArgumentParser:
     names = f"of {', '.join(DETECTORS)} (default: atss; all of them for --grid detectors)"
     what.add_argument("--detector", metavar="NAME[,NAME]", help=names)
     what.add_argument("--backbone", choices=BACKBONES, help="default: the preset's")
-    what.add_argument("--seeds", type=positive, default=1, metavar="N", help="repeat with seeds 0 … N-1 (default: 1)")
+    repeats = "repeat with seeds 0 … N-1, all cells of a seed before those of the next (default: the preset's)"
+    what.add_argument("--seeds", type=positive, metavar="N", help=repeats)
+    depths = "DyHead blocks (default: the preset's); the grids of one depth take the largest"
+    what.add_argument("--depths", type=wholes, metavar="N[,N]", help=depths)
+    what.add_argument("--steps", type=positive, metavar="N", help="training steps (default: the preset's)")
+    what.add_argument("--batch-size", type=positive, metavar="N", help="images a step (default: the preset's)")
+    parts = "train on a step's images in K equal parts, one after the other, with less memory (default: 1)"
+    what.add_argument("--accumulate", type=positive, metavar="K", help=parts)
+    rate = "learning rate, of every detector and backbone (default: the preset's, which knows some exceptions)"
+    what.add_argument("--lr", type=rate_of_learning, metavar="X", help=rate)
+    types = "of training and test (default: fp32 on a CPU, the preset's on a GPU)"
+    what.add_argument("--precision", choices=("fp32", "bf16"), help=types)
     what.add_argument(
         "--weights",
         metavar="FILE|NAME|none",
         help="initial backbone weights with torchvision's names (default: the backbone's own in the paper preset)",
     )
     sides = "shorter sides in pixels (default: the preset's one)"
-    what.add_argument("--train-sizes", type=pixels, metavar="N[,N]", help=f"multi-scale training: {sides}")
-    what.add_argument("--test-sizes", type=pixels, metavar="N[,N]", help=f"multi-scale testing: {sides}")
+    what.add_argument("--train-sizes", type=wholes, metavar="N[,N]", help=f"multi-scale training: {sides}")
+    what.add_argument("--test-sizes", type=wholes, metavar="N[,N]", help=f"multi-scale testing: {sides}")
     longest = "most pixels of the longer side, whatever the shorter one then is (default: the preset's)"
     what.add_argument("--max-size", type=positive, metavar="N", help=longest)
     what.add_argument("--test-flip", action="store_true", help="test on the mirrored image, too")
@@ -171,6 +206,7 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     how.add_argument("--backend", choices=BACKENDS, default="auto", help="of the operators (default: auto)")
     how.add_argument("--workers", type=positive, metavar="N", help="processes (default: one per core; 1 on a GPU)")
+    how.add_argument("--log", choices=LOGS, help="write loss curves and AP for one of these, too, if it is installed")
     how.add_argument("--dry-run", action="store_true", help="list the cells, what is done and the cost; run nothing")
     how.add_argument("--fresh", action="store_true", help="run finished cells again; old rows move to cells/replaced/")
     how.add_argument("--retry-failed", action="store_true", help="run failed cells again")
@@ -185,6 +221,14 @@ def positive(text: str) -> int:
     return value
 
 
-def pixels(text: str) -> tuple[int, ...]:
-    """Whole numbers of pixels with commas between them, for argparse."""
+def wholes(text: str) -> tuple[int, ...]:
+    """Whole numbers from 1 on with commas between them, for argparse."""
     return tuple(positive(part) for part in text.split(","))
+
+
+def rate_of_learning(text: str) -> float:
+    """A finite number above 0, for argparse."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return value

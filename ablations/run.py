@@ -7,6 +7,7 @@ A cell that has a row is not run again, so the same command goes on where it was
 import hashlib
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,15 +15,19 @@ import torch
 
 from ablations.data.coco import read_dataset
 from ablations.data.split import Dataset
+from ablations.experiment import logs
 from ablations.experiment.experiment import Job
 from ablations.experiment.pool import run_cells
 from ablations.experiment.progress import Progress, clock
+from ablations.experiment.room import Room
+from ablations.experiment.worker import Finished, Notice
 from ablations.generate import generate
 from ablations.grid import Cell, build_grid, only
 from ablations.options import RUNS, Options, parse
 from ablations.plan import Plan, announce, dry_run, make_plan, replaced, set_aside
 from ablations.report import write_results
-from ablations.rows.store import read_all
+from ablations.rows.store import read_all, read_rows
+from ablations.rows.tables import write_tables
 from heads.backbones.resnet import BACKBONES, load_imagenet
 
 OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -33,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         check_weights(options)
+        if options.log is not None:
+            logs.module(options.log)
         data = open_data(options)
         base = base_cell(options, data)
         cells = only(build_grid(options.grid, options.preset, base, options.detectors, options.seeds), options.only)
@@ -89,7 +96,7 @@ def base_cell(options: Options, data: Dataset) -> Cell:
         test_flip=options.test_flip,
         detector=options.detectors[0],
         weights=weights,
-        precision=preset.gpu_precision if device_kind != "cpu" else "fp32",
+        precision=options.precision or (preset.gpu_precision if device_kind != "cpu" else "fp32"),
         device_kind=device_kind,
         backend=options.backend,
     )
@@ -134,12 +141,27 @@ def run(plan: Plan, options: Options, data: Dataset) -> None:
         weights=options.weights,
         command=options.command,
         retry_failed=options.retry_failed,
+        log=options.log,
     )
-    progress = Progress(len(plan.todo))
+    progress = Progress(plan.todo)
+    left = Counter(cell.seed for cell in plan.todo)
+    room = Room(options.out)
+
+    def notice(cell: Cell, event: Notice) -> None:
+        progress.notice(cell, event)
+        if isinstance(event, Finished):
+            left[cell.seed] -= 1
+            if not left[cell.seed] and left.total():
+                # The last table is made of all rows, with the report.
+                with room.busy():
+                    write_tables(read_rows(options.out), options.out)
+                progress.line(f"seed {cell.seed} complete: table in {options.out}/table.md")
+
     try:
-        run_cells(plan.todo, job, plan.workers, progress.notice)
+        run_cells(plan.todo, job, plan.workers, notice)
     finally:
         progress.close()
+        room.close()
 
 
 def banner(options: Options, plan: Plan) -> str:

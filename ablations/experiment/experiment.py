@@ -15,6 +15,7 @@ from ablations.data.problems import DataError
 from ablations.data.split import Dataset
 from ablations.evaluation.evaluate import evaluate
 from ablations.experiment import trained
+from ablations.experiment.curve import Scalars
 from ablations.experiment.detect import View, detect, loader_threads, move
 from ablations.experiment.measure import count_gmacs, count_parameters, measure_latency
 from ablations.experiment.precision import autocast
@@ -53,6 +54,7 @@ class Job:
         weights: Initial backbone weights, a published name or a file; None for random ones.
         command: The command line, for the rows.
         retry_failed: Whether failed cells are run again.
+        log: Where scalars go beside the files of the cells, one of `ablations.experiment.logs.LOGS`; None for nowhere.
     """
 
     data: Path
@@ -64,6 +66,7 @@ class Job:
     weights: str | None
     command: str
     retry_failed: bool
+    log: str | None = None
 
 
 class Stage(NamedTuple):
@@ -79,13 +82,20 @@ class Step(NamedTuple):
     loss: float
 
 
+class Line(NamedTuple):
+    """The loss curve has another line."""
+
+    step: int
+    scalars: Scalars
+
+
 class Learned(NamedTuple):
     """Parts of a cell's row are known, and stay known whatever happens next."""
 
     parts: Results
 
 
-Event = Stage | Step | Learned
+Event = Stage | Step | Line | Learned
 
 
 def run(cell: Cell, job: Job, room: Room, notice: Callable[[Event], None]) -> None:
@@ -181,6 +191,9 @@ def fit(
         if step % STEPS_PER_NOTICE == 0:
             notice(Step(step, loss))
 
+    def log(step: int, scalars: Scalars) -> None:
+        notice(Line(step, scalars))
+
     loader = Loader(
         data.train,
         cell.batch_size,
@@ -192,7 +205,7 @@ def fit(
     )
     with closing(loader) as batches:
         directory = trained.folder(job.out, cell)
-        return train(cell, model, batches.batch, torch.device(job.device), directory, room.busy, report)
+        return train(cell, model, batches.batch, torch.device(job.device), directory, room.busy, report, log)
 
 
 @lru_cache(maxsize=1)

@@ -8,8 +8,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
 
-from ablations.experiment.experiment import Event, Job, Learned, Stage
-from ablations.experiment.worker import Elsewhere, Finished, Message, Unwritten, failed_row, work
+from ablations.experiment.experiment import Job, Learned, Stage
+from ablations.experiment.worker import Elsewhere, Finished, Message, Notice, Unwritten, failed_row, work
 from ablations.grid import Cell
 from ablations.rows.row import Results, Row
 from ablations.rows.store import write_row
@@ -27,7 +27,7 @@ class Worker:
     cell: Cell | None = None
 
 
-def run_cells(cells: list[Cell], job: Job, workers: int, notice: Callable[[Cell, Event | Finished], None]) -> None:
+def run_cells(cells: list[Cell], job: Job, workers: int, notice: Callable[[Cell, Notice], None]) -> None:
     """Run every cell to a row in `job.out`; a cell that fails has a row too, and the others go on.
 
     Args:
@@ -71,17 +71,15 @@ def run_cells(cells: list[Cell], job: Job, workers: int, notice: Callable[[Cell,
                     message = Finished(row)
                 if isinstance(message, Unwritten):
                     raise OSError(message.reason)
+                notice(cell, message)
                 if isinstance(message, Elsewhere):
                     # Come back when everything else is done.
                     todo.append(cell)
-                    worker.cell = None
-                elif isinstance(message, Learned):
+                if isinstance(message, Learned):
                     # What a process that is killed later on would take with it.
                     known[cell].update(message.parts)
-                else:
-                    notice(cell, message)
-                    if isinstance(message, Finished):
-                        worker.cell = None
+                if isinstance(message, Finished | Elsewhere):
+                    worker.cell = None
     finally:
         for worker in team:
             worker.connection.close()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ablations.experiment.curve import CURVE, Curve, Scalars
 from ablations.experiment.precision import autocast
 from ablations.experiment.trained import CHECKPOINT
 from ablations.files import atomic_file
@@ -80,6 +81,7 @@ def train(
     directory: Path,
     busy: Callable[[], AbstractContextManager[object]] = nullcontext,
     report: Callable[[int, float], None] = lambda step, loss: None,
+    log: Callable[[int, Scalars], None] = lambda step, scalars: None,
 ) -> Training:
     """Train `model` in place, from the checkpoint in `directory` if there is one.
 
@@ -88,9 +90,10 @@ def train(
         model: On `device`, freshly initialised with the cell's seed.
         batch: Step number -> images and targets; a pure function.
         device: Where to train.
-        directory: Where checkpoints are kept; made if need be.
+        directory: Where checkpoints and the loss curve are kept; made if need be.
         busy: Context manager around every step; latency is measured only while no step runs.
         report: Called with the step's number and its loss.
+        log: Called with every line of the loss curve.
 
     Returns:
         `steps`, `images`, `seconds` and `loss`, the mean of the watched steps in the last tenth.
@@ -100,7 +103,8 @@ def train(
     """
     optimizer = build_optimizer(model, cell, device)
     checkpoint = directory / CHECKPOINT
-    step, tail, seconds = load_checkpoint(checkpoint, model, optimizer, device)
+    step, tail, sums, seconds = load_checkpoint(checkpoint, model, optimizer, device)
+    curve = Curve(directory / CURVE, cell.steps, step, sums, log)
     began = time.monotonic() - seconds
     every = math.ceil(cell.steps / CHECKPOINTS)
     model.train()
@@ -108,21 +112,21 @@ def train(
         with busy():
             torch.manual_seed(cell.seed * 1_000_003 + step)
             images, targets = batch(step)
-            images = [image.to(device, non_blocking=True) for image in images]
-            targets = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in t.items()} for t in targets]
+            lr = learning_rate(cell, step)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(cell, step) * group["lr_share"]
-            with autocast(device, cell.precision):
-                losses = model(images, targets, check_targets=False)
-            loss: Tensor = sum(losses.values())
+                group["lr"] = lr * group["lr_share"]
+            optimizer.zero_grad(set_to_none=True)
+            losses = backward(cell, model, images, targets, device)
+            curve.add(losses, lr)
             # Asking a GPU for the value waits for it, so there it is asked only now and then.
             step += 1
             watched = device.type == "cpu" or step % 20 == 0 or step % every == 0 or step == cell.steps
-            if watched and not math.isfinite(value := loss.item()):
-                parts = ", ".join(f"{name} {part.item():g}" for name, part in losses.items())
-                raise Diverged(f"loss is not finite at step {step} of {cell.steps}: {parts}")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            if watched:
+                curve.write()
+                value = float(sum(losses.values()))
+                if not math.isfinite(value):
+                    parts = ", ".join(f"{name} {part.item():g}" for name, part in losses.items())
+                    raise Diverged(f"loss is not finite at step {step} of {cell.steps}: {parts}")
             nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
             optimizer.step()
             if watched:
@@ -130,28 +134,59 @@ def train(
                 if step > 0.9 * cell.steps:
                     tail.append(value)
         if step % every == 0 or step == cell.steps:
-            save_checkpoint(checkpoint, model, optimizer, step, tail, time.monotonic() - began)
+            save_checkpoint(checkpoint, model, optimizer, step, tail, curve.sums, time.monotonic() - began)
     seconds = time.monotonic() - began
     return {"steps": step, "images": step * cell.batch_size, "seconds": seconds, "loss": sum(tail) / len(tail)}
 
 
+def backward(
+    cell: Cell, model: nn.Module, images: list[Tensor], targets: list[dict[str, Any]], device: torch.device
+) -> dict[str, Tensor]:
+    """Add the gradients of a step's loss to those of the parameters; returns its parts without graph.
+
+    Of a step in several parts the loss is the mean of theirs, each normalised by its own objects.
+    """
+    size = len(images) // cell.accumulate
+    total: dict[str, Tensor] = {}
+    for start in range(0, len(images), size):
+        shown = [image.to(device, non_blocking=True) for image in images[start : start + size]]
+        wanted = [
+            {k: v.to(device) if isinstance(v, Tensor) else v for k, v in t.items()}
+            for t in targets[start : start + size]
+        ]
+        with autocast(device, cell.precision):
+            losses = model(shown, wanted, check_targets=False)
+        if cell.accumulate > 1:
+            losses = {name: loss / cell.accumulate for name, loss in losses.items()}
+        sum(losses.values()).backward()
+        for name, loss in losses.items():
+            total[name] = total[name] + loss.detach() if name in total else loss.detach()
+    return total
+
+
 def save_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, tail: list[float], seconds: float
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    tail: list[float],
+    sums: Tensor | None,
+    seconds: float,
 ) -> None:
     """Write a checkpoint so that a kill at any moment leaves either the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     with atomic_file(path) as file:
-        torch.save({**state, "step": step, "tail": tail, "seconds": seconds}, file)
+        torch.save({**state, "step": step, "tail": tail, "sums": sums, "seconds": seconds}, file)
 
 
 def load_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-) -> tuple[int, list[float], float]:
-    """Restore a checkpoint: steps and seconds it has behind it and the last losses; zeros where there is none."""
+) -> tuple[int, list[float], Tensor | None, float]:
+    """Restore a checkpoint: its step, the last losses, `Curve.sums`, and its seconds; zeros where there is none."""
     if not path.exists():
-        return 0, [], 0.0
+        return 0, [], None, 0.0
     state = torch.load(path, map_location=device, weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["tail"], state["seconds"]
+    return state["step"], state["tail"], state["sums"], state["seconds"]

@@ -2,11 +2,12 @@
 
 What training reads and what evaluation reads are told apart. The weights of a cell lie in `cells/<training key>/`, a
 hash of everything that decides them (`Cell.training_key`); when training has ended, `training.json` beside them says
-so. A cell whose evaluation failed, whose val part was mended, or that differs from another one in how it is tested
-finds them there and is only evaluated.
+so. The loss curve lies there, too, and each cell has a copy of it in `cells/<key>/`. A cell whose evaluation failed,
+whose val part was mended, or that differs from another one in how it is tested finds them there and is only evaluated.
 """
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import cast
@@ -14,6 +15,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from ablations.experiment.curve import CURVE
 from ablations.files import atomic_write_text
 from ablations.grid import DATA, Cell
 from ablations.rows.row import Row, Training, training_of
@@ -45,6 +47,19 @@ def load(out: Path, cell: Cell, model: nn.Module, device: torch.device) -> None:
     """Give `model` the trained weights of a cell that `find` knows of."""
     state = torch.load(folder(out, cell) / CHECKPOINT, map_location=device, weights_only=True)
     model.load_state_dict(state["model"])
+
+
+def clear(out: Path, cell: Cell) -> None:
+    """Remove what earlier, failed runs of a cell left beside its row."""
+    shutil.rmtree(out / "cells" / cell.key, ignore_errors=True)
+
+
+def copy_curve(out: Path, cell: Cell) -> None:
+    """Put the loss curve of a cell's training, as far as it came, among the files of the cell."""
+    if (source := folder(out, cell) / CURVE).is_file():
+        target = out / "cells" / cell.key / CURVE
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
 
 
 def is_done(out: Path, cell: Cell, row: Row | None, retry_failed: bool) -> bool:

@@ -8,7 +8,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,7 +18,8 @@ import torch
 
 from ablations.data.problems import DataError
 from ablations.experiment import trained
-from ablations.experiment.experiment import Event, Job, Learned, run
+from ablations.experiment.experiment import Event, Job, Learned, Line, run
+from ablations.experiment.logs import Log, open_log
 from ablations.experiment.room import Room
 from ablations.experiment.train import Diverged
 from ablations.grid import Cell
@@ -44,7 +45,8 @@ class Unwritten(NamedTuple):
     reason: str
 
 
-Message = Event | Finished | Elsewhere | Unwritten
+Notice = Event | Finished | Elsewhere
+Message = Notice | Unwritten
 
 
 def work(connection: Connection, job: Job) -> None:
@@ -70,6 +72,7 @@ def work(connection: Connection, job: Job) -> None:
                 if row is None or not trained.is_done(job.out, cell, row, job.retry_failed):
                     row = run_cell(cell, job, room, send)
                     try:
+                        trained.copy_curve(job.out, cell)
                         write_row(job.out, row)
                     except OSError as error:
                         send(Unwritten(str(error)))
@@ -98,15 +101,22 @@ def run_cell(cell: Cell, job: Job, room: Room, notice: Callable[[Event], None]) 
     """
     started = now()
     known: Results = {}
+    trained.clear(job.out, cell)
 
-    def heard(event: Event) -> None:
-        if isinstance(event, Learned):
-            known.update(event.parts)
-        notice(event)
+    def heard(event: Event, log: Log) -> None:
+        match event:
+            case Line(step, scalars):
+                log.write(step, scalars)
+            case Learned(parts):
+                known.update(parts)
+                log.write(cell.steps, parts.get("metrics") or {})
+                notice(event)
+            case _:
+                notice(event)
 
     try:
-        with use_backend(cell.backend):
-            run(cell, job, room, heard)
+        with use_backend(cell.backend), closing(open_log(job.log, cell, job.out)) as log:
+            run(cell, job, room, lambda event: heard(event, log))
         return {**blank_row(cell, job), **known, "started": started, "finished": now()}
     except BrokenPipeError:
         raise

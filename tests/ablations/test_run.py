@@ -25,7 +25,7 @@ from ablations.rows import store
 from ablations.rows.store import read_rows, write_row
 
 # The tiny preset with hardly any steps; in the child processes of the kill test it is applied before anything runs.
-BRIEF = {"steps": 10, "batch_size": 2, "warmup": 2, "channels": 16}
+BRIEF = {"steps": 10, "batch_size": 2, "warmup": 2, "channels": 16, "seeds": 1}
 SCRIPT = f"""
 import sys
 from dataclasses import replace

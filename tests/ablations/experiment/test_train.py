@@ -7,6 +7,7 @@ import torch
 from cells import CELL
 from torch import nn
 
+from ablations.experiment.curve import read_curve
 from ablations.experiment.train import MAX_GRADIENT_NORM, Diverged, learning_rate, parameter_groups, train
 from ablations.grid import PRESETS
 from heads import DyHead
@@ -129,9 +130,35 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_parts(tmp_path):
     model = Line(scale=float("inf"))
     with pytest.raises(Diverged, match=r"step 1 of 100: loss_fit (inf|nan)"):
         train(CELL, model, batch, torch.device("cpu"), tmp_path)
-    assert not list(tmp_path.iterdir())
+    (path,) = tmp_path.iterdir()
+    assert read_curve(path) == [{"step": 1, "lr": pytest.approx(0.01), "loss": None, "loss_fit": None}]
 
 
 def test_presets_train_every_cell_alike():
     for preset in PRESETS.values():
         assert preset.one_depth in preset.depths and preset.warmup < preset.steps
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_step_in_parts_takes_the_same_batches_and_the_mean_of_their_losses(parts, tmp_path):
+    """The loss of a line is a mean over images, so equal parts weigh as they do in the whole batch."""
+
+    def larger(step):
+        images, targets = batch(step)
+        more, others = batch(1000 + step)
+        return images + more, targets + others
+
+    shown = []
+
+    class Watched(Line):
+        def forward(self, images, targets, *, check_targets):
+            shown.append(len(images))
+            return super().forward(images, targets, check_targets=check_targets)
+
+    whole, split = Line(), Watched()
+    cell = replace(CELL, batch_size=4)
+    expected = train(cell, whole, larger, torch.device("cpu"), tmp_path / "whole")
+    result = train(replace(cell, accumulate=parts), split, larger, torch.device("cpu"), tmp_path / "parts")
+    assert shown == [4 // parts] * parts * cell.steps
+    assert torch.allclose(split.weight, whole.weight, rtol=1e-5) and torch.allclose(split.bias, whole.bias, rtol=1e-5)
+    assert result["loss"] == pytest.approx(expected["loss"], rel=1e-3, abs=1e-9)

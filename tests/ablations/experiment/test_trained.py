@@ -23,7 +23,7 @@ from ablations.grid import PRESETS, Cell
 from ablations.rows.store import read_rows, write_row
 from ablations.rows.tables import write_tables
 
-BRIEF = {"steps": 3, "batch_size": 2, "warmup": 2, "channels": 16}
+BRIEF = {"steps": 3, "batch_size": 2, "warmup": 2, "channels": 16, "seeds": 1}
 
 
 @pytest.fixture
