@@ -13,7 +13,7 @@ from torch import Tensor
 from ablations.data.coco import read_image
 from ablations.data.loader import EvalLoader, Shown
 from ablations.data.split import Dataset, ImageRecord, Split
-from ablations.evaluation.detections import read_detections
+from ablations.evaluation.detections import FILE, read_detections
 from ablations.exhibits.choose import Change, by_image, changes, extremes
 from ablations.exhibits.pictures import best_boxes, image_uri, map_uri, truth_boxes
 from ablations.exhibits.probe import Probe, probe, samples
@@ -47,13 +47,14 @@ def write_exhibits(rows: Iterable[Row], directory: str | Path, data: Dataset | N
     subjects = [subject for section in make_sections(rows) if (subject := subject_of(section)) is not None]
     for subject in subjects:
         key = subject.row["key"]
+        path = exhibit_path(directory, key)
         try:
             exhibit = make_exhibit(subject, directory, data)
         except Exception as error:
-            if "reason" not in (read_exhibit(directory, key) or {"reason": ""}):
+            earlier = read_exhibit(directory, key)
+            if earlier is not None and "reason" not in earlier:
                 continue
-            exhibit = {"key": key, "reason": " ".join(f"{type(error).__name__}: {error}".split())}
-        path = exhibit_path(directory, key)
+            exhibit = {"key": key, "reason": " ".join(str(error).split()) or type(error).__name__}
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(path, json.dumps(exhibit, separators=(",", ":")) + "\n")
     shown = {subject.row["key"] for subject in subjects}
@@ -83,7 +84,7 @@ def make_exhibit(subject: Subject, directory: Path, data: Dataset | None) -> Exh
     exhibit: Exhibit = {"key": cell.key, "notes": [], "pictures": []}
     try:
         exhibit |= _pictures(subject, directory, data.val)
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError) as error:
         exhibit["notes"].append(f"No boxes side by side: {error}.")
     exhibit |= _averages(model, cell, data.val)
     record = _shown_record(data.val, exhibit["pictures"])
@@ -117,8 +118,7 @@ def _pictures(subject: Subject, directory: Path, val: Split) -> Exhibit:
         raise ValueError(f"there is no baseline of seed {subject.row['cell']['seed']}")
     truth = by_image(val.ground_truth["annotations"])
     before, after = (
-        by_image(read_detections(directory / "cells" / row["key"] / "detections.json.gz"))
-        for row in (subject.baseline, subject.row)
+        by_image(read_detections(directory / "cells" / row["key"] / FILE)) for row in (subject.baseline, subject.row)
     )
     ordered = changes(truth, before, after)
     names = dict(zip(val.category_ids, val.category_names, strict=True))
@@ -159,7 +159,8 @@ def _shown(val: Split, records: Sequence[ImageRecord], cell: Cell) -> Iterable[t
 def _averages(model: Detector, cell: Cell, val: Split) -> Exhibit:
     """Gates and slopes of every block and level, means over the first images."""
     seen = [probe(model, image) for image, _ in _shown(val, val.images[:AVERAGED], cell)]
-    gates, slopes = [], []
+    gates: list[list[list[float]]] = []
+    slopes: list[list[list[list[float]]] | None] = []
     for blocks in zip(*(each.blocks for each in seen), strict=True):
         if blocks[0].gates is not None:
             gates.append([_means(level) for level in zip(*(block.gates or [] for block in blocks), strict=True)])

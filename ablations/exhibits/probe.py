@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from heads.detector import Detector
-from heads.dyhead.attention import ScaleAttention, SpatialAttention, TaskAttention
+from heads.dyhead.attention import TaskAttention
 from heads.dyhead.blocks import PaperBlock, ReleasedBlock
 from heads.dyhead.dyhead import DyHead
 from heads.dyhead.paper import to_median
@@ -103,7 +103,7 @@ def probe(model: Detector, image: Tensor) -> Probe:
 
 
 def _released(block: ReleasedBlock, features: list[Tensor]) -> tuple[list[Tensor], Block]:
-    spatial, scale, task = cast(SpatialAttention, block.spatial), cast(ScaleAttention, block.scale), block.task
+    spatial, scale, task = block.spatial, block.scale, block.task
     sampled = spatial(features)
     fused = scale(sampled)
     done = task(fused)

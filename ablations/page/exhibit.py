@@ -96,9 +96,11 @@ def _boxes(picture: Mapping[str, Any], boxes: Iterable[Mapping[str, Any]]) -> st
         while any(abs(x - other) < 4 * size and abs(line - height) < size for other, height in taken):
             line += size / 2
         taken.append((x, line))
+        # A letter is about 0.6 of its height wide.
+        left = max(0.0, min(x + 0.2 * size, float(picture["width"]) - 0.6 * size * len(words)))
         drawn.append(
             f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"/>'
-            f'<text x="{x + 0.2 * size:.1f}" y="{line:.1f}" font-size="{size:.1f}" '
+            f'<text x="{left:.1f}" y="{line:.1f}" font-size="{size:.1f}" '
             f'stroke-width="{size / 5:.1f}">{escape(words)}</text>'
         )
     return "".join(drawn)
@@ -155,7 +157,7 @@ def _positions(exhibit: Exhibit, number: int) -> str:
                 )
         cross = f'<circle class="point" cx="{x:g}" cy="{y:g}" r="{2.2 * radius:.1f}"/>'
         drawn = _drawing(picture, name, "".join(marks) + cross, f"positions of {title}")
-        panels.append(f'<div class="panel half" style="--width: 230px"><h4>{escape(title)}</h4>{drawn}</div>')
+        panels.append(f"<div><h4>{escape(title)}</h4>{drawn}</div>")
     keys = " ".join(
         f'<span class="key" style="color: {colour}">●</span>{words}'
         for colour, words in (("#d99a1c", "same level"), ("#4aa8dd", "finer"), ("#e0559f", "coarser"))
@@ -164,7 +166,7 @@ def _positions(exhibit: Exhibit, number: int) -> str:
         "<h4>Spatial attention (S): where one pixel looks</h4>\n<p class='aside'>For the output pixel at the middle of "
         f"the image's largest object (ring): the nine positions in each map that it reads. {keys}. Size: the mask. "
         f"Image {escape(str(picture['image_id']))}, that of the largest gain; positions may lie outside of it.</p>\n"
-        f'{_image(picture, name)}<div class="panels">{"".join(panels)}</div>\n'
+        f'{_image(picture, name)}<div class="positions">{"".join(panels)}</div>\n'
     )
 
 
@@ -185,7 +187,7 @@ def _slopes(exhibit: Exhibit) -> str:
     cells = ["<span></span>", *(f"<b>{escape(level)}</b>" for level in levels)]
     for block, points in enumerate(blocks, 1):
         if points:
-            cells += [f"<b>block {block}</b>", *(_cloud(*each, reach, f"block {block}") for each in points)]
+            cells += [f"<b>block {block}</b>", *(_cloud(each[0], each[1], reach, f"block {block}") for each in points)]
     return (
         "<h4>Task attention (C): the slopes of each channel</h4>\n<p class='aside'>A dot a channel: across a1 from "
         f"{1 - reach:g} to {1 + reach:g}, up a2 from −{reach:g} to {reach:g}. Training starts at the crossing, (1, 0), "
@@ -216,11 +218,11 @@ def _maps(exhibit: Exhibit) -> str:
                 for each in shown
             ]
         grid = f'<div class="maps" style="--columns: {len(stages)}">{"".join(cells)}</div>'
-        parts.append(f"<h4>block {int(entry['block'])}</h4>{scroll(grid, 'maps of a block')}")
+        parts.append(f"<div><h4>block {int(entry['block'])}</h4>{scroll(grid, 'maps of a block')}</div>")
     if not parts:
         return ""
     return (
         "<h4>Maps before and behind each attention</h4>\n<p class='aside'>Mean |activation| over channels, from 0 "
         "(dark) to each map's own largest value (bright); behind S the mean over the maps that a level samples. "
-        f"Image {escape(str(exhibit['picture']['image_id']))}.</p>\n" + "".join(parts)
+        f"Image {escape(str(exhibit['picture']['image_id']))}.</p>\n<div class='sides'>{''.join(parts)}</div>\n"
     )

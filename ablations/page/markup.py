@@ -91,20 +91,24 @@ def themed(svg: str, label: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
     # Its style sheet would hold for the whole page; the page has it for plots.
     svg = re.sub(r"<defs>\s*<style[^>]*>.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
-    svg = re.sub(
-        r"^<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>",
-        rf'<svg class="drawn" \1 role="img" aria-label="{escape(label)}">',
-        svg,
-    )
+    size = re.search(r'viewBox="[^"]*"', svg)
+    opening = f'<svg class="drawn" {size[0] if size else ""} role="img" aria-label="{escape(label)}">'
+    svg = opening + svg[svg.index(">") + 1 :]
     svg = re.sub(r"<text style=\"[^\"]*\"", lambda match: _text(match[0]), svg)
+    svg = svg.replace("xlink:href=", "href=")
     for colour, name in THEMED.items():
         svg = svg.replace(f": {colour}", f": var({name})")
     svg = re.sub(r'<g id="[^"]*?tip:([^"]*)">', r"<g><title>\1</title>", svg)
     # Groups by the name of what they are; only what is referred to needs one.
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
     svg = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", svg)
-    svg = re.sub(r"(?<![\w#.-])-?\d+\.\d{2,}", lambda match: f"{float(match[0]):.1f}".removesuffix(".0"), svg)
+    # Within tags alone: a tick may read 0.25.
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(?<![\w#.-])-?\d+\.\d{2,}", _short, tag[0]), svg)
     return re.sub(r"\s*\n\s*", "\n", svg)
+
+
+def _short(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.1f}".removesuffix(".0")
 
 
 def _text(tag: str) -> str:

@@ -86,20 +86,19 @@ def _section(section: Section, number: int, directory: Path) -> str:
 
 def _facts(section: Section) -> str:
     """The three numbers that a reader looks for first."""
-    frame = section.frame.reset_index(drop=True)
-    text = as_text(frame)
-    known = frame[frame["AP"].notna()]
-    subject = subject_of(section)
+    frame, text = section.frame, as_text(section.frame)
     facts = []
-    if len(known):
-        best = known["AP"].idxmax()
-        facts.append(("highest AP", text["AP"][best], _line_name(frame.loc[best])))
+    if frame["AP"].notna().any():
+        best = int(frame["AP"].fillna(-1.0).argmax())
+        facts.append(("highest AP", text["AP"].iloc[best], _line_name(frame.iloc[best])))
+    subject = subject_of(section)
     if subject is not None:
         cell = subject.row["cell"]
-        same = (frame["detector"] == cell["detector"]) & (frame["attentions"] == "LSC")
-        lines = frame[same & (frame["depth"] == cell["depth"])]
-        if len(lines) and pd.notna(lines["delta_AP"].iloc[0]):
-            facts.append(("LSC against baseline", text["delta_AP"][lines.index[0]], f"AP, {_line_name(lines.iloc[0])}"))
+        wanted = [cell["detector"], "LSC", cell["depth"]]
+        same = (frame[["detector", "attentions", "depth"]] == wanted).all(axis=1) & frame["delta_AP"].notna()
+        if same.any():
+            first = int(same.argmax())
+            facts.append(("LSC against baseline", text["delta_AP"].iloc[first], f"AP, {_line_name(frame.iloc[first])}"))
     images = {count for row in section.rows if isinstance(count := row.get("images"), int)}
     if images:
         facts.append(("validation images", " and ".join(map(str, sorted(images))), ""))

@@ -1,6 +1,5 @@
 """Plots of what was repeated: effects of the attentions with their intervals, and loss curves of every seed."""
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from ablations.experiment.curve import CURVE, read_curve
 from ablations.page.plots import Panel, Plot, panel
 from ablations.rows.effects import ALL, EFFECTS, EFFECTS_TITLE
 from ablations.rows.frame import SUBSETS, formulation_name
@@ -119,17 +119,14 @@ def loss_plot(rows: Iterable[Row], directory: Path) -> Plot | None:
 
 def read_losses(directory: Path, key: str) -> Curve:
     """Step and loss of a cell, at most `POINTS` of them, each the mean of its neighbours; empty where none was kept."""
-    curve = []
     try:
-        with (directory / "cells" / key / "losses.jsonl").open() as lines:
-            for text in lines:
-                line = json.loads(text)
-                curve.append((float(line["step"]), float(line["loss"])))
-    except (OSError, ValueError, KeyError, TypeError):
+        lines = read_curve(directory / "cells" / key / CURVE)
+        curve = [(float(line["step"]), float(line["loss"])) for line in lines if line["loss"] is not None]
+    except (OSError, ValueError, TypeError, KeyError):
         return []
     if len(curve) <= POINTS:
         return curve
-    return [tuple(part.mean(0).tolist()) for part in np.array_split(np.array(curve), POINTS)]  # type: ignore[misc]
+    return [tuple(part.mean(0).tolist()) for part in np.array_split(np.array(curve), POINTS)]
 
 
 def _losses(by_attentions: dict[str, list[Curve]]) -> Callable[[Figure, Axes], None]:

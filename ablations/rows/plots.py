@@ -99,8 +99,9 @@ def bars_are(frame: pd.DataFrame) -> str:
     if "delta_AP_half_width" in frame:
         has = frame["delta_AP_half_width"].notna().any()
         return "Bars: 95 % interval of the difference from the baseline." if has else ""
-    has = "AP_std" in frame and frame["AP_std"].notna().any()
-    return "Bars: sample standard deviation over the seeds." if has else ""
+    if "AP_std" in frame and frame["AP_std"].notna().any():
+        return "Bars: sample standard deviation over the seeds."
+    return ""
 
 
 def draw_point(axes: Axes, line: pd.Series, marker: str, tip: str = "") -> None:
