@@ -183,7 +183,7 @@ def _means(rows: Sequence[Sequence[float]]) -> list[float]:
 
 
 def _rounded(values: Tensor) -> list[list[float]]:
-    return [[round(value, 3) for value in row] for row in values.tolist()]
+    return [[round(value, 4) for value in row] for row in values.tolist()]
 
 
 def _level(stride: float) -> str:

@@ -89,7 +89,8 @@ def probe(model: Detector, image: Tensor) -> Probe:
     finally:
         handle.remove()
     features, height = taken[0], model.batch([image]).shape[-2]
-    strides, blocks = [height / x.shape[-2] for x in features], []
+    # Sizes halve from level to level, rounded up, so that only the finest one tells a stride.
+    strides, blocks = [height / features[0].shape[-2] * 2**level for level in range(len(features))], []
     if head.formulation == "paper":
         stacked = to_median(features)
         for block in head.blocks:

@@ -183,7 +183,7 @@ def _slopes(exhibit: Exhibit) -> str:
         for each in points
         for a1, a2 in zip(*each, strict=True)
     )
-    reach = next(reach for reach in (0.05, 0.1, 0.2, 0.5, 1.0) if furthest <= reach or reach == 1.0)
+    reach = next(reach for reach in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if furthest <= reach or reach == 1.0)
     cells = ["<span></span>", *(f"<b>{escape(level)}</b>" for level in levels)]
     for block, points in enumerate(blocks, 1):
         if points:
