@@ -120,7 +120,7 @@ def match(ground_truth: Mapping[str, Any], detections: Predictions, category_ids
 
     # Nearest objects and the pairs that may match, in the order of images.
     by_image = np.argsort(found.image, kind="stable")
-    parts = list(_pairs(_Boxes(*(column[by_image] for column in found)), objects, crowd))
+    parts = list(_pairs(_Boxes(found.image[by_image], found.category[by_image], found.bbox[by_image]), objects, crowd))
     detection, object_, overlap = (np.concatenate(column) for column in zip(*parts, strict=True))
     detection = by_image[detection]
     own = found.category[detection] == objects.category[object_]

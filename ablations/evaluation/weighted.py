@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch.nn.functional import embedding_bag
 
 from ablations.evaluation.evaluate import METRICS
@@ -25,7 +25,7 @@ RECALLS: Floats = np.linspace(0, 1, 101)
 BLOCK = 512
 
 # (images, B) of a block of weightings, whole numbers. Sums of them are exact, below 2^24 in float32.
-Weights = NDArray[np.float32] | Floats
+Weights = NDArray[np.floating[Any]]
 
 
 def average_precision(matches: Matches, weights: NDArray[np.integer] | None = None) -> dict[str, Floats]:
@@ -51,9 +51,7 @@ def average_precision(matches: Matches, weights: NDArray[np.integer] | None = No
     return summary(precisions(matches, blocks)) | recalls(matches, blocks)
 
 
-def in_blocks(
-    matches: Matches, weights: NDArray[np.integer], dtype: type[np.float32] | type[np.float64]
-) -> list[Weights]:
+def in_blocks(matches: Matches, weights: NDArray[np.integer], dtype: DTypeLike) -> list[Weights]:
     """Weights (B, images) as blocks (images, up to 512); precisions come in their type.
 
     Raises:

@@ -13,7 +13,11 @@ from ablations.data.coco import read_dataset
 from ablations.data.loader import EvalLoader, Loader
 from ablations.data.problems import DataError
 from ablations.data.split import Dataset
+from ablations.evaluation.detections import FILE as DETECTIONS
+from ablations.evaluation.detections import Predictions, by_image, read_detections, write_detections
 from ablations.evaluation.evaluate import evaluate
+from ablations.evaluation.replicates import FILE as REPLICATES
+from ablations.evaluation.replicates import summarise, write_replicates
 from ablations.experiment import trained
 from ablations.experiment.curve import Scalars
 from ablations.experiment.detect import View, detect, loader_threads, move
@@ -140,11 +144,8 @@ def run(cell: Cell, job: Job, room: Room, notice: Callable[[Event], None]) -> No
         threads=threads,
         busy=room.busy,
     )
-    truth, categories = data.val.ground_truth, data.val.category_ids
     with room.busy():
-        notice(Learned({"metrics": evaluate(predictions, truth, categories)}))
-        if model.needs_masks:
-            notice(Learned({"segm_metrics": evaluate(predictions, truth, categories, "segm")}))
+        evaluate_cell(job.out / "cells" / cell.key, data, predictions, model.needs_masks, notice)
 
     notice(Stage("measure"))
     images = next(iter(EvalLoader(data.val, cell.batch_size, cell.test_size[0], cell.max_size)))[0]
@@ -152,6 +153,23 @@ def run(cell: Cell, job: Job, room: Room, notice: Callable[[Event], None]) -> No
         speed = measure_latency(model, images, device)
     size: Results = {"params_M": count_parameters(model) / 1e6, "GMACs": count_gmacs(model, images[:1])}
     notice(Learned({**size, **speed}))
+
+
+def evaluate_cell(
+    directory: Path, data: Dataset, predictions: Predictions, masks: bool, notice: Callable[[Event], None]
+) -> None:
+    """Store detections and replicates in `directory`, and give notice of what the stored detections are worth."""
+    truth, categories = data.val.ground_truth, data.val.category_ids
+    directory.mkdir(parents=True, exist_ok=True)
+    write_detections(directory / DETECTIONS, predictions, categories)
+    images = [record.image_id for record in data.val.images]
+    stored = by_image(read_detections(directory / DETECTIONS), images, categories)
+    notice(Learned({"metrics": evaluate(stored, truth, categories), "images": len(images)}))
+    if masks:
+        notice(Learned({"segm_metrics": evaluate(stored, truth, categories, "segm")}))
+    summary = summarise(truth, stored, categories, data.fingerprint)
+    write_replicates(directory / REPLICATES, summary.replicates)
+    notice(Learned({"errors": summary.errors, "class_AP": summary.class_AP}))
 
 
 def build(cell: Cell, num_classes: int, weights: str | None) -> Detector:

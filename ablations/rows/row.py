@@ -90,9 +90,9 @@ class Results(TypedDict, total=False):
         weights: Their file, relative to the directory of the results.
         metrics: Of the boxes, in percent; a good row has at least `AP`.
         segm_metrics: Of the masks, where the detector has them.
-        errors: AP50 points that mending one type of error alone would give back: cls, loc, both, dup, bkg, miss.
-        class_AP: AP in percent of each category, by name; None for one without ground truth.
-        images: How many were evaluated.
+        errors: The points of AP50 that mending each of `ablations.evaluation.errors.ERRORS` alone would give back.
+        class_AP: AP of the boxes in percent by the name of the category; None for one without ground truth.
+        images: Number of images evaluated.
         params_M, GMACs: Millions of parameters, and 10^9 multiply-adds an image.
         images_per_s: Throughput at `batch_size_measured`.
         latency_ms_p50, latency_ms_p90: Percentiles at batch size 1.
@@ -233,11 +233,13 @@ def _problem(row: object, key: object) -> str | None:
     depth, seed = cell.get("depth"), cell.get("seed")
     if not isinstance(depth, int | None) or not isinstance(seed, int):
         return f"cell.depth is {depth!r} and cell.seed is {seed!r}; both are whole numbers, depth may be null"
-    for name in ("metrics", "machine", "training", "dropped"):
+    for name in ("metrics", "errors", "class_AP", "machine", "training", "dropped"):
         if not isinstance(row.get(name), dict | None):
             return f"{name} is {row[name]!r}, not an object"
     metrics = row.get("metrics") or {}
-    for name, value in (*metrics.items(), *((name, row.get(name)) for name in MEASURES)):
+    parts = [metrics, row.get("errors") or {}, row.get("class_AP") or {}]
+    parts.append({name: row.get(name) for name in (*MEASURES, "images")})
+    for name, value in (item for part in parts for item in part.items()):
         if not _is_number(value):
             return f"{name} is {value!r}, not a number"
     if row["status"] == "ok" and "AP" not in metrics:

@@ -128,9 +128,9 @@ def _settings_notes(rows: list[Row]) -> list[str]:
     for name in dict.fromkeys(name for _, each in settings for name in each):
         seen = {detector: each.get(name) for detector, each in settings}
         if len({_canonical(value) for value in seen.values()}) == 1:
-            common.append(f"{name} {_word(next(iter(seen.values())))}")
+            common.append(f"{name} {setting_text(next(iter(seen.values())))}")
         else:
-            by_detector.append(f"{name}: " + ", ".join(f"{who} {_word(value)}" for who, value in seen.items()))
+            by_detector.append(f"{name}: " + ", ".join(f"{who} {setting_text(value)}" for who, value in seen.items()))
     notes = [f"Common to all rows: {', '.join(common)}."]
     return [*notes, f"By detector: {'; '.join(by_detector)}."] if by_detector else notes
 
@@ -168,8 +168,8 @@ def _dropped_note(rows: list[Row]) -> str:
     return f"Annotations left out by --bad-annotations drop: {'; '.join(splits)}." if splits else ""
 
 
-def _word(value: object) -> str:
-    """A setting as a note says it."""
+def setting_text(value: object) -> str:
+    """The value of a setting as notes say it."""
     if isinstance(value, list | tuple):
         return "/".join(map(str, value))
     return "none" if value is None else str(value)

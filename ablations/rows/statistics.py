@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ablations.evaluation.replicates import NAMES, read_replicates
+from ablations.evaluation.replicates import FILE, NAMES, read_replicates
 from ablations.rows.row import Row, Settings, good, metrics_of
 from ablations.statistics.intervals import Interval, Run, contrast, holm, resolved
 from ablations.statistics.training import Array, Training, pool
@@ -63,7 +63,7 @@ def no_replicates(row: Row) -> None:
 
 def stored_replicates(directory: str | Path) -> Replicates:
     """The replicates that lie beside the rows of a directory."""
-    return lambda row: read_replicates(Path(directory) / "cells" / row["key"] / "replicates.npz")
+    return lambda row: read_replicates(Path(directory) / "cells" / row["key"] / FILE)
 
 
 def experiment_of(cell: Settings) -> Experiment:
@@ -84,6 +84,14 @@ def measured(row: Row, name: str) -> float | None:
     return values.get(name)
 
 
+def run_of(row: Row, name: str, replicates: Array | None) -> Run | None:
+    """One of `NAMES` of a row, with its column of the row's replicates; None where the row lacks the number."""
+    value = measured(row, name)
+    if value is None:
+        return None
+    return Run(value, None if replicates is None else replicates[:, NAMES.index(name)])
+
+
 @dataclass(frozen=True)
 class Statistics:
     """What the rows of one table say together; made by `make_statistics`.
@@ -98,13 +106,10 @@ class Statistics:
 
     def runs(self, name: str) -> dict[Experiment, dict[int, Run]]:
         """One of `NAMES` for each cell that has it."""
-        column = NAMES.index(name)
         found: dict[Experiment, dict[int, Run]] = {}
         for experiment, by_seed in self.results.items():
             for seed, row in by_seed.items():
-                value, draws = measured(row, name), self.replicates.get(row["key"])
-                if value is not None:
-                    run = Run(value, None if draws is None else draws[:, column])
+                if run := run_of(row, name, self.replicates.get(row["key"])):
                     found.setdefault(experiment, {})[seed] = run
         return found
 
@@ -203,7 +208,8 @@ def _basis(intervals: list[Interval], images: int | None, training: Mapping[Expe
             of = f"{detector}: " if len(pools) > 1 else ""
             words.append(
                 f"{of}training's variance pooled over {found.cells} cells ({found.pooled.freedom:g} degrees of "
-                f"freedom; standard deviation of a run {found.pooled.variance**0.5:.1f} AP, seed aside)"
+                f"freedom; beside what a seed does to all of them, runs have a standard deviation of "
+                f"{found.pooled.variance**0.5:.1f} AP)"
             )
         if found.own:
             own = ", ".join(map(str, found.own))

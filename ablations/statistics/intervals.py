@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 from ablations.statistics.training import Array, K, Spread, Training
 
@@ -57,7 +57,7 @@ class Interval:
     @property
     def half_width(self) -> float:
         """Of the interval that holds the truth in 95 of 100 experiments."""
-        return float(stats.t.ppf((1 + CONFIDENCE) / 2, self.freedom)) * self.error
+        return float(special.stdtrit(self.freedom, (1 + CONFIDENCE) / 2)) * self.error
 
     @property
     def p(self) -> float | None:
@@ -66,7 +66,7 @@ class Interval:
             return None
         if not self.error:
             return float(self.estimate == 0)
-        return float(2 * stats.t.sf(abs(self.estimate) / self.error, self.freedom))
+        return float(2 * special.stdtr(self.freedom, -abs(self.estimate) / self.error))
 
 
 def contrast(
@@ -177,7 +177,7 @@ def resolved(intervals: Iterable[Interval], comparisons: int) -> float | None:
     sizes = []
     for interval in intervals:
         if interval.covers == "training and images" and interval.error > 0:
-            critical = float(stats.t.isf((1 - CONFIDENCE) / 2 / comparisons, interval.freedom))
+            critical = -float(special.stdtrit(interval.freedom, (1 - CONFIDENCE) / 2 / comparisons))
 
             def missing(shift: float, critical: float = critical, freedom: float = interval.freedom) -> float:
                 return float(stats.nct.sf(critical, freedom, shift)) - POWER

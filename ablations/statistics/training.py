@@ -57,8 +57,9 @@ def pool(values: Mapping[K, Mapping[int, float]]) -> Training[K]:
 
     Example:
         >>> from ablations.statistics.training import pool
-        >>> pool({"baseline": {0: 20.0, 1: 21.0}, "LSC": {0: 22.0, 1: 25.0}}).pooled
-        Spread(variance=1.0, freedom=1)
+        >>> found = pool({"baseline": {0: 20.0, 1: 21.0}, "LSC": {0: 22.0, 1: 25.0}}).pooled
+        >>> round(found.variance, 6), found.freedom
+        (1.0, 1)
     """
     names = [cell for cell, runs in values.items() if len(runs) > 1]
     if not names:
@@ -105,11 +106,16 @@ def _out_of_line(table: Array) -> np.ndarray[Any, np.dtype[np.bool_]]:
     for row in table - seed_part:
         runs = row[~np.isnan(row)]
         distances.append(np.abs(runs - np.median(runs)) if len(runs) >= FEWEST_SEEDS else runs[:0])
-    tested = [row for row, found in enumerate(distances) if len(found)]
+    count = np.array([len(found) for found in distances])
+    tested = count > 0
     # Where runs repeat to the last digits there is nothing to test.
-    if len(tested) < FEWEST_CELLS or np.ptp(np.concatenate(distances)) < 1e-9:
+    if tested.sum() < FEWEST_CELLS or np.ptp(np.concatenate(distances)) < 1e-9:
         return strange
-    for row in tested:
-        others = np.concatenate([distances[other] for other in tested if other != row])
-        strange[row] = stats.ttest_ind(distances[row], others).pvalue < LEVEL
+    total = np.array([found.sum() for found in distances])
+    squares = np.array([(found**2).sum() for found in distances])
+    others, of_others = count.sum() - count[tested], total.sum() - total[tested]
+    one, of_one = count[tested], total[tested]
+    within = squares.sum() - of_one**2 / one - of_others**2 / others
+    t = (of_one / one - of_others / others) / np.sqrt(within / (count.sum() - 2) * (1 / one + 1 / others))
+    strange[tested] = 2 * stats.t.sf(np.abs(t), count.sum() - 2) < LEVEL
     return strange

@@ -1,0 +1,1 @@
+"""Detectors whose true AP is known, to see whether intervals hold it."""
