@@ -37,12 +37,14 @@ class Types(NamedTuple):
 
     Attributes:
         detection: (N,) an index of `ERRORS`, or -1 where a detection is right or ignored.
+        found: (G,) whether an annotation was given to a detection.
         missed: (G,) whether an annotation is an object that is missed.
         true: (N,) whether a detection is right.
         counted: (N,) whether it is right or wrong, not ignored.
     """
 
     detection: Ints
+    found: Bools
     missed: Bools
     true: Bools
     counted: Bools
@@ -68,7 +70,7 @@ def error_types(matches: Matches) -> Types:
     missed = ~found & ~matches.ignored[0]
     for name, nearest in (("loc", matches.same), ("cls", matches.other)):
         missed[nearest.object[kind == ERRORS.index(name)]] = False
-    return Types(kind, missed, true, counted)
+    return Types(kind, found, missed, true, counted)
 
 
 def gains(matches: Matches, weights: Sequence[Weights], base: Floats) -> dict[str, Floats]:
@@ -105,10 +107,7 @@ def gains(matches: Matches, weights: Sequence[Weights], base: Floats) -> dict[st
 def _mended(matches: Matches, types: Types, number: int, nearest: Nearest) -> Ints:
     """The detections of an error type that mending makes right: of each object not found, the one that scores most."""
     wrong = np.flatnonzero(types.detection == number)
-    found = np.zeros(len(matches.object_image), dtype=bool)
-    first = matches.matched[0, 0]
-    found[first[first >= 0]] = True
-    wrong = wrong[~found[nearest.object[wrong]]]
+    wrong = wrong[~types.found[nearest.object[wrong]]]
     order = wrong[np.lexsort((-matches.score[wrong], nearest.object[wrong]))]
     return order[np.diff(nearest.object[order], prepend=-1) != 0]
 

@@ -6,6 +6,7 @@ differences between cells are differences on the same images.
 
 import hashlib
 import zipfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,6 +79,9 @@ def summarise(
     once = _values(matches, in_blocks(matches, np.ones((1, matches.images), int), np.float64))
     drawn = _values(matches, in_blocks(matches, draws, np.float32 if exact else np.float64))
     names = {category["id"]: str(category.get("name", category["id"])) for category in ground_truth["categories"]}
+    # Categories of one name are told apart by their ids.
+    shared = {name for name, count in Counter(names.values()).items() if count > 1}
+    names = {id_: f"{name} ({id_})" if name in shared else name for id_, name in names.items()}
     return Summary(
         {name: _number(once[0][name][0]) for name in ERRORS},
         {names[i]: _number(100 * ap) for i, ap in zip(category_ids, once[1][:, 0], strict=True)},

@@ -4,7 +4,7 @@ A directory DIR holds
 
     cells/<key>.json    a row; the only truth, from which every table and plot is regenerated
     cells/<key>.lock    the lease; empty, locked while a process works on the cell, and never deleted
-    cells/<key>/        what a crash printed
+    cells/<key>/        detections and replicates (`ablations/evaluation/`), and what a crash printed
     cells/<training key>/    checkpoints, which belong to the training loop (`ablations/experiment/trained.py`)
 
 What a row holds stands in `ablations/rows/row.py`. It appears whole or not at all, and a process that is killed gives

@@ -58,6 +58,10 @@ def test_ap_by_category():
         # Other categories have no object then, and leave the mean.
         expected = evaluate(predictions, alone, [1, 2, 3])["AP"]
         assert summary.class_AP[name] == pytest.approx(expected, abs=1e-10)
+    ground["categories"][2]["name"] = "1"
+    again = summarise(ground, predictions, [1, 2, 3], "data", 1)
+    assert dict(zip(("1", "2", "3"), again.class_AP.values(), strict=True)) == summary.class_AP
+    assert list(again.class_AP) == ["1 (1)", "2", "1 (3)"]
 
 
 def test_without_ground_truth_there_is_no_number():
