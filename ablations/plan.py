@@ -1,5 +1,6 @@
 """What a run has to do, judged by the rows and the weights that are there; how it is told, and what it replaces."""
 
+import json
 import os
 import time
 from collections import defaultdict
@@ -7,8 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any, cast
 
-from ablations.experiment import trained
+from ablations.cost import estimate
+from ablations.data.split import Dataset
+from ablations.experiment import logs, trained
 from ablations.experiment.progress import TRAINING_SHARE, clock
 from ablations.grid import Cell
 from ablations.options import Options
@@ -69,38 +73,65 @@ def report_reuse(what: str, records: Iterable[Machine | Training], options: Opti
         print(f"reusing {what} made at commit {', '.join(others)}; --fresh runs them again at {here}")
 
 
-def dry_run(plan: Plan) -> None:
-    """List the cells and what they will cost, judged by the rows that are there, of the same detector if possible."""
+def dry_run(plan: Plan, data: Dataset) -> None:
+    """List the cells and what they will cost: time where one of the kind has run, size and memory where none has."""
+    seconds: list[float | None] = []
     for cell in plan.cells:
-        waiting = "to evaluate" if cell in plan.only_evaluated else "to run"
-        what = waiting if cell in plan.todo else plan.rows[cell.key]["status"]
-        print(f"  {cell.name:34}  {what}")
-    seconds = defaultdict(list)
-    for row in plan.rows.values():
-        if taken := training_of(row).get("seconds"):
-            seconds[row["cell"]["detector"]].append(taken)
-    if seconds and plan.todo:
-        pace = {detector: mean(times) for detector, times in seconds.items()}
-        cost = sum(
-            pace.get(cell.detector, mean(pace.values())) * (1 / TRAINING_SHARE - (cell in plan.only_evaluated))
-            for cell in plan.todo
+        if cell not in plan.todo:
+            print(f"  {cell.name:34}  {plan.rows[cell.key]['status']}")
+            continue
+        taken = training_seconds(cell, plan.rows.values())
+        if taken is None:
+            seconds.append(None)
+            cost = estimate(cell, data)
+            what = f"{cost.params_M:.2f} M parameters, {cost.GMACs:.3f} GMACs, about {cost.memory_MB:.0f} MB to train"
+        else:
+            seconds.append(taken * (1 / TRAINING_SHARE - (cell in plan.only_evaluated)))
+            what = f"about {clock(seconds[-1] or 0)}"
+        print(f"  {cell.name:34}  {'to evaluate' if cell in plan.only_evaluated else 'to run':11}  {what}")
+    known = [value for value in seconds if value is not None]
+    if known:
+        print(
+            f"about {clock(sum(known) / plan.workers)} with {plan.workers} workers for {len(known)} cells, as rows say"
         )
-        print(f"about {clock(cost / plan.workers)} with {plan.workers} workers, at the pace of the cells that are done")
-    elif plan.todo:
-        print("cost: not known before a first cell has run here")
+    if len(known) < len(seconds):
+        others = f"{len(seconds) - len(known)} cells of whose kind none has run here"
+        print(f"time not known: {others}; their memory is an estimate, without workspaces and what an allocator adds")
+
+
+def training_seconds(cell: Cell, rows: Iterable[Row]) -> float | None:
+    """How long a cell will train at the pace of the rows that are most like it; None where none is of its kind.
+
+    Of the kind are rows of the same detector on the same sort of device, of the same size and precision, both with a
+    DyHead or both without. Of those the nearest depth counts, then the attentions that differ least.
+    """
+    fields = ("detector", "device_kind", "precision", "backbone", "channels", "image_size", "max_size", "accumulate")
+    wanted = json.loads(json.dumps(cell.stored()))
+    paces: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+    for row in rows:
+        training, stored = training_of(row), cast(dict[str, Any], row["cell"])
+        same = all(stored.get(name) == wanted[name] for name in fields)
+        same = same and (stored["attentions"] == "baseline") == (cell.attentions is None)
+        if same and training.get("seconds") and training.get("images"):
+            letters = {*stored["attentions"].replace("none", "")} ^ {*(cell.attentions or "")}
+            far = abs((stored["depth"] or 0) - (cell.depth or 0)), len(letters)
+            paces[far].append(training["seconds"] / training["images"])
+    return mean(paces[min(paces)]) * cell.steps * cell.batch_size if paces else None
 
 
 def replaced(plan: Plan, options: Options) -> list[Path]:
-    """Rows and weights that do not belong into the results any more."""
+    """Rows, what lies beside them, and weights that do not belong into the results any more."""
     folder = options.out / "cells"
     if options.fresh:
-        return [path for c in plan.todo for path in (folder / f"{c.key}.json", trained.folder(options.out, c))]
+        weights = [path for c in plan.todo for path in (trained.folder(options.out, c), logs.folder(options.out, c))]
+        return [*weights, *(path for c in plan.todo for path in (folder / f"{c.key}.json", folder / c.key))]
     # A row of what failed on data that were mended would stand in the tables for ever.
-    return [folder / f"{row['key']}.json" for row in trained.outdated(plan.rows.values(), plan.cells)]
+    keys = [row["key"] for row in trained.outdated(plan.rows.values(), plan.cells)]
+    return [path for key in keys for path in (folder / f"{key}.json", folder / key)]
 
 
 def set_aside(out: Path, paths: list[Path]) -> None:
-    """Move rows and checkpoints that are about to be replaced to `cells/replaced/<time>/`."""
+    """Move what is about to be replaced to `cells/replaced/<time>/`."""
     directory = out / "cells" / "replaced" / time.strftime("%Y%m%dT%H%M%S")
     for path in paths:
         if path.exists():

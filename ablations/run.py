@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     plan = make_plan(options, cells)
     announce(plan, options)
     if options.dry_run:
-        dry_run(plan)
+        dry_run(plan, data)
         return OK
     set_aside(options.out, replaced(plan, options))
     interrupted = False

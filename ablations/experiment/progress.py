@@ -152,8 +152,8 @@ class Progress:
             style = STYLES.get(state.word, "green" if state.word == "ok" else "bold red")
             step = "" if state.step is None else f"{state.step}/{cell.steps}"
             loss, ap = ("" if value is None else f"{value:.{n}f}" for value, n in ((state.loss, 3), (state.ap, 1)))
-            name = Text(cell.name, no_wrap=True, overflow="ellipsis")
-            table.add_row(name, Text(state.word, style), step, loss, ap, state.left())
+            label = Text(cell.name, no_wrap=True, overflow="ellipsis")
+            table.add_row(label, Text(state.word, style), step, loss, ap, state.left())
         return Group(table, Text(below, no_wrap=True, overflow="ellipsis"))
 
     def shown(self, most: int) -> list[Cell]:

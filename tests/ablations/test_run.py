@@ -13,16 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from places import ROOT
-from synthetic_rows import make_row
 from tiny_coco import REAL, needs_coco
 
 from ablations import run
-from ablations.experiment.progress import TRAINING_SHARE, clock
+from ablations.experiment.curve import read_curve
 from ablations.generate import generate
 from ablations.grid import PRESETS, build_grid, only
 from ablations.options import parse
 from ablations.rows import store
-from ablations.rows.store import read_rows, write_row
+from ablations.rows.store import read_rows
 
 # The tiny preset with hardly any steps; in the child processes of the kill test it is applied before anything runs.
 BRIEF = {"steps": 10, "batch_size": 2, "warmup": 2, "channels": 16, "seeds": 1}
@@ -113,6 +112,12 @@ def test_retinanet_has_half_the_rate_unless_its_backbone_has_one(preset):
         (["--grid", "detectors", "--test-flip"], "without mask_rcnn"),
         (["--grid", "--detector", "mask_rcnn", "--test-sizes", "96,128"], "without mask_rcnn"),
         (["--grid", "--test-sizes", "96,400"], "a --max-size of as many; it is 160"),
+        (["--grid", "--accumulate", "3"], "does not divide the batch of 8 images; give one of 1, 2, 4, 8"),
+        (["--grid", "--batch-size", "6", "--accumulate", "4"], "give one of 1, 2, 3, 6, or another --batch-size"),
+        (["--grid", "--lr", "0"], "not a finite number above 0"),
+        (["--grid", "--depths", "1,0"], "from 1 on"),
+        (["--grid", "--precision", "fp16"], "fp32"),
+        (["--grid", "--log", "csv"], "tensorboard"),
         ([], "--grid"),
     ],
 )
@@ -173,18 +178,6 @@ def test_a_dry_run_lists_and_runs_nothing(brief, data, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_a_dry_run_judges_the_cost_by_rows_of_the_same_detector(brief, data, tmp_path, capsys):
-    """200 s of training a cell where none of the detector is done: the mean of 300 and 100; two workers."""
-    for detector, seconds in (("atss", 300.0), ("fcos", 100.0)):
-        for number in range(3 if detector == "atss" else 1):
-            row = make_row("LSC", number + 1, cell={"detector": detector})
-            write_row(tmp_path, row | {"training": {"seconds": seconds}})
-    arguments = ["--grid", "detectors", "--data", str(data), "--out", str(tmp_path), "--dry-run", "--workers", "2"]
-    assert run.main([*arguments, "--detector", "atss,fcos,detr"]) == 0
-    cost = 2 * (300 + 100 + 200) / TRAINING_SHARE / 2
-    assert f"about {clock(cost)} with 2 workers" in capsys.readouterr().out
-
-
 def test_a_grid_runs_to_tables_and_a_second_call_runs_nothing(brief, data, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     arguments = ["--grid", "combinations", "--data", str(data), "--out", str(out), "--only", "LSC"]
@@ -193,6 +186,8 @@ def test_a_grid_runs_to_tables_and_a_second_call_runs_nothing(brief, data, tmp_p
     assert "NO GPU" in printed and "NOT MEASURED" in printed
     (row,) = read_rows(out)
     assert row["status"] == "ok" and row["training"]["steps"] == 10 and row["training"]["images"] == 20
+    lines = read_curve(out / "cells" / row["key"] / "losses.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 11)) and {"lr", "loss", "loss_cls"} <= lines[0].keys()
     assert row["peak_memory_MB"] is None and row["latency_ms_p50"] > 0 and row["GMACs"] > 0
     table = (out / "table.md").read_text()
     assert "device:" in table.splitlines()[0] and "LSC" in table

@@ -150,11 +150,29 @@ def test_another_test_needs_no_other_training(grid):
 def test_a_fresh_run_trains_again_and_keeps_the_old_weights(grid):
     assert grid()[2] == ["atss baseline"]
     (before,) = read_rows(grid.out)
+    beside = grid.out / "cells" / before["key"]
+    beside.mkdir(exist_ok=True)
+    (beside / "detections.json.gz").write_text("of the old row")
     code, printed, trainings = grid("--fresh")
     assert code == 0 and trainings == ["atss baseline"] and "only evaluated" not in printed
     (after,) = read_rows(grid.out)
     assert after["metrics"] == before["metrics"]
-    assert len(list((grid.out / "cells" / "replaced").glob("*/*/checkpoint.pt"))) == 1
+    replaced = grid.out / "cells" / "replaced"
+    for name in (f"{before['key']}.json", "*/checkpoint.pt", "*/losses.jsonl", f"{before['key']}/detections.json.gz"):
+        assert len(list(replaced.glob(f"*/{name}"))) == 1, name
+    assert not (beside / "detections.json.gz").exists()
+
+
+def test_what_a_failed_run_left_beside_its_row_is_gone_before_the_next_begins(grid, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(experiment, "evaluate", lambda *_: 1 / 0)
+        assert grid()[0] == 1
+    (failed,) = read_rows(grid.out)
+    beside = grid.out / "cells" / failed["key"]
+    assert (beside / "error.txt").exists()
+    (beside / "detections.json.gz").write_text("of the failed run")
+    assert grid()[0] == 0
+    assert not (beside / "error.txt").exists() and not (beside / "detections.json.gz").exists()
 
 
 def test_weights_without_a_record_of_the_end_are_trained_on(grid):
