@@ -113,7 +113,7 @@ class SpatialAttention(SpecialParameters):
         return self.from_same, self.from_finer, self.from_coarser
 
     def positions(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Where learned attention samples: for each level offsets (N, 18, H_l, W_l) in pixels and masks (N, 9, H_l, W_l).
+        """Where learned attention samples, a level: offsets (N, 18, H_l, W_l) in pixels and masks (N, 9, H_l, W_l).
 
         The offsets are dy and dx interleaved, from the nine taps of the regular 3×3 grid.
         """
