@@ -15,6 +15,7 @@ import torch
 
 from ablations.data.coco import read_dataset
 from ablations.data.split import Dataset
+from ablations.exhibits.make import write_exhibits
 from ablations.experiment import logs
 from ablations.experiment.experiment import Job
 from ablations.experiment.pool import run_cells
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return SOME_FAILED
-    return conclude(cells, options, interrupted)
+    return conclude(cells, options, data, interrupted)
 
 
 def open_data(options: Options) -> Dataset:
@@ -176,13 +177,15 @@ def banner(options: Options, plan: Plan) -> str:
     return f"training on {torch.cuda.get_device_name(options.device)}"
 
 
-def conclude(cells: list[Cell], options: Options, interrupted: bool) -> int:
-    """Write tables and report from all rows of the directory; returns the exit code."""
+def conclude(cells: list[Cell], options: Options, data: Dataset, interrupted: bool) -> int:
+    """Write exhibits, tables and report from all rows of the directory; returns the exit code."""
     out = options.out
     rows, problems = read_all(out)
     if not rows:
         print(f"interrupted before the first cell ended; go on with: {options.command}")
         return INTERRUPTED
+    if not interrupted:
+        write_exhibits(rows, out, data)
     write_results(rows, out, problems)
     print(f"tables in {out}/table.md, .csv, .tex; report in {out}/report.html")
     if interrupted:

@@ -18,9 +18,20 @@ from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
 from ablations.files import atomic_write_text
-from ablations.rows.plots import MARKERS, STYLE, colour_of, compared, comparisons, draw_baseline, draw_point, to_svg
+from ablations.rows.plots import (
+    STYLE,
+    bars_are,
+    colour_of,
+    compared,
+    comparisons,
+    draw_baseline,
+    draw_point,
+    markers_of,
+    to_svg,
+)
 from ablations.rows.row import Row
 from ablations.rows.sections import Section, make_sections
+from ablations.rows.statistics import stored_replicates
 
 NAME = "ap_against_latency"
 # Inches; a browser shows 96 pixels of each.
@@ -51,7 +62,7 @@ def write_pictures(rows: Iterable[Row], directory: str | Path) -> list[Path]:
     """
     directory = Path(directory)
     texts = {}
-    for number, section in enumerate(make_sections(rows), 1):
+    for number, section in enumerate(make_sections(rows, stored_replicates(directory)), 1):
         figure = draw_picture(section)
         if figure is not None:
             texts[f"{NAME}{f'-{number}' if number > 1 else ''}.svg"] = to_svg(figure, f"{NAME}-{number}") + "\n"
@@ -72,11 +83,10 @@ def draw_picture(section: Section) -> Figure | None:
     if frame.empty:
         return None
     caption = [
-        *textwrap.wrap(LEGEND, CAPTION_CHARACTERS),
+        *textwrap.wrap(f"{LEGEND} {bars_are(frame)}".strip(), CAPTION_CHARACTERS),
         *textwrap.wrap(f"{section.title} | {section.machine}", CAPTION_CHARACTERS),
     ]
-    depths = sorted(frame["depth"].dropna().unique())
-    markers = {depth: MARKERS[index % len(MARKERS)] for index, depth in enumerate(depths)}
+    markers = markers_of(frame)
     with matplotlib.rc_context({**STYLE, "font.size": 10, "axes.titlesize": 11}):
         parts = comparisons(frame)
         height = PANEL_HEIGHT * len(parts) + LINE * (len(caption) + 0.7)

@@ -112,6 +112,15 @@ class SpatialAttention(SpecialParameters):
         """The branches of the same level, of the finer and of the coarser one."""
         return self.from_same, self.from_finer, self.from_coarser
 
+    def positions(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Where learned attention samples, a level: offsets (N, 18, H_l, W_l) in pixels and masks (N, 9, H_l, W_l).
+
+        The offsets are dy and dx interleaved, from the nine taps of the regular 3×3 grid.
+        """
+        assert self.offset is not None
+        predicted = [self.offset(x) for x in features]
+        return [p[:, : 2 * TAPS] for p in predicted], [p[:, 2 * TAPS :].sigmoid() for p in predicted]
+
     def forward(self, features: list[Tensor]) -> list[list[Tensor]]:
         """Sample every level's neighbours.
 
@@ -120,9 +129,7 @@ class SpatialAttention(SpecialParameters):
         """
         offsets = masks = coarse_offsets = coarse_masks = None
         if self.offset is not None:
-            predicted = [self.offset(x) for x in features]
-            offsets = [p[:, : 2 * TAPS] for p in predicted]
-            masks = [p[:, 2 * TAPS :].sigmoid() for p in predicted]
+            offsets, masks = self.positions(features)
             coarse_offsets, coarse_masks = (coarser_offsets(x, self.coarse_offsets) for x in (offsets, masks))
 
         sampled = [[x] for x in self.from_same(features, offsets, masks)]
@@ -157,13 +164,18 @@ class ScaleAttention(nn.Module):
             nn.init.normal_(self.gate.weight, std=0.01)
             nn.init.zeros_(self.gate.bias)
 
+    def gates(self, sampled: list[list[Tensor]]) -> Tensor:
+        """The learned weights (M, N, 1) of all M sampled maps, level by level in the order of `sampled`."""
+        assert self.gate is not None
+        # All pooled vectors pass the gate in one call: on small maps the number of calls is the cost.
+        pooled = torch.stack([x.mean((2, 3)) for maps in sampled for x in maps])
+        return F.hardsigmoid(F.relu(self.gate(pooled)))
+
     def forward(self, sampled: list[list[Tensor]]) -> list[Tensor]:
         """Fuse the sampled maps of each level: lists of (N, C, H_l, W_l) -> (N, C, H_l, W_l) per level."""
         if self.gate is None:
             return [sum(maps[1:], maps[0]) / len(maps) for maps in sampled]
-        # All pooled vectors pass the gate in one call: on small maps the number of calls is the cost.
-        pooled = torch.stack([x.mean((2, 3)) for maps in sampled for x in maps])
-        gates = F.hardsigmoid(F.relu(self.gate(pooled)))[..., None, None]
+        gates = self.gates(sampled)[..., None, None]
         fused = []
         for maps, weights in zip(sampled, gates.split([len(maps) for maps in sampled]), strict=True):
             weights = (weights / len(maps)).unbind()

@@ -59,9 +59,13 @@ class PaperScaleAttention(nn.Module):
         """(N, L, C, H, W) -> (N, L, C, H, W)."""
         if self.mix is None:
             return x
+        return x * self.gates(x)[:, :, None, None, None]
+
+    def gates(self, x: Tensor) -> Tensor:
+        """The learned weights (N, L) of the levels of x (N, L, C, H, W)."""
+        assert self.mix is not None
         # clamp((v + 1) / 2, 0, 1) is the hard sigmoid of 3v; the ReLU in front leaves [0.5, 1].
-        gate = F.hardsigmoid(3 * F.relu(self.mix(x.mean((2, 3, 4)))))
-        return x * gate[:, :, None, None, None]
+        return F.hardsigmoid(3 * F.relu(self.mix(x.mean((2, 3, 4)))))
 
 
 class PaperSpatialAttention(SpecialParameters):
@@ -93,10 +97,15 @@ class PaperSpatialAttention(SpecialParameters):
         if self.offset is None:
             sampled = F.conv2d(maps, self.weight, padding=1, groups=self.levels)
         else:
-            predicted = self.offset(x[:, self.levels // 2])
-            offset, mask = predicted[:, : 2 * TAPS], predicted[:, 2 * TAPS :].sigmoid()
+            offset, mask = self.positions(x)
             sampled = deform_conv2d(maps, offset, self.weight, padding=1, mask=mask)
         return self.norm(sampled).view_as(x)
+
+    def positions(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Where learned attention samples on all levels: offsets (N, 18, H, W) in pixels and a mask (N, 9, H, W)."""
+        assert self.offset is not None
+        predicted = self.offset(x[:, self.levels // 2])
+        return predicted[:, : 2 * TAPS], predicted[:, 2 * TAPS :].sigmoid()
 
 
 class PaperTaskAttention(DynamicReLU):

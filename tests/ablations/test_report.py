@@ -1,24 +1,19 @@
-"""The report: one file that needs nothing else, pictures whose names can be read, effects with known sizes."""
+"""The report: one file that needs nothing else, says all that the rows say, and is the same for the same rows."""
 
-import itertools
+import json
 import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
-import matplotlib.text
-import pandas as pd
 import pytest
-from synthetic_rows import GPU, make_row, make_rows, synthetic_ap
+from synthetic_rows import GPU, make_row, make_rows
 
 from ablations.report import main, write_report
-from ablations.rows.frame import make_frame
-from ablations.rows.plots import ap_against_depth, ap_against_latency, gain_by_detector, to_svg
 from ablations.rows.store import read_rows, write_row
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
-DETECTORS = ("atss", "fcos", "retinanet")
 
 
 class Page(HTMLParser):
@@ -44,7 +39,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text.append(data)
-        if self.tables and self.open and self.open[-1] in ("td", "th"):
+        if self.tables and self.open and self.open[-1] in ("td", "th", "button"):
             self.tables[-1][-1][-1] += data
 
     def _note(self, tag, attributes):
@@ -73,12 +68,13 @@ def test_the_report_is_one_whole_page_that_asks_for_nothing(tmp_path):
     gpu = [make_row(name, 1, machine=GPU, cell={"device_kind": "cuda"}) for name in ("baseline", "LSC")]
     text = report(tmp_path, [*make_rows(), *gpu, make_row("LSC", 4, status="diverged")])
     page = Page(text)
-    assert all(reference.startswith("#") for reference in page.references)
-    assert not re.search(r"@import|url\((?!#)|<(script|link|img|iframe)[^>]+(src|href)", text)
+    assert all(reference.startswith(("#", "data:")) for reference in page.references)
+    assert not re.search(r"@import|url\((?!#)|<(script|link|img|iframe)[^>]+(src|href)=\"(?!data:)", text)
     assert len(page.ids) == len(set(page.ids))
-    assert {reference[1:] for reference in page.references} <= set(page.ids)
+    assert {reference[1:] for reference in page.references if reference.startswith("#")} <= set(page.ids)
     svgs = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert len(svgs) == 2, "AP against latency and depth for the CPU; two cells on the GPU make no picture"
+    # Two cells on the GPU make no picture.
+    assert len(svgs) == 2 + 5, "AP against latency and depth, and effects on five APs, for the CPU"
     for svg in svgs:
         assert ElementTree.fromstring(svg).get("aria-label")
     first, effects, second = page.tables
@@ -156,87 +152,72 @@ def test_the_command(tmp_path, capsys):
     assert caught.value.code == 2
 
 
-def overlapping_names(figure):
-    """Pairs of names in the pictures that lie on each other."""
-    figure.draw_without_rendering()
-    pairs = []
-    for axes in figure.axes:
-        names = [text for text in axes.texts if isinstance(text, matplotlib.text.Annotation) and text.get_text()]
-        boxes = [(name.get_text(), matplotlib.text.Text.get_window_extent(name)) for name in names]
-        pairs += [(a[0], b[0]) for a, b in itertools.combinations(boxes, 2) if a[1].overlaps(b[1])]
-    return pairs
-
-
-def equal_rows():
-    """All cells of one depth alike: the worst case for names."""
-    rows = make_rows(depths=(1, 2))
+def with_classes(rows):
     for row in rows:
-        row["metrics"]["AP"] = 20.0 + 0.05 * (row["cell"]["depth"] or 0)
+        ap = row["metrics"]["AP"]
+        row["class_AP"] = {"heart": ap + 5, "star <b>": ap - 20, "unseen": None}
     return rows
 
 
-@pytest.mark.parametrize("rows", [make_rows((1, 2, 4, 6), (0, 1, 2)), equal_rows()], ids=["four depths", "all alike"])
-def test_names_in_pictures_do_not_lie_on_each_other(rows):
-    frame = make_frame(rows)
-    for draw in (ap_against_latency, ap_against_depth):
-        assert overlapping_names(draw(frame)) == []
+def test_classes_are_means_over_seeds_beside_the_baseline(tmp_path):
+    page = Page(report(tmp_path, with_classes(make_rows(depths=(1,), seeds=(0, 2)))))
+    (table,) = (table for table in page.tables if table[0][0] == "cell")
+    assert table[0] == ["cell", "heart", "star <b>"] and len(table) == 1 + 9
+    assert table[1] == ["baseline", "29.3", "4.3"] and table[-1] == ["LSC ×1", "31.4", "6.4"]
 
 
-def test_ap_against_depth_shows_every_subset_and_the_baseline():
-    axes = ap_against_depth(make_frame(make_rows(depths=(1, 2, 6)))).axes[0]
-    names = {text.get_text() for text in axes.texts}
-    assert names == {"baseline", "none", "L", "S", "C", "LS", "LC", "SC", "LSC"}
-    curves = [line.get_xydata().tolist() for line in axes.lines if len(line.get_xdata()) == 3]
-    expected = [[depth, synthetic_ap("SC", depth)] for depth in (1, 2, 6)]
-    assert expected in curves and len(curves) == 8
-    assert [24.0, 24.0] in [list(line.get_ydata()) for line in axes.lines]
-    assert list(axes.get_xticks()) == [1, 2, 6]
+def test_more_classes_than_cells_stand_below_each_other(tmp_path):
+    rows = [make_row("baseline"), make_row("LSC", 2)]
+    for row in rows:
+        row["class_AP"] = {f"class {number}": float(number) for number in range(3)}
+    page = Page(report(tmp_path, rows))
+    (table,) = (table for table in page.tables if table[0][0] == "class")
+    assert table[0] == ["class", "baseline", "LSC ×2"] and table[1:] == [
+        [f"class {n}", f"{n}.0", f"{n}.0"] for n in range(3)
+    ]
 
 
-def test_ap_against_latency_joins_the_points_that_none_beats():
-    points = {"none": (5.0, 20.0), "L": (6.0, 19.0), "S": (7.0, 25.0), "C": (7.0, 24.0), "LSC": (7.5, 25.0)}
-    rows = [make_row("baseline", latency_ms_p50=8.0)]
-    rows[0]["metrics"]["AP"] = 26.0
-    for name, (latency, ap) in points.items():
-        row = make_row(name, 1, latency_ms_p50=latency)
-        row["metrics"]["AP"] = ap
-        rows.append(row)
-    axes = ap_against_latency(make_frame(rows)).axes[0]
-    steps = [line for line in axes.lines if line.get_drawstyle() == "steps-post"]
-    assert [line.get_xydata().tolist() for line in steps] == [[[5, 20], [7, 25], [8, 26]]]
-    assert {text.get_text() for text in axes.texts} == {"none, depth 1", "S, depth 1"}
+def exhibits_of(tmp_path, content):
+    rows = [make_row("baseline"), make_row("LSC", 1), make_row("LSC", 2, seed=1), make_row("LSC", 2)]
+    folder = tmp_path / "exhibits"
+    folder.mkdir()
+    (folder / f"{rows[-1]['key']}.json").write_text(content)
+    return report(tmp_path, rows)
 
 
-def test_panels_for_detectors_and_formulations():
-    rows = [*make_rows(), *make_rows(cell={"detector": "fcos"})]
-    paper = [row for row in make_rows(cell={"formulation": "paper", "coarse_offsets": None}) if row["cell"]["depth"]]
-    figure = ap_against_depth(make_frame(rows + paper))
-    titles = [axes.get_title(loc="left") for axes in figure.axes if axes.get_title(loc="left")]
-    assert titles == ["atss, released", "atss, paper", "fcos"]
+def test_an_exhibit_that_cannot_be_shown_is_a_line(tmp_path):
+    reason = json.dumps({"reason": "the weights <are> gone"})
+    for number, (content, words) in enumerate(
+        [
+            (reason, "No exhibit: the weights &lt;are&gt; gone."),
+            ("{", "none was kept"),
+            ('{"pictures": 3}', "not one that this version reads"),
+        ]
+    ):
+        (tmp_path / str(number)).mkdir()
+        text = exhibits_of(tmp_path / str(number), content)
+        assert "Inside the attentions: atss LSC, depth 2, seed 0" in text and words in text
+        Page(text)
 
 
-def test_the_gain_of_each_detector():
-    rows = [make_row(name, 1, cell={"detector": d}) for d in DETECTORS for name in ("baseline", "LSC")]
-    figure = gain_by_detector(make_frame(rows))
-    gain = synthetic_ap("LSC", 1) - 24
-    bars, plane = figure.axes
-    assert [text.get_text() for text in bars.texts] == [f"{gain:+.1f}  (LSC, depth 1)"] * 3
-    assert {text.get_text() for text in plane.texts} == set(DETECTORS)
-    assert overlapping_names(figure) == []
-
-
-def test_no_picture_where_there_is_nothing_to_compare():
-    nothing = make_frame([make_row("LSC", 1, status="oom"), make_row("baseline", status="crashed")])
-    one_depth = make_frame(make_rows(depths=(1,)))
-    assert ap_against_latency(nothing) is ap_against_depth(nothing) is gain_by_detector(nothing) is None
-    assert ap_against_depth(one_depth) is None and gain_by_detector(one_depth) is None
-    unmeasured = make_frame([row | {"latency_ms_p50": None} for row in make_rows()])
-    assert ap_against_latency(unmeasured) is None and ap_against_depth(unmeasured) is not None
-    assert isinstance(one_depth, pd.DataFrame) and ap_against_latency(one_depth) is not None
-
-
-def test_an_svg_keeps_its_ids_apart_from_others():
-    first, second = (to_svg(ap_against_depth(make_frame(make_rows())), name) for name in ("one", "two"))
-    ids = [set(re.findall(r'\bid="([^"]+)"', svg)) for svg in (first, second)]
-    assert not ids[0] & ids[1]
-    assert set(re.findall(r"url\(#([^)]+)\)", first)) <= ids[0]
+def test_an_exhibit_from_elsewhere_cannot_bring_in_anything(tmp_path):
+    picture = {"image_id": "<i>", "width": 4, "height": 4, "AP": [1, 2], "truth": [], "baseline": [], "dyhead": []}
+    box = {"box": [0, 0, 1, 1], "label": "<script>alert(1)</script>"}
+    exhibit = {
+        "notes": ["<script>alert(2)</script>"],
+        "pictures": [picture | {"image": "data:image/png;base64,AAAA", "truth": [box]}],
+        "compared": 1,
+        "rise": 1,
+        "fall": 0,
+        "released": True,
+        "gates": [],
+        "slopes": [],
+    }
+    (tmp_path / "good").mkdir()
+    text = exhibits_of(tmp_path / "good", json.dumps(exhibit))
+    Page(text)
+    assert "<script>alert" not in text and "image &lt;i&gt;" in text and "+1.0 AP" in text
+    exhibit["pictures"][0]["image"] = 'data:image/png;base64,AAAA" onload="alert(3)'
+    (tmp_path / "bad").mkdir()
+    text = exhibits_of(tmp_path / "bad", json.dumps(exhibit))
+    assert "onload" not in text and "not one that this version reads" in text

@@ -46,6 +46,16 @@ def test_it_is_as_wide_as_a_readme_on_a_white_ground_and_names_the_machine():
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 < figure.axes[0].bbox.y0
 
 
+def test_error_bars_are_the_half_widths_of_the_table():
+    section = make_sections(make_rows((1, 2), (0, 1)))[0]
+    figure = draw_picture(section)
+    segments = [line for bars in figure.axes[0].collections for line in bars.get_segments()]
+    upright = sorted((high[1] - low[1]) / 2 for low, high in segments if low[0] == high[0])
+    assert upright == pytest.approx(sorted(section.frame["delta_AP_half_width"].dropna())) and len(upright) == 16
+    assert "Bars: 95 % interval" in " ".join(figure.texts[0].get_text().split())
+    assert "Bars" not in draw(make_rows()).texts[0].get_text()
+
+
 def test_the_same_rows_give_the_same_bytes(tmp_path):
     rows = make_rows()
     for name, order in (("a", rows), ("b", rows[::-1])):

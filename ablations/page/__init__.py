@@ -1,0 +1,1 @@
+"""The report: one HTML file of tables, plots and exhibits that needs nothing else."""
