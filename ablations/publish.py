@@ -1,7 +1,7 @@
 """`python -m ablations.publish DIR results/NAME`: copy the rows of a run to `results/` and rebuild its tables there.
 
 Rows are copied as they are, with what tables, intervals and the report are made of: replicates, loss curves, exhibits.
-Checkpoints stay behind, and detections unless they are asked for. With `--readme FILE` the tables also replace what
+Checkpoints stay behind, and detections unless they are asked for. With `--readme FILE` a short table also replaces what
 stands between the two markers of that file.
 """
 
@@ -15,7 +15,10 @@ from ablations.exhibits.stored import FOLDER
 from ablations.experiment.curve import CURVE
 from ablations.files import atomic_write_text
 from ablations.report import write_results
+from ablations.rows.sections import make_sections
+from ablations.rows.statistics import stored_replicates
 from ablations.rows.store import read_all, read_rows
+from ablations.rows.tables import to_summary
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
@@ -65,13 +68,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ablations.publish", description=__doc__)
     parser.add_argument("directory", type=Path, metavar="DIR", help="a directory that ablations.run wrote its rows to")
     parser.add_argument("target", type=Path, metavar="results/NAME", help="where to publish")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="insert the tables here, too")
+    readme = "insert a short table here, too; can be given several times"
+    parser.add_argument("--readme", type=Path, metavar="FILE", action="append", default=[], help=readme)
     parser.add_argument("--with-detections", action="store_true", help="publish the detections, too")
     options = parser.parse_args(arguments)
     try:
         publish(options.directory, options.target, options.with_detections)
-        if options.readme:
-            insert((options.target / "table.md").read_text(), options.readme)
+        for readme in options.readme:
+            sections = make_sections(read_rows(options.target), stored_replicates(options.target))
+            insert("\n".join(map(to_summary, sections)), readme)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

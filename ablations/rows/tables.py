@@ -18,6 +18,9 @@ from ablations.rows.row import Row
 from ablations.rows.sections import Section, make_sections
 from ablations.rows.statistics import stored_replicates
 
+# The columns of a table that is read in passing.
+SUMMARY = ("detector", "attentions", "depth", "AP", "delta_AP", "params_M", "latency_ms_p50")
+
 
 def write_tables(rows: Iterable[Row], directory: str | Path) -> list[Path]:
     """Write `table.csv` (and `table-2.csv`, ...), `table.md`, `table.tex` and `effects.csv` into `directory`.
@@ -71,6 +74,13 @@ def to_markdown(section: Section) -> str:
         text += f"\n**{EFFECTS_TITLE}**\n\n{effects}\n\n{_list(effects_notes(section.effects))}"
     gains = gains_table(section.frame)
     return text if gains.empty else f"{text}\n**{GAINS_TITLE}**\n\n{_markdown(gains)}\n\n{_list([GAINS_NOTE])}"
+
+
+def to_summary(section: Section) -> str:
+    """The columns of `SUMMARY`, and what `delta_AP` is worth: for a README, the machine line as its last note."""
+    text = as_text(section.frame)
+    names = [name for name in SUMMARY if name != "detector" or text["detector"].nunique() > 1]
+    return f"{_markdown(text[names])}\n\n{_list([*section.statistics.notes(), section.machine])}"
 
 
 def _list(notes: Iterable[str]) -> str:

@@ -1,5 +1,8 @@
 """Publishing copies rows and rebuilds everything else from them."""
 
+import csv
+
+import pytest
 from synthetic_rows import make_rows
 
 from ablations.publish import BEGIN, END, main
@@ -17,12 +20,20 @@ def test_rows_are_copied_and_the_readme_holds_their_table(tmp_path, capsys):
     assert main([str(run), str(target), "--readme", str(readme)]) == 0
     assert read_rows(target) == read_rows(run)
     assert not (target / "cells" / "key").exists()
-    table = (target / "table.md").read_text().strip()
-    assert "| baseline" in table and "report.html" in {path.name for path in target.iterdir()}
-    assert readme.read_text() == f"before\n{BEGIN}\n{table}\n{END}\nafter\n"
+    assert {"table.md", "report.html"} <= {path.name for path in target.iterdir()}
+    text = readme.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n| attentions") and text.endswith(f"\n{END}\nafter\n")
+    heading, rule, *lines = text.splitlines()[2:]
+    shown = [line.split("|")[1:-1] for line in lines if line.startswith("|")]
+    with open(target / "table.csv") as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    names = [name.strip() for name in heading.split("|")[1:-1]]
+    assert names == ["attentions", "depth", "AP", "delta_AP", "params_M", "latency_ms_p50"]
+    assert [line[0].strip() for line in shown] == [row["attentions"] for row in rows]
+    assert [float(line[2]) for line in shown] == pytest.approx([float(row["AP"]) for row in rows], abs=0.051)
     # Once more changes nothing.
     assert main([str(run), str(target), "--readme", str(readme)]) == 0
-    assert readme.read_text().count(table) == 1
+    assert readme.read_text() == text
 
 
 def test_what_is_missing_is_named(tmp_path, capsys):
