@@ -23,7 +23,7 @@ def test_rows_are_copied_and_the_readme_holds_their_table(tmp_path, capsys):
     assert {"table.md", "report.html"} <= {path.name for path in target.iterdir()}
     text = readme.read_text()
     assert text.startswith(f"before\n{BEGIN}\n| attentions") and text.endswith(f"\n{END}\nafter\n")
-    heading, rule, *lines = text.splitlines()[2:]
+    heading, _, *lines = text.splitlines()[2:]
     shown = [line.split("|")[1:-1] for line in lines if line.startswith("|")]
     with open(target / "table.csv") as file:
         rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
