@@ -70,7 +70,7 @@ class Curve:
             for step, lr, names, means in self.waiting:
                 values = dict(zip(names, means.tolist(), strict=True))
                 scalars = {"lr": lr, "loss": sum(values.values()), **values}
-                line = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+                line = {name: float(f"{x:.6g}") if math.isfinite(x) else None for name, x in scalars.items()}
                 file.write(json.dumps({"step": step, **line}) + "\n")
                 if step > self.logged:
                     self.log(step, line)
