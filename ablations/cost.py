@@ -130,7 +130,7 @@ def whole(cell: Cell, classes: int, images: int, size: tuple[int, int]) -> tuple
     def make() -> nn.Module:
         model = build(cell, classes, None)
         if cell.weights != "none":
-            model.backbone.freeze(1)  # type: ignore[operator]  # any of `BACKBONES` has it
+            model.backbone.freeze(cell.frozen)  # type: ignore[operator]  # any of `BACKBONES` has it
         return model.train()
 
     return counted(make, pass_through, cell.precision), maps
