@@ -54,7 +54,7 @@ def test_masks_are_read_for_detectors_that_learn_them():
 
 def test_what_training_is_told_is_told_to_every_detector():
     arguments = ["--steps", "100", "--batch-size", "4", "--accumulate", "2", "--lr", "0.5", "--depths", "1,3,2"]
-    options = parse(["--grid", "detectors", *arguments, "--precision", "bf16"])
+    options = parse(["--grid", "detectors", "--preset", "small", *arguments, "--precision", "bf16"])
     preset = options.preset
     assert (preset.steps, preset.batch_size, preset.accumulate, preset.lr) == (100, 4, 2, 0.5)
     assert preset.depths == (1, 3, 2) and preset.one_depth == 3, "the grids of one depth take the largest"
@@ -62,7 +62,7 @@ def test_what_training_is_told_is_told_to_every_detector():
     for detector in options.detectors:
         assert "lr" not in preset.exceptions_for(detector, "swin_t")
     assert preset.exceptions_for("detr", "tiny") == {"optimizer": "adamw"}
-    assert "lr" in PRESETS["tiny"].exceptions_for("detr", "tiny")
+    assert "lr" in PRESETS["small"].exceptions_for("detr", "tiny")
     cells = build_grid("detectors", preset, replace(CELL, **preset.recipe()), options.detectors, 1)
     assert {(cell.lr, cell.steps, cell.batch_size, cell.accumulate) for cell in cells} == {(0.5, 100, 4, 2)}
     assert {cell.depth for cell in cells} == {None, 3}
