@@ -88,7 +88,7 @@ def ap_against_latency(frame: pd.DataFrame) -> Plot | None:
 
         return draw
 
-    caption = f"The steps join the cells that none beats in both; dashed: the baseline. {bars_are(frame)}".strip()
+    caption = f"The steps join the cells that none beats in both; dashed: the baseline. {bars_are(frame, True)}".strip()
     panels = [Panel(title, panel(fill(part))) for title, part in comparisons(frame)]
     return Plot("latency", "AP against latency", caption, panels)
 

@@ -83,7 +83,7 @@ def draw_picture(section: Section) -> Figure | None:
     if frame.empty:
         return None
     caption = [
-        *textwrap.wrap(f"{LEGEND} {bars_are(frame)}".strip(), CAPTION_CHARACTERS),
+        *textwrap.wrap(f"{LEGEND} {bars_are(frame, True)}".strip(), CAPTION_CHARACTERS),
         *textwrap.wrap(f"{section.title} | {section.machine}", CAPTION_CHARACTERS),
     ]
     markers = markers_of(frame)

@@ -94,14 +94,17 @@ def spread(line: pd.Series, name: str) -> float | None:
     return None if value is None or pd.isna(value) else float(value)
 
 
-def bars_are(frame: pd.DataFrame) -> str:
-    """What the error bars of AP are, as a sentence for a caption; empty where there are none."""
+def bars_are(frame: pd.DataFrame, latency: bool = False) -> str:
+    """What the error bars of AP, and of latency where it is an axis, are, for a caption; empty where there are none."""
+    parts = []
     if "delta_AP_half_width" in frame:
-        has = frame["delta_AP_half_width"].notna().any()
-        return "Bars: 95 % interval of the difference from the baseline." if has else ""
-    if "AP_std" in frame and frame["AP_std"].notna().any():
-        return "Bars: sample standard deviation over the seeds."
-    return ""
+        if frame["delta_AP_half_width"].notna().any():
+            parts.append("Bars of AP: 95 % interval of the difference from the baseline.")
+    elif "AP_std" in frame and frame["AP_std"].notna().any():
+        parts.append("Bars of AP: sample standard deviation over the seeds.")
+    if latency and "latency_ms_p50_std" in frame and frame["latency_ms_p50_std"].notna().any():
+        parts.append("Bars of latency: sample standard deviation over the seeds.")
+    return " ".join(parts)
 
 
 def draw_point(axes: Axes, line: pd.Series, marker: str, tip: str = "") -> None:

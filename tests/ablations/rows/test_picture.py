@@ -52,7 +52,7 @@ def test_error_bars_are_the_half_widths_of_the_table():
     segments = [line for bars in figure.axes[0].collections for line in bars.get_segments()]
     upright = sorted((high[1] - low[1]) / 2 for low, high in segments if low[0] == high[0])
     assert upright == pytest.approx(sorted(section.frame["delta_AP_half_width"].dropna())) and len(upright) == 16
-    assert "Bars: 95 % interval" in " ".join(figure.texts[0].get_text().split())
+    assert "Bars of AP: 95 % interval" in " ".join(figure.texts[0].get_text().split())
     assert "Bars" not in draw(make_rows()).texts[0].get_text()
 
 
