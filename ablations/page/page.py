@@ -156,7 +156,8 @@ def _reproduce(rows: list[Row]) -> str:
     machines = [machine_of(row) for row in rows]
     commits = list(dict.fromkeys(commit for machine in reversed(machines) if (commit := machine.get("commit"))))
     commands = dict.fromkeys(machine["command"] for machine in machines if machine.get("command"))
-    lines = [f"git checkout {commit}" for commit in commits[:1]] + ["pip install -c constraints.txt -e '.[ablations]'"] + [*commands]
+    checkout = [f"git checkout {commit}" for commit in commits[:1]]
+    lines = [*checkout, "pip install -c constraints.txt -e '.[ablations]'", *commands]
     words = []
     if len(commits) > 1:
         words.append(f"Rows come from {len(commits)} commits, the latest first: {', '.join(commits)}.")
