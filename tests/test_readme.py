@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
+from ablations.publish import BEGIN, END
+
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -16,8 +18,9 @@ PAGES = [
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
-def test_the_readme_has_at_most_900_words():
-    assert len((ROOT / "README.md").read_text().split()) <= 900
+def test_the_readme_has_at_most_900_words_beside_its_table():
+    before, rest = (ROOT / "README.md").read_text().split(BEGIN)
+    assert len((before + rest.split(END)[1]).split()) <= 900
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
