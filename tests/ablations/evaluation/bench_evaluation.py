@@ -91,7 +91,7 @@ def interval(cells):
 
 def test_two_cells_at_the_size_of_coco(benchmark, cells):
     numbers, difference, half_width = benchmark.pedantic(interval, (cells,), rounds=1)
-    benchmark.extra_info["AP"] = [round(cell["AP"], 2) for cell in numbers]
+    benchmark.extra_info["AP"] = ", ".join(f"{cell['AP']:.2f}" for cell in numbers)
     benchmark.extra_info["delta_AP"] = f"{difference:+.2f} ± {half_width:.2f}"
     print(f"AP {numbers[0]['AP']:.2f}, {numbers[1]['AP']:.2f}; difference {difference:+.2f} ± {half_width:.2f}")
     assert half_width > 0 and difference > -half_width
