@@ -21,7 +21,7 @@ from ablations.data.coco import read_dataset
 from ablations.data.split import Dataset
 from ablations.evaluation.detections import FILE, by_image, read_detections
 from ablations.evaluation.matches import match
-from ablations.evaluation.replicates import image_weights
+from ablations.evaluation.replicates import category_names, image_weights
 from ablations.evaluation.weighted import in_blocks, precisions
 from ablations.rows.frame import AP_COLUMNS, difference_text, rank_of
 from ablations.rows.row import Row, good
@@ -277,7 +277,7 @@ def class_replicates(directory: Path, row: Row, data: Dataset) -> dict[str, Arra
     stored = by_image(read_detections(path), [record.image_id for record in data.val.images], categories)
     matches = match(truth, stored, categories)
     draws = in_blocks(matches, image_weights(matches.images, data.fingerprint), np.float64)
-    names = {category["id"]: str(category.get("name", category["id"])) for category in truth["categories"]}
+    names = category_names(truth)
     precision = 100 * precisions(matches, draws)[0].mean(axis=0)
     return {names[category]: ap for category, ap in zip(categories, precision, strict=True)}
 
@@ -322,7 +322,10 @@ def _basis(pair: Pair, runs: Mapping[Node, Mapping[int, Run]]) -> str:
         )
     own = [_name(node) for node in (pair.a, pair.b) if node in training.own]
     words += [f"out of line, with a variance of its own: {' and '.join(own)}"] if own else []
-    return f"± half of the 95 % interval, from {'; '.join(words)}. p is not corrected: one question was asked."
+    return (
+        f"± half of the 95 % interval, from {'; '.join(words)}. p is that of a line chosen beforehand: it is not "
+        "corrected for the number of lines."
+    )
 
 
 def _markdown(lines: Iterable[Mapping[str, str]]) -> str:

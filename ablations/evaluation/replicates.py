@@ -78,15 +78,19 @@ def summarise(
     exact = MOST_DETECTIONS * matches.images < 2**24
     once = _values(matches, in_blocks(matches, np.ones((1, matches.images), int), np.float64))
     drawn = _values(matches, in_blocks(matches, draws, np.float32 if exact else np.float64))
-    names = {category["id"]: str(category.get("name", category["id"])) for category in ground_truth["categories"]}
-    # Categories of one name are told apart by their ids.
-    shared = {name for name, count in Counter(names.values()).items() if count > 1}
-    names = {id_: f"{name} ({id_})" if name in shared else name for id_, name in names.items()}
+    names = category_names(ground_truth)
     return Summary(
         {name: _number(once[0][name][0]) for name in ERRORS},
         {names[i]: _number(100 * ap) for i, ap in zip(category_ids, once[1][:, 0], strict=True)},
         np.stack([drawn[0][name] for name in NAMES], axis=1).astype(np.float32),
     )
+
+
+def category_names(ground_truth: Mapping[str, Any]) -> dict[Id, str]:
+    """The name of each category by its id; categories of one name are told apart by their ids."""
+    names = {category["id"]: str(category.get("name", category["id"])) for category in ground_truth["categories"]}
+    shared = {name for name, count in Counter(names.values()).items() if count > 1}
+    return {id_: f"{name} ({id_})" if name in shared else name for id_, name in names.items()}
 
 
 def _values(matches: Matches, weights: Sequence[Weights]) -> tuple[dict[str, Floats], Floats]:

@@ -1,6 +1,7 @@
 """The comparison of two cells and of two directories: what is paired, what is said, and what is refused."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -174,6 +175,9 @@ def test_categories_have_intervals_from_detections_and_data(tmp_path, capsys):
     text = said(capsys, *cells, "--data", tmp_path / "data")
     assert "only" not in line(text, names[0])[3]
     assert "training only" in line(said(capsys, *cells), names[0])[3]
+    # Categories of one name are told apart here as they are in the rows.
+    twins = replace(data, val=replace(data.val, category_names=("same",) * len(data.val.category_ids)))
+    assert {*class_replicates(tmp_path, rows[0], twins)} == {f"same ({id_})" for id_ in data.val.category_ids}
     rows[0]["cell"]["data_fingerprint"] = "other"
     with pytest.raises(ValueError, match="other data"):
         class_replicates(tmp_path, rows[0], data)
