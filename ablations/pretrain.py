@@ -24,7 +24,7 @@ from ablations.data.split import Split
 from ablations.files import atomic_write_bytes
 from ablations.generate import generate
 from heads.backbones.resnet import BACKBONES
-from heads.detector import MEAN, STD
+from heads.detector import Detector, PredictionHead
 
 # The seed of the images is none that a grid draws its own from.
 SEED, IMAGES, HELD_OUT = 1000, 6000, 500
@@ -60,15 +60,6 @@ def cell_classes(targets: Sequence[Target], stride: int, classes: int) -> Tensor
     return cells
 
 
-def padded(images: Sequence[Tensor]) -> Tensor:
-    """Images (3, H, W) uint8 as a batch (N, 3, SIDE, SIDE), normalised, 0 in the padding, as a detector does it."""
-    batch = torch.zeros(len(images), 3, SIDE, SIDE)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    for slot, image in zip(batch, images, strict=True):
-        slot[:, : image.shape[1], : image.shape[2]] = (image / 255 - mean) / std
-    return batch
-
-
 def turned(maps: Tensor, which: int) -> Tensor:
     """One of the eight ways (0 … 7) to mirror and turn a square map in its last two dimensions."""
     maps = maps.flip(-1) if which & 1 else maps
@@ -85,17 +76,19 @@ class Classifier(nn.Module):
         super().__init__()
         self.classes = classes
         self.backbone = BACKBONES["tiny"]()
+        # For how it normalises and pads images alone.
+        self.detector = Detector(self.backbone, nn.Identity(), nn.Identity(), PredictionHead(), divisor=SIDE)
         self.heads = nn.ModuleList(nn.Conv2d(channels, classes + 1, 1) for channels in self.backbone.channels)
         self.register_buffer("weight", torch.tensor([1.0] * classes + [BACKGROUND]), persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Class logits (N, classes + 1, h, w) of every stride, of a batch (N, 3, SIDE, SIDE)."""
-        maps = self.backbone(images.contiguous(memory_format=torch.channels_last))
+        maps = self.detector.features(images)
         return [head(x) for head, x in zip(self.heads, maps, strict=True)]
 
     def loss(self, images: Sequence[Tensor], targets: Sequence[Target], which: int) -> Tensor:
         """Cross-entropy of all cells, summed over the strides, of images turned in one of eight ways."""
-        logits = self(turned(padded(images), which))
+        logits = self(turned(self.detector.batch(list(images)), which))
         cells = [turned(cell_classes(targets, stride, self.classes), which) for stride in STRIDES]
         pairs = zip(logits, cells, strict=True)
         return torch.stack([F.cross_entropy(each, wanted, weight=self.weight) for each, wanted in pairs]).sum()
@@ -136,7 +129,7 @@ def judge(model: Classifier, split: Split) -> list[float]:
     with closing(Loader(split, 100, 0, (SIDE,), SIDE, flip=0.0)) as batches:
         for step in range(len(split.images) // 100):
             images, targets = batches.batch(step)
-            for logits, stride, count in zip(model(padded(images)), STRIDES, right, strict=True):
+            for logits, stride, count in zip(model(model.detector.batch(images)), STRIDES, right, strict=True):
                 cells = cell_classes(targets, stride, model.classes)
                 objects = cells < model.classes
                 count[0] += int((logits[:, :-1].argmax(1) == cells)[objects].sum())

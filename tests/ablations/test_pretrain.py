@@ -8,7 +8,7 @@ from ablations.data.coco import read_split
 from ablations.data.loader import Loader
 from ablations.generate import generate
 from ablations.grid import SHIPPED
-from ablations.pretrain import STRIDES, Classifier, cell_classes, main, padded, turned
+from ablations.pretrain import STRIDES, Classifier, cell_classes, main, turned
 from heads.backbones.resnet import BACKBONES, load_imagenet
 
 
@@ -58,7 +58,7 @@ def test_the_shipped_weights_tell_apart_shapes_they_never_saw(tmp_path):
     model.eval()
     with closing(Loader(split, 100, 0, (128,), 128, flip=0.0)) as batches, torch.no_grad():
         images, targets = batches.batch(0)
-        maps = model.backbone(padded(images))
+        maps = model.detector.features(model.detector.batch(images))
     for stride, features in zip(STRIDES, maps, strict=True):
         cells = cell_classes(targets, stride, model.classes)
         inside = cells < model.classes
