@@ -12,8 +12,8 @@ from typing import Any, cast
 
 from ablations.cost import estimate
 from ablations.data.split import Dataset
+from ablations.executors.progress import TRAINING_SHARE, clock
 from ablations.experiment import logs, trained
-from ablations.experiment.progress import TRAINING_SHARE, clock
 from ablations.grid import Cell
 from ablations.options import Options
 from ablations.rows.machine import machine_info

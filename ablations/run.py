@@ -15,13 +15,13 @@ import torch
 
 from ablations.data.coco import read_dataset
 from ablations.data.split import Dataset
+from ablations.executors.pool import run_cells
+from ablations.executors.progress import Progress, clock
+from ablations.executors.worker import Finished, Notice
 from ablations.exhibits.make import write_exhibits
 from ablations.experiment import logs
 from ablations.experiment.experiment import Job
-from ablations.experiment.pool import run_cells
-from ablations.experiment.progress import Progress, clock
 from ablations.experiment.room import Room
-from ablations.experiment.worker import Finished, Notice
 from ablations.generate import generate
 from ablations.grid import Cell, build_grid, only
 from ablations.options import RUNS, Options, parse

@@ -1,1 +1,1 @@
-"""One cell from its settings to its row: build, train, evaluate, measure, in a pool of workers."""
+"""One cell from its settings to its results: build, train, detect, evaluate, measure."""

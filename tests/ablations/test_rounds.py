@@ -4,7 +4,7 @@ import pytest
 from synthetic_rows import MACHINE
 
 from ablations import run
-from ablations.experiment.worker import Finished
+from ablations.executors.worker import Finished
 from ablations.generate import generate
 from ablations.rows.row import good
 from ablations.rows.store import read_rows, write_row

@@ -7,7 +7,7 @@ import pytest
 from cells import CELL
 
 from ablations import run
-from ablations.experiment import worker
+from ablations.executors import worker
 from ablations.experiment.experiment import Job, Learned, Line, Reading, Step
 from ablations.experiment.logs import folder, open_log
 from ablations.experiment.room import Room

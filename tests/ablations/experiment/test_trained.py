@@ -14,9 +14,10 @@ from tiny_coco import json_path
 from ablations import run
 from ablations.data import image_files
 from ablations.data.problems import DataError
-from ablations.experiment import experiment, pool, trained, worker
+from ablations.executors import pool, worker
+from ablations.executors.pool import run_cells
+from ablations.experiment import experiment, trained
 from ablations.experiment.experiment import Job, Learned, Reading
-from ablations.experiment.pool import run_cells
 from ablations.experiment.room import Room
 from ablations.generate import generate
 from ablations.grid import PRESETS, Cell

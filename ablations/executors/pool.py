@@ -8,8 +8,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
 
+from ablations.executors.worker import Elsewhere, Finished, Message, Notice, Unwritten, failed_row, work
 from ablations.experiment.experiment import Job, Learned, Stage
-from ablations.experiment.worker import Elsewhere, Finished, Message, Notice, Unwritten, failed_row, work
 from ablations.grid import Cell
 from ablations.rows.row import Results, Row
 from ablations.rows.store import write_row

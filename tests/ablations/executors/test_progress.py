@@ -15,10 +15,10 @@ from cells import CELL
 from places import ROOT
 from terminal import Terminal
 
-from ablations.experiment import progress as module
+from ablations.executors import progress as module
+from ablations.executors.progress import Progress, clock
+from ablations.executors.worker import Elsewhere, Finished
 from ablations.experiment.experiment import Learned, Stage, Step
-from ablations.experiment.progress import Progress, clock
-from ablations.experiment.worker import Elsewhere, Finished
 from ablations.generate import generate
 
 CELLS = [replace(CELL, attentions=a, depth=d) for d in (1, 2, 3, 4, 5) for a in ("", "L", "S", "C", "LS", "LC", "LSC")]

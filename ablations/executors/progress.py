@@ -13,8 +13,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ablations.executors.worker import Elsewhere, Finished, Notice
 from ablations.experiment.experiment import Learned, Stage, Step
-from ablations.experiment.worker import Elsewhere, Finished, Notice
 from ablations.grid import Cell
 from ablations.rows.row import Row, metrics_of, training_of
 
@@ -90,7 +90,7 @@ class Progress:
             self.heading()
 
     def notice(self, cell: Cell, event: Notice) -> None:
-        """Show an event of `ablations.experiment.pool.run_cells`."""
+        """Show an event of `ablations.executors.pool.run_cells`."""
         state = self.states[cell]
         match event:
             case Finished(row):
