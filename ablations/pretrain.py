@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ablations.data.batch import Target
 from ablations.data.coco import read_split
-from ablations.data.loader import Loader, Target
+from ablations.data.loader import Loader
 from ablations.data.split import Split
 from ablations.files import atomic_write_bytes
 from ablations.generate import generate
@@ -103,7 +104,7 @@ def pretrain(split: Split, held_out: Split, steps: int) -> nn.Module:
     began = time.monotonic()
     with closing(Loader(split, BATCH, 0, (SIDE,), SIDE)) as batches:
         for step in range(steps):
-            images, targets = batches.batch(step)
+            images, targets, _ = batches.batch(step)
             loss = model.loss(images, targets, int(torch.randint(8, ())))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -128,7 +129,7 @@ def judge(model: Classifier, split: Split) -> list[float]:
     right = [[0, 0] for _ in STRIDES]
     with closing(Loader(split, 100, 0, (SIDE,), SIDE, flip=0.0)) as batches:
         for step in range(len(split.images) // 100):
-            images, targets = batches.batch(step)
+            images, targets, _ = batches.batch(step)
             for logits, stride, count in zip(model(model.detector.batch(images)), STRIDES, right, strict=True):
                 cells = cell_classes(targets, stride, model.classes)
                 objects = cells < model.classes

@@ -144,6 +144,8 @@ def run(plan: Plan, options: Options, data: Dataset) -> None:
         weights=options.weights,
         command=options.command,
         retry_failed=options.retry_failed,
+        room=options.out,
+        cache=options.out / ".cache",
         log=options.log,
     )
     progress = Progress(plan.todo)

@@ -90,6 +90,10 @@ class Detector(nn.Module):
     returns their detections. Images may have different sizes: they are normalised, padded at the bottom and right to
     one size, a multiple of `divisor`, and detections come in pixels of the image as it was given. Nothing is resized.
 
+    Where `torch.distributed` has been initialised, losses are normalised over the batches of all ranks, so that the
+    mean of the ranks' gradients, which `DistributedDataParallel` takes, is that of one whole batch (`heads/ranks.py`).
+    In training every rank must then call the model, with equally many images.
+
     Input, a list with one tensor an image: RGB, (3, H, W), uint8 in 0 … 255 or floating point in 0 … 1.
 
     Targets, in training, a list with one dict an image:
@@ -169,6 +173,7 @@ class Detector(nn.Module):
         *,
         check_targets: bool = True,
         features: list[Tensor] | None = None,
+        extent: tuple[int, int] = (0, 0),
     ) -> dict[str, Tensor] | list[ImageDetections]:
         """Losses in training, detections in evaluation; the class's docstring has both formats.
 
@@ -178,8 +183,9 @@ class Detector(nn.Module):
             check_targets: Whether the targets are looked at first. On a GPU this waits once for what is on its way
                 there. Without it they must be right, `boxes` float32 and `labels` int64: a wrong one may train to
                 nothing without a word.
-            features: What the backbone gives for `batch(images)`, where that is known already: of a frozen backbone it
-                need be computed once. The images then only say their sizes.
+            features: What the backbone gives for the padded images, where that is known already: of a frozen backbone
+                it need be computed once. The images then only say their sizes.
+            extent: (height, width) that the images are padded to at least, where they are a part of a larger batch.
 
         Returns:
             In training a dict of scalar losses whose sum is minimised, in evaluation one dict of detections an image.
@@ -193,9 +199,10 @@ class Detector(nn.Module):
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         if self.training and check_targets:
             targets = usable_targets(targets, sizes, self.head.num_classes, self.needs_masks, self.mean)
+        padded = self.padded(images, extent)
         if features is None:
-            features = self.features(self.batch(images))
-        outputs = self.raw_from(features, self.padded(images), sizes)
+            features = self.features(self.batch(images, padded))
+        outputs = self.raw_from(features, padded, sizes)
         if self.training:
             if targets is None:
                 raise ValueError("targets must be given in training: a list with one dict an image")
@@ -218,9 +225,9 @@ class Detector(nn.Module):
             slot[:, : image.shape[1], : image.shape[2]] = (unit - self.mean) / self.std
         return batch.flip(1) if self.bgr else batch
 
-    def padded(self, images: list[Tensor]) -> tuple[int, int]:
-        """Height and width to which `batch` pads images (3, H, W) of any sizes."""
-        height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
+    def padded(self, images: list[Tensor], extent: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+        """Height and width to which images (3, H, W) of any sizes are padded, `extent` at least."""
+        height, width = (max(extent[side], *(image.shape[side] for image in images)) for side in (-2, -1))
         return -(-height // self.divisor) * self.divisor, -(-width // self.divisor) * self.divisor
 
     def raw(self, batch: Tensor, sizes: list[tuple[int, int]] | None = None) -> Any:

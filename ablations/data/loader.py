@@ -6,8 +6,7 @@ so a resumed run sees what an uninterrupted one would have seen, and threads tha
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ablations.data.annotations import mask_problems
+from ablations.data.batch import ALONE, Batch, Share, Shown, Target
 from ablations.data.coco import read_image
 from ablations.data.problems import DataError
 from ablations.data.segments import bitmap
@@ -23,9 +23,7 @@ from kernels.runtime.checks import check_integer
 
 CACHE_BYTES = 512 << 20
 
-# What a detector trains on (`Loader.batch`).
-Target = dict[str, Any]
-Batch = TypeVar("Batch")
+Made = TypeVar("Made")
 
 # The first word of a seed sequence after the seed: streams of different purpose never meet.
 _ORDER, _AUGMENT = 0, 1
@@ -100,15 +98,15 @@ class _Pixels:
         return torch.from_numpy((image[..., ::-1] if flip else image).copy())
 
 
-class _Ahead(Generic[Batch]):
+class _Ahead(Generic[Made]):
     """Calls a pure function of an index, with threads that work on the indices to come."""
 
-    def __init__(self, make: Callable[[int], Batch], threads: int, end: int | None = None):
+    def __init__(self, make: Callable[[int], Made], threads: int, end: int | None = None):
         self.make, self.threads, self.end = make, threads, end
         self.pool = ThreadPoolExecutor(threads, "loader") if threads else None
-        self.pending: dict[int, Future[Batch]] = {}
+        self.pending: dict[int, Future[Made]] = {}
 
-    def __call__(self, index: int) -> Batch:
+    def __call__(self, index: int) -> Made:
         if self.pool is None:
             return self.make(index)
         # Two more than there are threads, so that none is idle while the caller fetches the next.
@@ -145,6 +143,7 @@ class Loader:
         threads: How many threads make the coming batches; 0 makes each when it is asked for.
         cache_bytes: Images are kept decoded and resized when all of them, at all sizes, need no more memory than this.
         masks: Whether the targets have masks; every object of positive size then needs a segmentation.
+        share: The images of each step that this process takes; all of them if it works alone.
 
     Raises:
         TypeError, ValueError: An argument is no whole number, or out of range.
@@ -163,6 +162,7 @@ class Loader:
         threads: int = 0,
         cache_bytes: int = CACHE_BYTES,
         masks: bool = False,
+        share: Share = ALONE,
     ):
         check_integer("seed", seed, 0)
         if not 0 <= flip <= 1:
@@ -179,15 +179,18 @@ class Loader:
         self._orders: dict[tuple[int, int], np.ndarray] = {}
         self._pixels = _Pixels(self.records, self.short_sides, max_size, cache_bytes)
         self._ahead = _Ahead(self._make, threads)
+        if batch_size % (share.ranks * share.parts):
+            raise ValueError(f"{share.ranks} ranks and {share.parts} parts do not divide {batch_size} images evenly")
+        self._positions = share.positions(batch_size).tolist()
 
-    def batch(self, step: int) -> tuple[list[Tensor], list[Target]]:
+    def batch(self, step: int) -> Batch:
         """The batch of a step, the same for the same step whenever and in whatever order it is asked for.
 
         Returns:
-            Images, (3, H, W) uint8 RGB of differing sizes, and for each a target: `boxes` (n, 4) float32 xyxy in pixels
-            of that image, finite and of positive size, `labels` (n,) int64, 0-based, `image_id`, and `flipped`; n is 0
-            for an image without objects. With `masks` also `masks`, (n, H, W) uint8 of 0 and 1. An object whose box has
-            no size left at the size of the image is left out.
+            Images, and for each a target: `boxes` (n, 4) float32 xyxy in pixels of that image, finite and of positive
+            size, `labels` (n,) int64, 0-based, `image_id`, and `flipped`; n is 0 for an image without objects. With
+            `masks` also `masks`, (n, H, W) uint8 of 0 and 1. An object whose box has no size left at the size of the
+            image is left out.
 
         Raises:
             DataError: An image does not decode; the message names the file.
@@ -223,32 +226,36 @@ class Loader:
             self._orders[group, epoch] = order
         return order
 
-    def _make(self, step: int) -> tuple[list[Tensor], list[Target]]:
+    def _make(self, step: int) -> Batch:
         generator = np.random.default_rng([self.seed, _AUGMENT, step])
-        sides = generator.integers(len(self.short_sides), size=self.batch_size)
-        flips = generator.random(self.batch_size) < self.flip
-        images: list[Tensor] = []
-        targets: list[Target] = []
-        for index, side, flip in zip(self.indices(step), sides.tolist(), flips.tolist(), strict=True):
-            record = self.records[index]
-            width, height = resized(record.width, record.height, self.short_sides[side], self.max_size)
-            boxes = scale_boxes(record.boxes, width / record.width, height / record.height)
-            if flip:
-                boxes = flip_boxes(boxes, width)
-            # A sliver far from the origin has no size left after the rounding to float32.
-            kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(1))
-            images.append(self._pixels.get(index, width, height, flip))
-            targets.append(
-                {
-                    "boxes": torch.from_numpy(boxes[kept]),
-                    "labels": torch.from_numpy(record.labels[kept]),
-                    "image_id": record.image_id,
-                    "flipped": bool(flip),
-                }
-            )
-            if self.masks:
-                targets[-1]["masks"] = _masks(record, kept, width, height, flip)
-        return images, targets
+        sides = generator.integers(len(self.short_sides), size=self.batch_size).tolist()
+        flips = (generator.random(self.batch_size) < self.flip).tolist()
+        indices = self.indices(step)
+        sizes = [
+            resized(self.records[index].width, self.records[index].height, self.short_sides[side], self.max_size)
+            for index, side in zip(indices, sides, strict=True)
+        ]
+        made = [self._image(indices[n], sizes[n], flips[n]) for n in self._positions]
+        extent = max(height for _, height in sizes), max(width for width, _ in sizes)
+        return Batch([image for image, _ in made], [target for _, target in made], extent)
+
+    def _image(self, index: int, size: tuple[int, int], flip: bool) -> tuple[Tensor, Target]:
+        """An image at this (width, height), and its target."""
+        record, (width, height) = self.records[index], size
+        boxes = scale_boxes(record.boxes, width / record.width, height / record.height)
+        if flip:
+            boxes = flip_boxes(boxes, width)
+        # A sliver far from the origin has no size left after the rounding to float32.
+        kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(1))
+        target: Target = {
+            "boxes": torch.from_numpy(boxes[kept]),
+            "labels": torch.from_numpy(record.labels[kept]),
+            "image_id": record.image_id,
+            "flipped": flip,
+        }
+        if self.masks:
+            target["masks"] = _masks(record, kept, width, height, flip)
+        return self._pixels.get(index, width, height, flip), target
 
 
 def _masks(record: ImageRecord, kept: np.ndarray, width: int, height: int, flip: bool) -> Tensor:
@@ -259,27 +266,6 @@ def _masks(record: ImageRecord, kept: np.ndarray, width: int, height: int, flip:
     return torch.from_numpy(masks[..., ::-1].copy() if flip else masks)
 
 
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """An image as evaluation shows it to a model.
-
-    Attributes:
-        image_id: COCO's id.
-        width, height: Size of the original image in pixels.
-        ratio: Height and width of the shown image over those of the original.
-    """
-
-    image_id: int | str
-    width: int
-    height: int
-    ratio: tuple[float, float]
-
-    def to_original(self, boxes: Tensor) -> Tensor:
-        """Boxes (K, 4) xyxy from pixels of the shown image to pixels of the original one."""
-        ratio_y, ratio_x = self.ratio
-        return boxes / boxes.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
-
-
 class EvalLoader:
     """All images of a split, each once, in id order, in batches of a fixed size; only the last may be shorter.
 
@@ -288,6 +274,8 @@ class EvalLoader:
         batch_size: Images a batch. It decides the padding and with it the result, so it belongs into the record.
         short_side, max_size: As in `resized`, pixels.
         threads, cache_bytes: As for `Loader`.
+        share: The batches that this process takes; all of them if it works alone. Batches are whole, so that an image
+            is padded as it would be by one process.
 
     Raises:
         TypeError, ValueError: An argument is no whole number, or out of range.
@@ -302,16 +290,18 @@ class EvalLoader:
         *,
         threads: int = 0,
         cache_bytes: int = 0,
+        share: Share = ALONE,
     ):
         _check_arguments(split, batch_size, (short_side,), max_size, threads, cache_bytes)
         self.records, self.batch_size = split.images, batch_size
         self.short_side, self.max_size = short_side, max_size
         self._pixels = _Pixels(self.records, (short_side,), max_size, cache_bytes)
+        self.numbers = range(share.rank, -(-len(self.records) // batch_size), share.ranks)
         self._ahead = _Ahead(self._make, threads, len(self))
 
     def __len__(self) -> int:
-        """How many batches there are."""
-        return -(-len(self.records) // self.batch_size)
+        """How many batches this process takes."""
+        return len(self.numbers)
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], list[Shown]]]:
         """Images, (3, H, W) uint8 RGB, and what leads from each back to its original.
@@ -328,7 +318,7 @@ class EvalLoader:
 
     def _make(self, number: int) -> tuple[list[Tensor], list[Shown]]:
         images, shown = [], []
-        start = number * self.batch_size
+        start = self.numbers[number] * self.batch_size
         for index in range(start, min(start + self.batch_size, len(self.records))):
             record = self.records[index]
             width, height = resized(record.width, record.height, self.short_side, self.max_size)

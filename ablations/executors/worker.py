@@ -54,7 +54,7 @@ def work(connection: Connection, job: Job) -> None:
     # Ctrl-C reaches the whole process group; the process that started us decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(job.threads)
-    room = Room(job.out)
+    room = Room(job.room)
 
     def send(message: Message) -> None:
         connection.send(message)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ablations.data.batch import Shown
 from ablations.data.coco import read_image
-from ablations.data.loader import EvalLoader, Shown
+from ablations.data.loader import EvalLoader
 from ablations.data.split import Dataset, ImageRecord, Split
 from ablations.evaluation.detections import FILE, read_detections
 from ablations.exhibits.choose import Change, by_image, changes, extremes

@@ -5,10 +5,11 @@ A cell's evaluation and a released checkpoint go through it alike.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
+from ablations.data.batch import ALONE, Share
 from ablations.data.loader import EvalLoader
 from ablations.data.split import Split
 from ablations.evaluation.detections import Detections, run_lengths
@@ -39,6 +40,7 @@ def detect(
     threads: int = 0,
     busy: Callable[[], AbstractContextManager[object]] = nullcontext,
     report: Callable[[int], None] = lambda images: None,
+    share: Share = ALONE,
 ) -> list[tuple[int | str, Detections]]:
     """Run a detector on every image of a split.
 
@@ -53,10 +55,11 @@ def detect(
         threads: Threads that decode ahead of the detector (`loader_threads`).
         busy: Context manager around every batch; latency is measured only while no batch runs.
         report: Called after every batch with the number of images of this view that are done.
+        share: The batches that this process takes.
 
     Returns:
-        For every image its id and its detections: `boxes` (K, 4) xyxy float32 in pixels of the original image,
-        `scores` (K,), `labels` (K,), and of a detector with masks `masks`, K compressed run lengths of that image.
+        For every image of them its id and its detections: `boxes` (K, 4) xyxy float32 in pixels of the original image,
+        `scores` (K,), `labels` (K,) on the CPU, and of a detector with masks `masks`, K compressed run lengths of that image.
 
     Raises:
         DataError: An image does not decode; the message names the file.
@@ -66,7 +69,7 @@ def detect(
     shown: dict[int | str, list[Detections]] = {}
     for short_side, flip in views:
         done = 0
-        with closing(EvalLoader(split, batch_size, short_side, max_size, threads=threads)) as batches:
+        with closing(EvalLoader(split, batch_size, short_side, max_size, threads=threads, share=share)) as batches:
             for images, origins in batches:
                 with busy(), torch.inference_mode(), autocast(device, precision):
                     images = [(image.flip(-1) if flip else image).to(device) for image in images]
@@ -80,7 +83,13 @@ def detect(
                         shown.setdefault(origin.image_id, []).append(detections)
                 done += len(images)
                 report(done)
-    return [(image_id, seen[0] if len(seen) == 1 else merge(seen)) for image_id, seen in shown.items()]
+    return [(image_id, on_cpu(seen[0] if len(seen) == 1 else merge(seen))) for image_id, seen in shown.items()]
+
+
+def on_cpu(detections: Detections) -> Detections:
+    """The detections of an image with their tensors on the CPU."""
+    moved = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in detections.items()}
+    return cast(Detections, moved)
 
 
 def loader_threads(device: torch.device, cores: int) -> int:

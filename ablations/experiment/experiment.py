@@ -1,17 +1,19 @@
 """One cell from its settings to its results: build, train, detect, evaluate, measure."""
 
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from ablations.data.batch import Target
 from ablations.data.coco import read_dataset
-from ablations.data.loader import EvalLoader, Loader, Target
+from ablations.data.loader import EvalLoader, Loader
 from ablations.data.problems import DataError
 from ablations.data.split import Dataset
 from ablations.evaluation.detections import FILE as DETECTIONS
@@ -23,6 +25,7 @@ from ablations.experiment import trained
 from ablations.experiment.curve import Scalars
 from ablations.experiment.detect import View, detect, loader_threads, move
 from ablations.experiment.features import Features, is_frozen
+from ablations.experiment.group import ALONE, Group, with_batch_norm_of_all_ranks
 from ablations.experiment.measure import count_gmacs, count_parameters, measure_latency
 from ablations.experiment.precision import autocast
 from ablations.experiment.room import Room
@@ -63,6 +66,8 @@ class Job:
         weights: Initial backbone weights, a published name or a file; None for random ones.
         command: The command line, for the rows.
         retry_failed: Whether failed cells are run again.
+        room: Where the lock is that keeps a machine quiet while speed is measured.
+        cache: Where what is read once a machine is kept, the parsed data.
         log: Where scalars go beside the files of the cells, one of `ablations.experiment.logs.LOGS`; None for nowhere.
     """
 
@@ -75,6 +80,8 @@ class Job:
     weights: str | None
     command: str
     retry_failed: bool
+    room: Path
+    cache: Path
     log: str | None = None
 
 
@@ -91,6 +98,12 @@ class Step(NamedTuple):
     loss: float
 
 
+class Saved(NamedTuple):
+    """A checkpoint has been written."""
+
+    step: int
+
+
 class Line(NamedTuple):
     """The loss curve has another line."""
 
@@ -104,17 +117,18 @@ class Learned(NamedTuple):
     parts: Results
 
 
-Event = Stage | Step | Line | Learned
+Event = Stage | Step | Saved | Line | Learned
 
 
-def run(cell: Cell, job: Job, room: Room, notice: Callable[[Event], None]) -> None:
+def run(cell: Cell, job: Job, room: Room, notice: Callable[[Event], None], group: Group = ALONE) -> None:
     """Train, evaluate and measure a cell.
 
     Args:
         cell: What to run.
         job: Where and how.
         room: The lock of the result directory; speed is measured while no other process computes.
-        notice: Called with every event on the way, every result among them as soon as it is there.
+        notice: Called with every event on the way, every result among them as soon as it is there; on rank 0 alone.
+        group: This process among those that work on the cell together. Rank 0 writes and measures.
 
     Raises:
         DataError: The data are bad, or not those that the cell is for.
@@ -124,16 +138,20 @@ def run(cell: Cell, job: Job, room: Room, notice: Callable[[Event], None]) -> No
     data = dataset(job.data, job.reading)
     if (data.fingerprint, data.train.fingerprint) != (cell.data_fingerprint, cell.train_fingerprint):
         raise DataError(job.data, ["it was changed after this run had begun; start the run again"])
-    model = move(build(cell, len(data.train.category_ids), job.weights), device)
+    model = build(cell, len(data.train.category_ids), job.weights)
+    model = move(with_batch_norm_of_all_ranks(model, group, device), device)
     threads = loader_threads(device, job.threads)
 
-    record = trained.find(job.out, cell)
+    record = group.first(lambda: trained.find(job.out, cell))
     if record is None:
-        record = fit(cell, model, data, job, room, threads, notice)
+        record = fit(cell, model, data, job, room, threads, notice, group)
         record |= {"commit": machine_info(job.device, job.command)["commit"]}
-        trained.keep(job.out, cell, record)
+        if group.rank == 0:
+            trained.keep(job.out, cell, record)
     else:
-        trained.load(job.out, cell, model, device)
+        if group.rank == 0:
+            trained.load(job.out, cell, model, device)
+        group.alike(model)
     notice(Learned({"training": record, "weights": f"cells/{cell.training_key}/{trained.CHECKPOINT}"}))
 
     notice(Stage("evaluate"))
@@ -148,7 +166,12 @@ def run(cell: Cell, job: Job, room: Room, notice: Callable[[Event], None]) -> No
         precision=cell.precision,
         threads=threads,
         busy=room.busy,
+        share=group.share(),
     )
+    found = dict(chain.from_iterable(group.gather(predictions)))
+    if group.rank != 0:
+        return
+    predictions = [(record.image_id, found[record.image_id]) for record in data.val.images]
     with room.busy():
         evaluate_cell(job.out / "cells" / cell.key, data, predictions, model.needs_masks, notice)
 
@@ -212,8 +235,11 @@ def fit(
     room: Room,
     threads: int,
     notice: Callable[[Event], None],
+    group: Group,
 ) -> Training:
-    """Train `model` in place, from a checkpoint if there is one; returns what `train` does."""
+    """Train `model` in place, from a checkpoint if there is one; returns what `train` does, and how it was shared."""
+    halved = group.first(lambda: trained.halved(job.out, cell))
+    parts = cell.accumulate * 2 ** len(halved)
 
     def report(step: int, loss: float) -> None:
         if step % STEPS_PER_NOTICE == 0:
@@ -221,6 +247,9 @@ def fit(
 
     def log(step: int, scalars: Scalars) -> None:
         notice(Line(step, scalars))
+
+    def saved(step: int) -> None:
+        notice(Saved(step))
 
     loader = Loader(
         data.train,
@@ -230,18 +259,38 @@ def fit(
         cell.max_size,
         threads=threads,
         masks=model.needs_masks,
+        share=group.share(parts),
     )
 
-    def features(images: list[Tensor], targets: list[Target]) -> list[Tensor] | None:
+    def features(images: list[Tensor], targets: list[Target], extent: tuple[int, int]) -> list[Tensor] | None:
         if not is_frozen(model):
             return None
         owner = (data.train.fingerprint, cell.weights, cell.backbone, model.backbone.channels, cell.precision)
-        return FEATURES.of(owner, model, images, targets, cell.precision)
+        return FEATURES.of(owner, model, images, targets, cell.precision, extent)
 
     with closing(loader) as batches:
         directory = trained.folder(job.out, cell)
         device = torch.device(job.device)
-        return train(cell, model, batches.batch, device, directory, room.busy, report, log, features)
+        # Ranks compute in step: what holds up the first holds up all, and a lock of each could lock them together.
+        busy = room.busy if group.rank == 0 else nullcontext
+        record = train(
+            cell,
+            model,
+            batches.batch,
+            device,
+            directory,
+            busy,
+            report,
+            log,
+            saved,
+            features,
+            group,
+            parts,
+        )
+    record["ranks"] = group.ranks
+    if halved:
+        record["halved"] = halved
+    return record
 
 
 @lru_cache(maxsize=1)

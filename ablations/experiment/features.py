@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from ablations.data.loader import Target
+from ablations.data.batch import Target
 from ablations.experiment.precision import autocast
 from heads.detector import Detector
 
@@ -28,7 +28,13 @@ class Features:
         self._bytes = 0
 
     def of(
-        self, owner: Hashable, model: Detector, images: Sequence[Tensor], targets: Sequence[Target], precision: str
+        self,
+        owner: Hashable,
+        model: Detector,
+        images: Sequence[Tensor],
+        targets: Sequence[Target],
+        precision: str,
+        extent: tuple[int, int] = (0, 0),
     ) -> list[Tensor]:
         """The backbone's maps of a batch, as `Detector.features` gives them.
 
@@ -38,10 +44,11 @@ class Features:
             images: (3, H, W) each, on the model's device.
             targets: Their targets; image and view are told by `image_id` and `flipped`.
             precision: `"fp32"` or `"bf16"`.
+            extent: (height, width) that the images are padded to at least.
         """
         if owner != self._owner:
             self._owner, self._kept, self._bytes = owner, {}, 0
-        padded = model.padded(list(images))
+        padded = model.padded(list(images), extent)
         maps = [
             self._one(
                 (target["image_id"], target["flipped"], image.shape[-2:], padded), model, image, padded, precision

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from ablations.data.loader import Target
+from ablations.data.batch import Batch, Target
 from ablations.experiment.curve import CURVE, Curve, Scalars
+from ablations.experiment.group import ALONE, Group
 from ablations.experiment.precision import autocast
 from ablations.experiment.trained import CHECKPOINT
 from ablations.files import atomic_file
@@ -30,6 +32,10 @@ MAX_GRADIENT_NORM = 10.0
 # The paper divides the learning rate by 10 after 67 % and 89 % of the steps.
 MILESTONES = (0.67, 0.89)
 CHECKPOINTS = 5
+
+
+# What the backbone makes of images with these targets that are padded to this extent; None where it is not known.
+Known = Callable[[list[Tensor], list[Target], tuple[int, int]], list[Tensor] | None]
 
 
 class Diverged(RuntimeError):
@@ -79,26 +85,32 @@ def build_optimizer(model: nn.Module, cell: Cell, device: torch.device) -> torch
 def train(
     cell: Cell,
     model: nn.Module,
-    batch: Callable[[int], tuple[list[Tensor], list[Target]]],
+    batch: Callable[[int], Batch],
     device: torch.device,
     directory: Path,
     busy: Callable[[], AbstractContextManager[object]] = nullcontext,
     report: Callable[[int, float], None] = lambda step, loss: None,
     log: Callable[[int, Scalars], None] = lambda step, scalars: None,
-    features: Callable[[list[Tensor], list[Target]], list[Tensor] | None] = lambda images, targets: None,
+    saved: Callable[[int], None] = lambda step: None,
+    features: Known = lambda images, targets, extent: None,
+    group: Group = ALONE,
+    parts: int | None = None,
 ) -> Training:
     """Train `model` in place, from the checkpoint in `directory` if there is one.
 
     Args:
         cell: Supplies the optimiser, the schedule, the seed and the precision.
         model: On `device`, freshly initialised with the cell's seed.
-        batch: Step number -> images and targets; a pure function.
+        batch: Step number -> images and targets, this rank's share of them; a pure function.
         device: Where to train.
         directory: Where checkpoints and the loss curve are kept; made if need be.
         busy: Context manager around every step; latency is measured only while no step runs.
         report: Called with the step's number and its loss.
         log: Called with every line of the loss curve.
-        features: Images and targets, on `device` -> the backbone's maps, where they are known; else None.
+        saved: Called with the step of every checkpoint that has been written.
+        features: The backbone's maps of images on `device`, where they are known.
+        group: This process among those that train the cell together; rank 0 reads and writes the files.
+        parts: Equal parts that a step's images are trained on one after the other; None for the cell's `accumulate`.
 
     Returns:
         `steps`, `images`, `seconds` and `loss`, the mean of the watched steps in the last tenth.
@@ -108,67 +120,69 @@ def train(
     """
     optimizer = build_optimizer(model, cell, device)
     checkpoint = directory / CHECKPOINT
-    step, tail, sums, seconds = load_checkpoint(checkpoint, model, optimizer, device)
-    curve = Curve(directory / CURVE, cell.steps, step, sums, log)
+    step, tail, sums, seconds = load_checkpoint(checkpoint, model, optimizer, device, group)
+    curve = Curve(directory / CURVE, cell.steps, step, sums, log) if group.rank == 0 else None
+    parts, trained = parts or cell.accumulate, group.together(model.train())
     began = time.monotonic() - seconds
     every = math.ceil(cell.steps / CHECKPOINTS)
-    model.train()
     while step < cell.steps:
         with busy():
             torch.manual_seed(cell.seed * 1_000_003 + step)
-            images, targets = batch(step)
+            images = batch(step)
             lr = learning_rate(cell, step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_share"]
+            for settings in optimizer.param_groups:
+                settings["lr"] = lr * settings["lr_share"]
             optimizer.zero_grad(set_to_none=True)
-            losses = backward(cell, model, images, targets, device, features)
-            curve.add(losses, lr)
+            losses = group.mean(backward(trained, images, parts, device, cell.precision, features))
+            if curve is not None:
+                curve.add(losses, lr)
             # Asking a GPU for the value waits for it, so there it is asked only now and then.
             step += 1
             watched = device.type == "cpu" or step % 20 == 0 or step % every == 0 or step == cell.steps
             if watched:
-                curve.write()
+                if curve is not None:
+                    curve.write()
                 value = float(sum(losses.values()))
                 if not math.isfinite(value):
-                    parts = ", ".join(f"{name} {part.item():g}" for name, part in losses.items())
-                    raise Diverged(f"loss is not finite at step {step} of {cell.steps}: {parts}")
+                    values = ", ".join(f"{name} {loss.item():g}" for name, loss in losses.items())
+                    raise Diverged(f"loss is not finite at step {step} of {cell.steps}: {values}")
             nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
             optimizer.step()
             if watched:
                 report(step, value)
                 if step > 0.9 * cell.steps:
                     tail.append(value)
-        if step % every == 0 or step == cell.steps:
+        if curve is not None and (step % every == 0 or step == cell.steps):
             save_checkpoint(checkpoint, model, optimizer, step, tail, curve.sums, time.monotonic() - began)
+            saved(step)
     seconds = time.monotonic() - began
     return {"steps": step, "images": step * cell.batch_size, "seconds": seconds, "loss": sum(tail) / len(tail)}
 
 
 def backward(
-    cell: Cell,
-    model: nn.Module,
-    images: list[Tensor],
-    targets: list[Target],
-    device: torch.device,
-    features: Callable[[list[Tensor], list[Target]], list[Tensor] | None],
+    model: nn.Module, batch: Batch, parts: int, device: torch.device, precision: str, features: Known
 ) -> dict[str, Tensor]:
     """Add the gradients of a step's loss to those of the parameters; returns its parts without graph.
 
     Of a step in several parts the loss is the mean of theirs, each normalised by its own objects.
     """
-    size = len(images) // cell.accumulate
+    size = len(batch.images) // parts
     total: dict[str, Tensor] = {}
-    for start in range(0, len(images), size):
-        shown = [image.to(device, non_blocking=True) for image in images[start : start + size]]
+    for start in range(0, len(batch.images), size):
+        shown = [image.to(device, non_blocking=True) for image in batch.images[start : start + size]]
         wanted = [
-            {k: v.to(device) if isinstance(v, Tensor) else v for k, v in t.items()}
-            for t in targets[start : start + size]
+            {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in t.items()}
+            for t in batch.targets[start : start + size]
         ]
-        with autocast(device, cell.precision):
-            losses = model(shown, wanted, check_targets=False, features=features(shown, wanted))
-        if cell.accumulate > 1:
-            losses = {name: loss / cell.accumulate for name, loss in losses.items()}
-        sum(losses.values()).backward()
+        last = start + size == len(batch.images)
+        # Ranks add up their gradients once a step, behind its last part.
+        with nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
+            known = features(shown, wanted, batch.extent)
+            with autocast(device, precision):
+                losses = model(shown, wanted, check_targets=False, features=known, extent=batch.extent)
+            if parts > 1:
+                losses = {name: loss / parts for name, loss in losses.items()}
+            sum(losses.values()).backward()
         for name, loss in losses.items():
             total[name] = total[name] + loss.detach() if name in total else loss.detach()
     return total
@@ -191,12 +205,18 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, group: Group = ALONE
 ) -> tuple[int, list[float], Tensor | None, float]:
     """Restore a checkpoint: its step, the last losses, `Curve.sums`, and its seconds; zeros where there is none."""
-    if not path.exists():
+    state = group.first(lambda: read_checkpoint(path))
+    if state is None:
         return 0, [], None, 0.0
-    state = torch.load(path, map_location=device, weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["tail"], state["sums"], state["seconds"]
+    sums = state["sums"]
+    return state["step"], state["tail"], None if sums is None else sums.to(device), state["seconds"]
+
+
+def read_checkpoint(path: Path) -> dict[str, Any] | None:
+    """The content of a checkpoint, its tensors on the CPU, or None where there is none."""
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None

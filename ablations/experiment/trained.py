@@ -21,6 +21,9 @@ from ablations.grid import DATA, Cell
 from ablations.rows.row import Row, Training, training_of
 
 CHECKPOINT = "checkpoint.pt"
+HALVED = "halved.json"
+# How often a cell that runs out of memory is tried with half as many images at once.
+HALVINGS = 3
 
 
 def folder(out: Path, cell: Cell) -> Path:
@@ -47,6 +50,32 @@ def load(out: Path, cell: Cell, model: nn.Module, device: torch.device) -> None:
     """Give `model` the trained weights of a cell that `find` knows of."""
     state = torch.load(folder(out, cell) / CHECKPOINT, map_location=device, weights_only=True)
     model.load_state_dict(state["model"])
+
+
+def halved(out: Path, cell: Cell) -> list[int]:
+    """The steps before which this cell's training ran out of memory, and what it trains on at once was halved."""
+    try:
+        steps = json.loads((folder(out, cell) / HALVED).read_text())
+    except (OSError, ValueError):
+        return []
+    return steps if isinstance(steps, list) else []
+
+
+def halve(out: Path, cell: Cell, step: int, ranks: int) -> bool:
+    """Train on half as many images at once from here on; False where that was done too often, or there is one a rank.
+
+    The images of a step stay the same: they are trained on in twice as many parts, one after the other.
+
+    Args:
+        out, cell: As for `folder`.
+        step: The last one that was known to be done.
+        ranks: Processes that train the cell together.
+    """
+    steps = [*halved(out, cell), step]
+    if len(steps) > HALVINGS or cell.batch_size % (ranks * cell.accumulate * 2 ** len(steps)):
+        return False
+    atomic_write_text(folder(out, cell) / HALVED, json.dumps(steps) + "\n")
+    return True
 
 
 def clear(out: Path, cell: Cell) -> None:

@@ -72,6 +72,9 @@ class Training(TypedDict, total=False):
         images: Images seen.
         seconds: Time that the steps took, summed over all runs of an interrupted training.
         loss: Mean loss of the last tenth of the steps.
+        ranks: Processes that trained it together, each on a device of its own.
+        halved: Steps before which memory was short, and the images that are trained on at once were halved; absent
+            where it never was.
         commit: The commit that trained; rows made before it was recorded lack it.
     """
 
@@ -79,6 +82,8 @@ class Training(TypedDict, total=False):
     images: int
     seconds: float
     loss: float | None
+    ranks: int
+    halved: list[int]
     commit: str | None
 
 

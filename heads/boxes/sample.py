@@ -6,6 +6,7 @@ Everything random comes from torch's global generator, so a training step that s
 import torch
 from torch import Tensor
 
+from heads import ranks
 from heads.boxes.assign import BACKGROUND
 
 
@@ -23,7 +24,7 @@ def sample(matched: Tensor, count: int, positive_share: float) -> Tensor:
     Returns:
         (N, A) bool, whether a candidate was drawn.
     """
-    keys = torch.rand(matched.shape, device=matched.device)
+    keys = ranks.rand(len(matched), matched.shape[1], matched.device)
     chosen = torch.zeros_like(matched, dtype=torch.bool)
     room = torch.full((len(matched), 1), int(count * positive_share), device=matched.device)
     for group in (matched >= 0, matched == BACKGROUND):

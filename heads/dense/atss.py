@@ -51,6 +51,7 @@ from heads.boxes.selection import ImageDetections, Selection
 from heads.dense.towers import ConvTowers, LevelScales
 from heads.detector import Detector, PredictionHead
 from heads.dyhead.dyhead import DyHead
+from heads.ranks import normaliser
 from heads.targets import Target
 
 
@@ -252,23 +253,24 @@ class ATSSHead(PredictionHead[ATSSOutputs]):
         rule, grid = self.convention, self.grid(outputs)
         goal = self.targets(grid, targets, image_sizes)
         per_image = (goal.matched >= 0).sum(1).clamp(min=1)
-        normaliser = per_image.sum() if rule.empty_images_count else max(len(goal.positive), 1)
+        positives = per_image.sum() if rule.empty_images_count else len(goal.positive)
+        count = normaliser(positives, 1, outputs.logits)
         predicted = self.coder.decode(outputs.deltas.flatten(0, 1)[goal.positive], goal.anchors)
         return {
             "loss_cls": sigmoid_focal_loss(
-                outputs.logits, goal.labels, normaliser=normaliser, weight=goal.valid, **self.focal
+                outputs.logits, goal.labels, normaliser=count, weight=goal.valid, **self.focal
             ),
             "loss_bbox": self.box_weight
             * giou_loss(
                 predicted,
                 goal.boxes,
                 weight=goal.centerness,
-                normaliser=goal.centerness.sum().clamp(min=rule.least_centerness),
+                normaliser=normaliser(goal.centerness.sum(), rule.least_centerness, outputs.logits),
                 eps=rule.giou_eps,
                 eps_rule=rule.giou_eps_rule,
             ),
             "loss_centerness": centerness_loss(
-                outputs.centerness.flatten()[goal.positive], goal.centerness, normaliser=normaliser
+                outputs.centerness.flatten()[goal.positive], goal.centerness, normaliser=count
             ),
         }
 

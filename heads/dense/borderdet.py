@@ -41,6 +41,7 @@ from heads.dense.fcos import RANGES, PointHead
 from heads.dense.towers import ConvTowers
 from heads.detector import Detector
 from heads.dyhead.dyhead import DyHead
+from heads.ranks import normaliser
 from heads.targets import Target
 from kernels import border_align
 
@@ -204,11 +205,11 @@ class BorderDetHead(PointHead[BorderDetOutputs]):
         Arguments as in `PointHead.loss`.
         """
         labels, positive, deltas = self.border_targets(outputs, targets)
-        normaliser = max(len(positive), 1)
+        count = normaliser(len(positive), 1, outputs.logits)
         predicted = outputs.border_deltas.flatten(0, 1)[positive]
         return super().loss(outputs, targets, image_sizes) | {
-            "loss_border_cls": sigmoid_focal_loss(outputs.border_logits, labels, normaliser=normaliser, **self.focal),
-            "loss_border_bbox": smooth_l1_loss(predicted, deltas, normaliser=normaliser),
+            "loss_border_cls": sigmoid_focal_loss(outputs.border_logits, labels, normaliser=count, **self.focal),
+            "loss_border_bbox": smooth_l1_loss(predicted, deltas, normaliser=count),
         }
 
     @torch.no_grad()

@@ -51,6 +51,7 @@ from heads.boxes.selection import ImageDetections, Selection
 from heads.dense.towers import ConvTowers, LevelScales
 from heads.detector import Detector, PredictionHead
 from heads.dyhead.dyhead import DyHead
+from heads.ranks import normaliser
 from heads.targets import Target
 
 # Distances to the farthest side, in pixels, that a level is for.
@@ -247,7 +248,7 @@ class PointHead(PredictionHead[Outputs]):
             `loss_cls`, `loss_bbox`, `loss_centerness`: scalars.
         """
         goal = self.targets(self.grid(outputs), targets)
-        normaliser = max(len(goal.positive), 1)
+        count = normaliser(len(goal.positive), 1, outputs.logits)
         raw = outputs.raw.flatten(0, 1)[goal.positive]
         # The overlap of two boxes around the same point, wherever that lies.
         origin = goal.distances.new_zeros(1, 2)
@@ -255,15 +256,15 @@ class PointHead(PredictionHead[Outputs]):
         wanted = decode_distances(goal.distances, origin)
         box_loss = giou_loss if self.recipe.box_loss == "giou" else iou_loss
         return {
-            "loss_cls": sigmoid_focal_loss(outputs.logits, goal.labels, normaliser=normaliser, **self.focal),
+            "loss_cls": sigmoid_focal_loss(outputs.logits, goal.labels, normaliser=count, **self.focal),
             "loss_bbox": box_loss(
                 predicted,
                 wanted,
                 weight=goal.centerness,
-                normaliser=goal.centerness.sum().clamp(min=self.least_centerness),
+                normaliser=normaliser(goal.centerness.sum(), self.least_centerness, outputs.logits),
             ),
             "loss_centerness": centerness_loss(
-                outputs.centerness.flatten()[goal.positive], goal.centerness, normaliser=normaliser
+                outputs.centerness.flatten()[goal.positive], goal.centerness, normaliser=count
             ),
         }
 

@@ -43,6 +43,7 @@ from heads.boxes.selection import ImageDetections, Selection
 from heads.dense.towers import ConvTowers
 from heads.detector import Detector, PredictionHead
 from heads.dyhead.dyhead import DyHead
+from heads.ranks import normaliser
 from heads.targets import Target
 from kernels import deform_conv2d_levels
 
@@ -95,13 +96,13 @@ class StageTargets(NamedTuple):
         matched: (N, A) int64, index into the batch's boxes, `BACKGROUND` or `IGNORED`.
         positive: (P,) int64, indices into the N * A cells.
         boxes: (P, 4) in pixels.
-        normaliser: Scalar that the losses of the stage are divided by.
+        normaliser: What the losses of the stage are divided by.
     """
 
     matched: Tensor
     positive: Tensor
     boxes: Tensor
-    normaliser: Tensor
+    normaliser: Tensor | int | float
 
 
 class RepPointsHead(PredictionHead[RepPointsOutputs]):
@@ -210,8 +211,8 @@ class RepPointsHead(PredictionHead[RepPointsOutputs]):
         return points_to_boxes(points, transfer.to(points.dtype)) * strides + torch.cat([corners, corners], -1)
 
     def _stage(self, matched: Tensor, boxes: list[Tensor]) -> StageTargets:
-        normaliser = (matched >= 0).sum(1).clamp(min=1).sum()
-        return StageTargets(matched, *positives_of(matched, boxes), normaliser)
+        count = normaliser((matched >= 0).sum(1).clamp(min=1).sum(), 1, matched)
+        return StageTargets(matched, *positives_of(matched, boxes), count)
 
     def targets(
         self, grid: Grid, outputs: RepPointsOutputs, targets: list[Target], image_sizes: list[tuple[int, int]]

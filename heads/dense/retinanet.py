@@ -49,6 +49,7 @@ from heads.boxes.selection import ImageDetections, Selection
 from heads.dense.towers import ConvTowers
 from heads.detector import Detector, PredictionHead
 from heads.dyhead.dyhead import DyHead
+from heads.ranks import normaliser
 from heads.targets import Target
 
 
@@ -229,11 +230,12 @@ class RetinaNetHead(PredictionHead[RetinaNetOutputs]):
         deltas = self.coder.encode(target, grid.anchors[positive % matched.shape[1]])
         return RetinaNetTargets(matched, labels, positive, deltas, counted)
 
-    def normaliser(self, goal: RetinaNetTargets) -> Tensor:
+    def normaliser(self, goal: RetinaNetTargets) -> Tensor | int | float:
         """What both losses are divided by; the official running mean moves with every call."""
         if not self.convention.running_normaliser:
-            return (goal.matched >= 0).sum(1).clamp(min=1).sum()
-        self.running_positives.mul_(0.9).add_(0.1 * max(len(goal.positive), 1))
+            return normaliser((goal.matched >= 0).sum(1).clamp(min=1).sum(), 1, goal.matched)
+        positives = normaliser(len(goal.positive), 1, goal.matched)
+        self.running_positives.mul_(0.9).add_(0.1 * positives)
         return self.running_positives.clone()
 
     def loss(
@@ -250,13 +252,13 @@ class RetinaNetHead(PredictionHead[RetinaNetOutputs]):
             `loss_cls`, `loss_bbox`: scalars.
         """
         goal = self.targets(self.grid(outputs), targets, image_sizes)
-        normaliser = self.normaliser(goal)
+        count = self.normaliser(goal)
         predicted = outputs.deltas.flatten(0, 1)[goal.positive]
         return {
             "loss_cls": sigmoid_focal_loss(
-                outputs.logits, goal.labels, normaliser=normaliser, weight=goal.counted, **self.focal
+                outputs.logits, goal.labels, normaliser=count, weight=goal.counted, **self.focal
             ),
-            "loss_bbox": smooth_l1_loss(predicted, goal.deltas, normaliser=normaliser),
+            "loss_bbox": smooth_l1_loss(predicted, goal.deltas, normaliser=count),
         }
 
     @torch.no_grad()

@@ -39,6 +39,7 @@ from heads.dyhead.dyhead import DyHead
 from heads.precision import at_least_float32
 from heads.query.hungarian import least_cost_assignment
 from heads.query.transformer import DecoderLayer, EncoderLayer, padding_mask, sine_positions, xavier
+from heads.ranks import normaliser
 from heads.targets import Target
 
 DROPOUT = 0.1
@@ -240,10 +241,11 @@ class DETRHead(PredictionHead[DETROutputs]):
         goals = torch.cat([t["boxes"] for t in targets])[box].to(fractions.dtype)
         distance = (fractions - to_centres(goals / scale)).abs().view(layers, -1)
         overlap = giou(to_corners(fractions) * scale, goals).view(layers, -1)
+        boxes = normaliser(paired, 1, entropy)
         sums = {
-            "loss_cls": entropy.sum(1) / max(paired + BACKGROUND_WEIGHT * background, 1),
-            "loss_bbox": BOX_COST * distance.sum(1) / max(paired, 1),
-            "loss_iou": GIOU_COST * (1 - overlap).sum(1) / max(paired, 1),
+            "loss_cls": entropy.sum(1) / normaliser(paired + BACKGROUND_WEIGHT * background, 1, entropy),
+            "loss_bbox": BOX_COST * distance.sum(1) / boxes,
+            "loss_iou": GIOU_COST * (1 - overlap).sum(1) / boxes,
         }
         prefixes = [*(f"d{layer}." for layer in range(layers - 1)), ""]
         return {f"{prefix}{name}": sums[name][layer] for layer, prefix in enumerate(prefixes) for name in sums}

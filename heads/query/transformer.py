@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from heads.ranks import Dropout, dropout
 
 
 def padding_mask(
@@ -66,7 +67,7 @@ class Attention(nn.Module):
         scores = (q * q.shape[-1] ** -0.5) @ k.mT
         if mask is not None:
             scores = scores.masked_fill(mask[:, None, None], -torch.inf)
-        weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
+        weights = dropout(scores.softmax(-1), self.dropout, self.training)
         return self.out((weights @ v).transpose(1, 2).flatten(2))
 
 
@@ -74,7 +75,7 @@ class FeedForward(nn.Sequential):
     """Two linear layers with a ReLU between them."""
 
     def __init__(self, channels: int, hidden: int, dropout: float):
-        super().__init__(nn.Linear(channels, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, channels))
+        super().__init__(nn.Linear(channels, hidden), nn.ReLU(), Dropout(dropout), nn.Linear(hidden, channels))
 
 
 class EncoderLayer(nn.Module):
@@ -85,7 +86,7 @@ class EncoderLayer(nn.Module):
         self.attention = Attention(channels, heads, dropout)
         self.feed = FeedForward(channels, hidden, dropout)
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(2))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         """(N, T, C) -> (N, T, C)."""
@@ -103,7 +104,7 @@ class DecoderLayer(nn.Module):
         self.across = Attention(channels, heads, dropout)
         self.feed = FeedForward(channels, hidden, dropout)
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(3))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, queries: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         """(N, Q, C) -> (N, Q, C); `queries` are the positions of the Q."""

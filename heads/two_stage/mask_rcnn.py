@@ -25,6 +25,7 @@ from heads.backbones.resnet import Backbone
 from heads.boxes.selection import ImageDetections
 from heads.detector import Detector
 from heads.dyhead.dyhead import DyHead
+from heads.ranks import normaliser
 from heads.targets import Target
 from heads.two_stage.faster_rcnn import FasterRCNNHead, TwoStageOutputs, TwoStageSettings, two_stage
 from heads.two_stage.masks import MASK_BINS, MaskHead, mask_targets, paste
@@ -54,7 +55,8 @@ class MaskRCNNHead(FasterRCNNHead):
         logits = self.mask(self.pool(outputs, boxes, MASK_BINS))
         logits = logits[torch.arange(len(logits), device=logits.device), regions.labels[regions.positive]]
         goals = mask_targets(targets, boxes, matched).to(logits.dtype)
-        return F.binary_cross_entropy_with_logits(logits, goals, reduction="sum") / max(logits.numel(), 1)
+        count = normaliser(logits.numel(), 1, logits)
+        return F.binary_cross_entropy_with_logits(logits, goals, reduction="sum") / count
 
     @torch.no_grad()
     def predict(self, outputs: TwoStageOutputs, image_sizes: list[tuple[int, int]]) -> list[ImageDetections]:

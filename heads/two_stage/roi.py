@@ -15,6 +15,7 @@ from heads.boxes.sample import sample
 from heads.boxes.selection import ImageDetections, detections
 from heads.dyhead.attention import DynamicReLU
 from heads.precision import at_least_float32
+from heads.ranks import normaliser
 from heads.targets import Target
 from kernels import roi_align
 
@@ -190,7 +191,7 @@ class BoxHead(nn.Module):
         self, logits: Tensor, deltas: Tensor, regions: Regions, coder: DeltaCoder, beta: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy, and (smooth) L1 of the positive regions' deltas, both divided by the number of regions."""
-        count = max(len(logits), 1)
+        count = normaliser(len(logits), 1, logits)
         classification = F.cross_entropy(logits, regions.labels, reduction="sum") / count
         column = 0 if deltas.shape[1] == 1 else regions.labels[regions.positive]
         goals = coder.encode(regions.targets, torch.cat(regions.boxes)[regions.positive])

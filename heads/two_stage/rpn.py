@@ -25,6 +25,7 @@ from heads.boxes.boxes import DeltaCoder
 from heads.boxes.losses import smooth_l1_loss
 from heads.boxes.rows import predict_rows
 from heads.boxes.sample import sample
+from heads.ranks import normaliser
 from heads.targets import Target
 from kernels import batched_nms
 
@@ -129,18 +130,18 @@ class RPNHead(nn.Module):
             chosen = sample(matched, self.samples, 0.5)
         positive = chosen & (matched >= 0)
         counts = torch.stack([positive.sum(1), (chosen & ~positive).sum(1)])
-        normaliser = counts.clamp(min=1).sum()
+        count = normaliser(counts.clamp(min=1).sum(), 1, outputs.logits)
         image, anchor = positive.nonzero(as_tuple=True)
         boxes = torch.cat([t["boxes"] for t in targets])[matched[image, anchor]]
         return {
             "loss_rpn_cls": F.binary_cross_entropy_with_logits(
                 outputs.logits, positive.to(outputs.logits.dtype), chosen.to(outputs.logits.dtype), reduction="sum"
             )
-            / normaliser,
+            / count,
             "loss_rpn_bbox": smooth_l1_loss(
                 outputs.deltas[image, anchor],
                 self.coder.encode(boxes, grid.anchors[anchor]),
-                normaliser=normaliser,
+                normaliser=count,
             ),
         }
 

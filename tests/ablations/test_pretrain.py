@@ -57,7 +57,7 @@ def test_the_shipped_weights_tell_apart_shapes_they_never_saw(tmp_path):
     # One convolution for each stride, fitted to the half of the cells by least squares, judged on the other half.
     model.eval()
     with closing(Loader(split, 100, 0, (128,), 128, flip=0.0)) as batches, torch.no_grad():
-        images, targets = batches.batch(0)
+        images, targets, _ = batches.batch(0)
         maps = model.detector.features(model.detector.batch(images))
     for stride, features in zip(STRIDES, maps, strict=True):
         cells = cell_classes(targets, stride, model.classes)

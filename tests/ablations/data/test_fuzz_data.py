@@ -180,7 +180,7 @@ def test_any_change_of_the_json_is_read_as_pycocotools_reads_it_or_refused(root,
     check_against_pycocotools(split, path)
     if masks:
         check_segmentations(split)
-        _, targets = Loader(split, 3, 0, (16,), 64, masks=True).batch(0)
+        _, targets, _ = Loader(split, 3, 0, (16,), 64, masks=True).batch(0)
         assert all(len(target["masks"]) == len(target["boxes"]) for target in targets)
 
 

@@ -39,7 +39,8 @@ def mixed(tmp_path_factory):
 
 
 def same(a, b):
-    (images, targets), (other_images, other_targets) = a, b
+    (images, targets, extent), (other_images, other_targets, other_extent) = a, b
+    assert extent == other_extent
     assert len(images) == len(other_images)
     for image, other in zip(images, other_images, strict=True):
         assert torch.equal(image, other)
@@ -117,7 +118,7 @@ def test_the_box_stays_on_its_object(tmp_path, short_side, flip, portrait):
     }
     write_json(tmp_path, "train", content)
     loader = Loader(read_split(tmp_path, "train"), 1, 0, (short_side,), 1000, flip=flip)
-    (image,), (target,) = loader.batch(0)
+    (image,), (target,), _ = loader.batch(0)
     assert min(image.shape[1:]) == short_side and (image.shape[2] < image.shape[1]) == portrait
     left, top, right, bottom = target["boxes"][0].tolist()
     ratio = short_side / 100
@@ -152,7 +153,7 @@ def test_flip_mirrors_the_image(mixed):
     plain = Loader(mixed, 4, 0, (16,), 64, flip=0.0)
     mirrored = Loader(mixed, 4, 0, (16,), 64, flip=1.0)
     for step in range(4):
-        (images, targets), (others, other_targets) = plain.batch(step), mirrored.batch(step)
+        (images, targets, _), (others, other_targets, _) = plain.batch(step), mirrored.batch(step)
         for image, target, other, mirror in zip(images, targets, others, other_targets, strict=True):
             assert torch.equal(image.flip(2), other) and not torch.equal(image, other)
             back = flip_boxes(mirror["boxes"].numpy(), image.shape[2])
@@ -163,7 +164,7 @@ def test_targets_keep_the_contract(mixed):
     loader = Loader(mixed, 4, 3, (16, 24), 64)
     empty = 0
     for step in range(10):
-        images, targets = loader.batch(step)
+        images, targets, _ = loader.batch(step)
         for image, target in zip(images, targets, strict=True):
             assert image.dtype == torch.uint8 and image.shape[0] == 3 and image.is_contiguous()
             boxes, labels = target["boxes"], target["labels"]
@@ -193,13 +194,13 @@ def test_a_batch_depends_on_the_step_alone(mixed, threads):
 
 def test_what_a_caller_writes_does_not_come_back(mixed):
     loader = Loader(mixed, 4, 0, (16,), 64)
-    images, targets = loader.batch(2)
+    images, targets, _ = loader.batch(2)
     before = [image.clone() for image in images], [{**t, "boxes": t["boxes"].clone()} for t in targets]
     for image, target in zip(images, targets, strict=True):
         image.zero_()
         target["boxes"].zero_()
         target["labels"] += 50
-    after_images, after_targets = loader.batch(2)
+    after_images, after_targets, _ = loader.batch(2)
     assert all(torch.equal(a, b) for a, b in zip(before[0], after_images, strict=True))
     assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(before[1], after_targets, strict=True))
     assert all(int(label) < 3 for target in after_targets for label in target["labels"])
@@ -209,7 +210,7 @@ def test_seeds_and_steps_differ(mixed):
     def drawn(seed):
         loader = Loader(mixed, 4, seed, (12, 14, 16, 18), 64)
         return [
-            [(target["image_id"], *image.shape) for image, target in zip(*loader.batch(step), strict=True)]
+            [(target["image_id"], *image.shape) for image, target in zip(*loader.batch(step)[:2], strict=True)]
             for step in range(10)
         ]
 

@@ -26,7 +26,7 @@ def test_masks_are_scaled_and_flipped_with_their_image(tmp_path):
     split = read_split(write(tmp_path / "data", edited(change)), "train")
     for short_side in (16, 32):
         for flip in (0.0, 1.0):
-            images, targets = Loader(split, 2, 0, (short_side,), 100, flip=flip, masks=True).batch(0)
+            images, targets, _ = Loader(split, 2, 0, (short_side,), 100, flip=flip, masks=True).batch(0)
             for image, target in zip(images, targets, strict=True):
                 assert target["masks"].shape == (len(target["boxes"]), *image.shape[1:])
                 if target["image_id"] != 31:

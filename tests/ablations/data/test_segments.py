@@ -166,7 +166,7 @@ def test_what_training_ignores_needs_a_mask_in_evaluation_alone(tmp_path, case):
         document["annotations"][-1].update(LACKING[case])
     data = read_dataset(write(tmp_path, contents))
     check_segmentations(data.train)
-    images, targets = Loader(data.train, 3, 0, (16,), 64, masks=True).batch(0)
+    images, targets, _ = Loader(data.train, 3, 0, (16,), 64, masks=True).batch(0)
     assert all(len(target["masks"]) == len(target["boxes"]) for target in targets) and len(images) == 3
     with pytest.raises(DataError, match=r"instances_val2017\.json: annotations\[1\] \(id 2\): it"):
         check_segmentations(data.val)

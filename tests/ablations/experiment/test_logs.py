@@ -26,7 +26,7 @@ def run_cell(out, log, monkeypatch):
         notice(Learned({"metrics": {"AP": 12.5, "APs": None}}))
 
     monkeypatch.setattr(worker, "run", events)
-    job = Job(out, Reading(), {}, out, "cpu", 1, None, "command", False, log)
+    job = Job(out, Reading(), {}, out, "cpu", 1, None, "command", False, out, out, log)
     return worker.run_cell(CELL, job, Room(out), lambda event: None)
 
 

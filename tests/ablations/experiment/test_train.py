@@ -7,6 +7,7 @@ import torch
 from cells import CELL
 from torch import nn
 
+from ablations.data.batch import Batch
 from ablations.experiment.curve import read_curve
 from ablations.experiment.train import MAX_GRADIENT_NORM, Diverged, learning_rate, parameter_groups, train
 from ablations.grid import PRESETS
@@ -24,7 +25,7 @@ class Line(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
         self.scale = scale
 
-    def forward(self, images, targets, *, check_targets, features):
+    def forward(self, images, targets, *, check_targets, features, extent):
         assert not check_targets and features is None
         x = torch.stack(images)
         y = torch.stack([t["y"] for t in targets])
@@ -34,7 +35,7 @@ class Line(nn.Module):
 def batch(step):
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(2, 1, generator=generator)
-    return list(x), [{"y": 3 * value + 1} for value in x]
+    return Batch(list(x), [{"y": 3 * value + 1} for value in x], (1, 1))
 
 
 def test_warm_up_is_linear_and_the_rate_falls_at_67_and_89_percent():
@@ -144,16 +145,16 @@ def test_a_step_in_parts_takes_the_same_batches_and_the_mean_of_their_losses(par
     """The loss of a line is a mean over images, so equal parts weigh as they do in the whole batch."""
 
     def larger(step):
-        images, targets = batch(step)
-        more, others = batch(1000 + step)
-        return images + more, targets + others
+        images, targets, extent = batch(step)
+        more, others, _ = batch(1000 + step)
+        return Batch(images + more, targets + others, extent)
 
     shown = []
 
     class Watched(Line):
-        def forward(self, images, targets, *, check_targets, features):
+        def forward(self, images, targets, *, check_targets, features, extent):
             shown.append(len(images))
-            return super().forward(images, targets, check_targets=check_targets, features=features)
+            return super().forward(images, targets, check_targets=check_targets, features=features, extent=extent)
 
     whole, split = Line(), Watched()
     cell = replace(CELL, batch_size=4)

@@ -339,7 +339,7 @@ def dies_in_its_evaluation(connection, job):
 
 def test_what_a_killed_process_had_learned_is_in_its_row(tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "work", dies_in_its_evaluation)
-    job = Job(tmp_path, Reading(), {}, tmp_path, "cpu", 1, None, "command", False)
+    job = Job(tmp_path, Reading(), {}, tmp_path, "cpu", 1, None, "command", False, tmp_path, tmp_path)
     run_cells([a_cell()], job, 1, lambda *_: None)
     (row,) = read_rows(tmp_path)
     assert row["status"] == "crashed" and row["metrics"]["AP"] == 12.5 and row["training"]["steps"] == 3
