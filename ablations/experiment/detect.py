@@ -58,8 +58,9 @@ def detect(
         share: The batches that this process takes.
 
     Returns:
-        For every image of them its id and its detections: `boxes` (K, 4) xyxy float32 in pixels of the original image,
-        `scores` (K,), `labels` (K,) on the CPU, and of a detector with masks `masks`, K compressed run lengths of that image.
+        For every image of them its id and its detections, on the CPU: `boxes` (K, 4) xyxy float32 in pixels of the
+        original image, `scores` (K,), `labels` (K,), and of a detector with masks `masks`, K compressed run lengths of
+        that image.
 
     Raises:
         DataError: An image does not decode; the message names the file.
