@@ -1,24 +1,28 @@
 """One worker process: takes cells from its pipe and turns each into a row.
 
 A worker trains and evaluates while others do the same, and measures speed alone (`ablations/experiment/room.py`). It
-ends when the process that started it does, so nothing goes on behind the user's back.
+ends when the process that started it does, so nothing goes on behind the user's back. Where several ranks share a cell
+(`ablations/executors/ranks.py`), rank 0's worker is the one that takes cells and makes rows; the others follow it.
 """
 
+import ctypes
 import signal
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack, closing
-from datetime import UTC, datetime
+from contextlib import ExitStack, closing, suppress
+from datetime import UTC, datetime, timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 
 from ablations.data.problems import DataError
 from ablations.experiment import trained
 from ablations.experiment.experiment import Event, Job, Learned, Line, run
+from ablations.experiment.group import ALONE, Group, lost_peer
 from ablations.experiment.logs import Log, open_log
 from ablations.experiment.room import Room
 from ablations.experiment.train import Diverged
@@ -45,16 +49,60 @@ class Unwritten(NamedTuple):
     reason: str
 
 
+class OutOfMemory(NamedTuple):
+    """Memory was short in training; the row is what the cell came to if it is not tried again with less."""
+
+    row: Row
+
+
+class Failed(NamedTuple):
+    """A worker that follows rank 0's has failed."""
+
+    status: Status
+    reason: str
+
+
 Notice = Event | Finished | Elsewhere
-Message = Notice | Unwritten
+Message = Notice | Unwritten | OutOfMemory
+
+PR_SET_PDEATHSIG = 1
+# Drivers see a rank that is lost; a rank that only waits, while rank 0 measures, must not be taken for one.
+FOR_EVER = timedelta(days=30)
 
 
-def work(connection: Connection, job: Job) -> None:
-    """Answer every cell that comes through `connection` with its row, and with events on the way."""
-    # Ctrl-C reaches the whole process group; the process that started us decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(job.threads)
+class Place(NamedTuple):
+    """Where the workers that share cells meet.
+
+    Attributes:
+        host, port, prefix: Of a `torch.distributed.TCPStore`, and of its keys.
+        rank, ranks: The number of this worker, and how many there are.
+    """
+
+    host: str
+    port: int
+    prefix: str
+    rank: int
+    ranks: int
+
+    def join(self) -> Group:
+        """Wait for all others; tensors on the CPU then go by gloo, those of GPUs by NCCL."""
+        store = dist.PrefixStore(self.prefix, dist.TCPStore(self.host, self.port, is_master=False))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.ranks, timeout=FOR_EVER)
+        return Group(self.rank, self.ranks)
+
+
+def work(connection: Connection, job: Job, place: Place | None = None) -> None:
+    """Answer every cell that comes through `connection` with its row, and with events on the way.
+
+    Args:
+        connection: To the process that started this one.
+        job: What the cells have in common.
+        place: Where the ranks meet that share the cells with this one, the first of them; None without any.
+    """
+    prepare(job)
     room = Room(job.room)
+    group = ALONE if place is None else place.join()
 
     def send(message: Message) -> None:
         connection.send(message)
@@ -70,7 +118,10 @@ def work(connection: Connection, job: Job) -> None:
             with lease:
                 row = read_row(job.out, cell.key)
                 if row is None or not trained.is_done(job.out, cell, row, job.retry_failed):
-                    row = run_cell(cell, job, room, send)
+                    row = run_cell(group.send(cell), job, room, send, group)
+                    if row["status"] == "oom" and "training" not in row:
+                        send(OutOfMemory(row))
+                        continue
                     try:
                         trained.copy_curve(job.out, cell)
                         write_row(job.out, row)
@@ -78,8 +129,42 @@ def work(connection: Connection, job: Job) -> None:
                         send(Unwritten(str(error)))
                         continue
             send(Finished(row))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
+    except (EOFError, BrokenPipeError, ConnectionResetError, LostPeer):
         return
+
+
+def follow(connection: Connection, job: Job, place: Place) -> None:
+    """Do a rank's part of every cell that rank 0's worker begins; what fails here alone goes through `connection`."""
+    prepare(job)
+    room = Room(job.room)
+    group = place.join()
+    while True:
+        cell = None
+        try:
+            cell = group.receive()
+            with use_backend(cell.backend):
+                run(cell, job, room, lambda event: None, group)
+        except Diverged:
+            # So it has on every rank.
+            continue
+        except Exception as error:
+            if cell is not None and not lost_peer(error):
+                connection.send(Failed(*diagnosis(error, cell, job.out)))
+            return
+
+
+def prepare(job: Job) -> None:
+    """Make this process a worker."""
+    # Ctrl-C reaches the whole process group; the process that started us decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Linux alone knows this; elsewhere the end of the pipe is noticed, at the next event.
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    torch.set_num_threads(job.threads)
+
+
+class LostPeer(Exception):
+    """Another rank is gone, and this one cannot go on."""
 
 
 def claim_both(out: Path, cell: Cell) -> ExitStack | None:
@@ -93,11 +178,12 @@ def claim_both(out: Path, cell: Cell) -> ExitStack | None:
         return stack.pop_all()
 
 
-def run_cell(cell: Cell, job: Job, room: Room, notice: Callable[[Event], None]) -> Row:
+def run_cell(cell: Cell, job: Job, room: Room, notice: Callable[[Event], None], group: Group = ALONE) -> Row:
     """Run one cell to its row; a failure becomes a row with its reason and all that was known before it.
 
     Raises:
         BrokenPipeError: The process that wanted the row is gone.
+        LostPeer: Another rank of the group is gone.
     """
     started = now()
     known: Results = {}
@@ -116,11 +202,13 @@ def run_cell(cell: Cell, job: Job, room: Room, notice: Callable[[Event], None]) 
 
     try:
         with use_backend(cell.backend), closing(open_log(job.log, cell, job.out)) as log:
-            run(cell, job, room, lambda event: heard(event, log))
+            run(cell, job, room, lambda event: heard(event, log), group)
         return {**blank_row(cell, job), **known, "started": started, "finished": now()}
     except BrokenPipeError:
         raise
     except Exception as error:
+        if group.ranks > 1 and lost_peer(error):
+            raise LostPeer from error
         status, reason = diagnosis(error, cell, job.out)
         return {**failed_row(cell, job, status, reason, started), **known}
     finally:

@@ -40,8 +40,7 @@ class Group:
         """A model whose backward pass leaves the mean of all ranks' gradients."""
         if self.ranks == 1:
             return model
-        # Buffers need no sending: what moves them, a whole batch's statistics, is the same on every rank.
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def alike(self, model: nn.Module) -> None:
         """Give every rank's model the parameters and buffers of rank 0's."""
@@ -59,11 +58,19 @@ class Group:
 
     def first(self, make: Callable[[], T]) -> T:
         """What `make` gives on rank 0, on every rank; it is called there alone. Tensors in it are on the CPU."""
-        if self.ranks == 1:
-            return make()
-        values = [make() if self.rank == 0 else None]
+        return self.send(make()) if self.rank == 0 else self.receive()
+
+    def send(self, value: T) -> T:
+        """Give a value to the other ranks, which `receive` it; called by rank 0."""
+        if self.ranks > 1:
+            dist.broadcast_object_list([value], src=0, device=torch.device("cpu"))
+        return value
+
+    def receive(self) -> Any:
+        """What rank 0 sends next."""
+        values = [None]
         dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
-        return cast(T, values[0])
+        return values[0]
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in their order, on rank 0; nothing on the others."""
