@@ -81,8 +81,13 @@ class Options:
         return f"generated-{self.preset.difficulty}" if self.data is None else self.data.resolve().name
 
 
-def parse(arguments: Sequence[str]) -> Options:
-    """Read the command line; anything unknown ends the program with exit code 2 and the valid names."""
+def parse(arguments: Sequence[str], program: str = PROGRAM) -> Options:
+    """Read the command line; anything unknown ends the program with exit code 2 and the valid names.
+
+    Args:
+        arguments: Those behind the program.
+        program: How the program was started, for the rows.
+    """
     parser = build_parser()
     parsed = parser.parse_args(arguments)
     base = PRESETS[parsed.preset]
@@ -132,7 +137,7 @@ def parse(arguments: Sequence[str]) -> Options:
         dry_run=parsed.dry_run,
         fresh=parsed.fresh,
         retry_failed=parsed.retry_failed,
-        command=f"{PROGRAM} {shlex.join(arguments)}",
+        command=f"{program} {shlex.join(arguments)}",
     )
 
 

@@ -42,15 +42,22 @@ class Plan:
     threads: int
 
 
-def make_plan(options: Options, cells: list[Cell]) -> Plan:
-    """Judge by the rows and the weights that are there what has to run."""
+def make_plan(options: Options, cells: list[Cell], local_ranks: int = 0) -> Plan:
+    """Judge by the rows and the weights that are there what has to run.
+
+    Args:
+        options, cells: What is asked for.
+        local_ranks: Processes on this machine that share each cell; 0 where none is shared.
+    """
     out, fresh = options.out, options.fresh
     rows = {row["key"]: row for row in read_rows(out)}
     todo = [c for c in cells if fresh or not trained.is_done(out, c, rows.get(c.key), options.retry_failed)]
     records = {} if fresh else {cell: record for cell in todo if (record := trained.find(out, cell)) is not None}
     cores = len(os.sched_getaffinity(0))
     workers = min(options.workers or (cores if options.device == "cpu" else 1), max(1, len(todo)))
-    return Plan(cells, rows, todo, records, workers, max(1, cores // workers))
+    if local_ranks:
+        workers = 1
+    return Plan(cells, rows, todo, records, workers, max(1, cores // max(workers, local_ranks)))
 
 
 def announce(plan: Plan, options: Options) -> None:

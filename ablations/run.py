@@ -17,10 +17,12 @@ from ablations.data.coco import read_dataset
 from ablations.data.split import Dataset
 from ablations.executors.pool import run_cells
 from ablations.executors.progress import Progress, clock
+from ablations.executors.ranks import Ranks
 from ablations.executors.worker import Finished, Notice
 from ablations.exhibits.make import write_exhibits
 from ablations.experiment import logs
 from ablations.experiment.experiment import Job
+from ablations.experiment.group import NO_BATCH_NORM, trained_batch_norms
 from ablations.experiment.room import Room
 from ablations.generate import generate
 from ablations.grid import Cell, build_grid, only
@@ -35,8 +37,16 @@ OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the program; returns its exit code."""
-    options = parse(sys.argv[1:] if arguments is None else arguments)
+    """Run the program, or where torchrun has started it this rank's part of it; returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    ranks = Ranks.of_torchrun()
+    if ranks is None:
+        return run_grid(parse(arguments), None)
+    return ranks.drive(lambda: run_grid(parse(arguments, ranks.program), ranks), arguments)
+
+
+def run_grid(options: Options, ranks: Ranks | None) -> int:
+    """Run what the command line asks for, each cell by all ranks if there are several; returns the exit code."""
     try:
         check_weights(options)
         if options.log is not None:
@@ -45,10 +55,12 @@ def main(arguments: list[str] | None = None) -> int:
         base = base_cell(options, data)
         cells = only(build_grid(options.grid, options.preset, base, options.detectors, options.seeds), options.only)
         check_out(options.out)
+        if ranks is not None:
+            check_ranks(cells, options, ranks)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
-    plan = make_plan(options, cells)
+    plan = make_plan(options, cells, ranks.local_ranks if ranks else 0)
     announce(plan, options)
     if options.dry_run:
         dry_run(plan, data)
@@ -56,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     set_aside(options.out, replaced(plan, options))
     interrupted = False
     try:
-        run(plan, options, data)
+        run(plan, options, data, ranks)
     except KeyboardInterrupt:
         interrupted = True
     except OSError as error:
@@ -125,7 +137,33 @@ def check_out(out: Path) -> None:
         raise ValueError(f"--out {out} is not a directory and cannot be made one")
 
 
-def run(plan: Plan, options: Options, data: Dataset) -> None:
+def check_ranks(cells: list[Cell], options: Options, ranks: Ranks) -> None:
+    """Make sure that ranks can share these cells.
+
+    Raises:
+        ValueError: There are several workers, a batch that cannot be shared evenly, or a norm that cannot be shared.
+    """
+    if options.workers not in (None, 1):
+        raise ValueError("--workers runs cells beside each other, and torchrun shares each one: take either")
+    for cell in cells:
+        if cell.batch_size % (ranks.ranks * cell.accumulate):
+            parts = f" in {cell.accumulate} parts" if cell.accumulate > 1 else ""
+            message = f"{ranks.ranks} ranks cannot share {cell.batch_size} images{parts} evenly"
+            raise ValueError(f"{message}; choose another --batch-size or --nproc-per-node")
+    if options.device == "cpu" and trains_batch_norm(cells[0]):
+        raise ValueError(NO_BATCH_NORM)
+
+
+def trains_batch_norm(cell: Cell) -> bool:
+    """Whether a BatchNorm of the cell's backbone takes its statistics from the images that it is trained on."""
+    with torch.device("meta"):
+        backbone = BACKBONES[cell.backbone]()
+    if cell.weights != "none":
+        backbone.freeze(cell.frozen)
+    return bool(trained_batch_norms(backbone))
+
+
+def run(plan: Plan, options: Options, data: Dataset, ranks: Ranks | None) -> None:
     """Run the cells and show how far they are.
 
     Raises:
@@ -133,13 +171,13 @@ def run(plan: Plan, options: Options, data: Dataset) -> None:
     """
     if not plan.todo:
         return
-    print(banner(options, plan))
+    print(banner(options, plan, ranks))
     job = Job(
         data=data.root,
         reading=options.reading,
         dropped={split.name: split.dropped for split in (data.train, data.val) if split.dropped},
         out=options.out,
-        device=options.device,
+        device=options.device if ranks is None else ranks.device(options.device),
         threads=plan.threads,
         weights=options.weights,
         command=options.command,
@@ -162,21 +200,27 @@ def run(plan: Plan, options: Options, data: Dataset) -> None:
                     write_tables(read_rows(options.out), options.out)
                 progress.line(f"seed {cell.seed} complete: table in {options.out}/table.md")
 
+    if ranks is not None:
+        ranks.publish(job)
     try:
-        run_cells(plan.todo, job, plan.workers, notice)
+        run_cells(plan.todo, job, plan.workers, notice, ranks)
     finally:
         progress.close()
         room.close()
 
 
-def banner(options: Options, plan: Plan) -> str:
+def banner(options: Options, plan: Plan, ranks: Ranks | None) -> str:
     """One line on what this machine measures, and loudly what it does not."""
+    each = f"{plan.workers} × {plan.threads} CPU threads"
+    if ranks is not None:
+        each = f"{ranks.ranks} ranks that share each cell, {plan.threads} CPU threads a rank,"
     if options.device == "cpu":
         return (
-            f"NO GPU: training on {plan.workers} × {plan.threads} CPU threads through the plain PyTorch path. "
+            f"NO GPU: training on {each} through the plain PyTorch path. "
             "NOT MEASURED here: the Triton kernels' speed, GPU throughput and latency, GPU memory."
         )
-    return f"training on {torch.cuda.get_device_name(options.device)}"
+    several = "" if ranks is None else f"{ranks.ranks} ranks that share each cell, of which this is the first, on "
+    return f"training on {several}{torch.cuda.get_device_name(options.device)}"
 
 
 def conclude(cells: list[Cell], options: Options, data: Dataset, interrupted: bool) -> int:

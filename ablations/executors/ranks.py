@@ -14,15 +14,19 @@ next *generation* of workers meets under names of its own. What drivers tell eac
 import json
 import os
 import pickle
+import shlex
+import signal
+import sys
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from threading import Thread
-from typing import NamedTuple, Self
+from types import FrameType
+from typing import NamedTuple, NoReturn, Self
 
 import torch.distributed as dist
 
@@ -32,11 +36,19 @@ from ablations.experiment.experiment import Job
 SECONDS_BETWEEN_LOOKS = 0.2
 # A worker whose peer has failed often ends before the peer's driver has said why.
 SECONDS_FOR_A_REASON = 3.0
+INTERRUPTED, TERMINATED = 130, 143
 LOST = Failed("crashed", "its process ended; was memory short?")
 
 
 class Terminated(BaseException):
     """torchrun, or whoever cancelled the job, wants this process to end."""
+
+
+def terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """The handler of the signal that says so."""
+    # What comes after it in a hurry must not cut off the cleaning up.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
 
 
 class Address(NamedTuple):
@@ -87,6 +99,37 @@ class Ranks:
         several = f"--nnodes {nodes} " if nodes > 1 else ""
         return f"torchrun {several}--nproc-per-node {self.local_ranks} -m ablations.run"
 
+    def drive(self, run: Callable[[], int], arguments: Sequence[str]) -> int:
+        """Run a rank's part of the program: `run` on rank 0, on the others what follows it; returns the exit code.
+
+        Args:
+            run: The program, on rank 0.
+            arguments: Of the command, which is printed if a rank is lost.
+        """
+        signal.signal(signal.SIGTERM, terminate)
+        try:
+            if self.rank == 0:
+                try:
+                    return run()
+                finally:
+                    self.end()
+            self.follow()
+            return 0
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except (Terminated, dist.DistError):
+            # The store goes with the machine that it is on; then each machine says it.
+            with suppress(dist.DistError):
+                if not self.first_to_say():
+                    return TERMINATED
+            command = f"{self.program} {shlex.join(arguments)}"
+            print(
+                f"\nerror: ended because a rank was lost, or because somebody ended this one; finished cells and "
+                f"checkpoints are kept, go on with: {command}",
+                file=sys.stderr,
+            )
+            return TERMINATED
+
     def publish(self, job: Job) -> None:
         """Tell the other drivers what the cells have in common."""
         self.address.store().set("job", pickle.dumps(job).hex())
@@ -101,8 +144,9 @@ class Ranks:
         return Generation(self, store, store.add("generation", 1))
 
     def end(self) -> None:
-        """Tell the other drivers that the run is over."""
-        self.address.store().set("end", "1")
+        """Tell the other drivers that the run is over, if they can still be told."""
+        with suppress(dist.DistError):
+            self.address.store().set("end", "1")
 
     def first_to_say(self) -> bool:
         """Whether no other driver has asked this."""

@@ -90,12 +90,16 @@ def with_batch_norm_of_all_ranks(model: Model, group: Group, device: torch.devic
     Raises:
         ValueError: There is such a norm on a CPU, for which PyTorch has no `SyncBatchNorm`.
     """
-    norms = [m for m in model.train().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    if group.ranks == 1 or not norms:
+    if group.ranks == 1 or not trained_batch_norms(model):
         return model
     if device.type == "cpu":
         raise ValueError(NO_BATCH_NORM)
     return cast(Model, nn.SyncBatchNorm.convert_sync_batchnorm(model))
+
+
+def trained_batch_norms(model: nn.Module) -> list[nn.Module]:
+    """Every BatchNorm that takes its statistics from the images that it is trained on; leaves `model` in training."""
+    return [m for m in model.train().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
 
 
 NO_BATCH_NORM = (

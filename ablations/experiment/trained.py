@@ -74,6 +74,7 @@ def halve(out: Path, cell: Cell, step: int, ranks: int) -> bool:
     steps = [*halved(out, cell), step]
     if len(steps) > HALVINGS or cell.batch_size % (ranks * cell.accumulate * 2 ** len(steps)):
         return False
+    folder(out, cell).mkdir(parents=True, exist_ok=True)
     atomic_write_text(folder(out, cell) / HALVED, json.dumps(steps) + "\n")
     return True
 

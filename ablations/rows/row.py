@@ -37,6 +37,7 @@ class Settings(TypedDict):
     formulation: NotRequired[str | None]
     coarse_offsets: NotRequired[str | None]
     placement: NotRequired[str | None]
+    accumulate: NotRequired[int]
     device_kind: NotRequired[str]
 
 

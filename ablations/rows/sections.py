@@ -6,7 +6,7 @@ precision and so on. CPU rows and GPU rows therefore never stand in one table.
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -15,7 +15,7 @@ from ablations.rows.effects import effects_table
 from ablations.rows.frame import make_frame
 from ablations.rows.machine import machine_line
 from ablations.rows.printed import SOURCE
-from ablations.rows.row import Row, good, machine_of
+from ablations.rows.row import Row, good, machine_of, training_of
 from ablations.rows.statistics import VARIED, Replicates, Statistics, make_statistics, no_replicates
 
 
@@ -108,7 +108,7 @@ def _make_section(rows: list[Row], replicates: Replicates) -> Section:
 
 
 def _notes(rows: list[Row], frame: pd.DataFrame, statistics: Statistics) -> list[str]:
-    notes = [*statistics.notes(), *_settings_notes(rows), _speed_note(rows), _dropped_note(rows)]
+    notes = [*statistics.notes(), *_settings_notes(rows), _speed_note(rows), _dropped_note(rows), *_memory_notes(rows)]
     if (frame["seeds"] > 1).any():
         notes.append("Means over the good seeds, whose number is in `seeds`; their standard deviations: table.csv.")
     if any("S" in row["cell"]["attentions"] and row["cell"].get("formulation") == "released" for row in rows):
@@ -135,12 +135,24 @@ def _settings_notes(rows: list[Row]) -> list[str]:
     return [*notes, f"By detector: {'; '.join(by_detector)}."] if by_detector else notes
 
 
-def _failure_note(row: Row) -> str:
+def _name(row: Row) -> str:
     cell = row["cell"]
     depth = "" if cell["depth"] is None else f" depth {cell['depth']}"
-    name = f"{cell['detector']} {cell['attentions']}{depth} seed {cell['seed']}"
+    return f"{cell['detector']} {cell['attentions']}{depth} seed {cell['seed']}"
+
+
+def _failure_note(row: Row) -> str:
     reason = " ".join(str(row.get("reason") or "no reason given").split())
-    return f"{row['status']}: {name}: {reason}"
+    return f"{row['status']}: {_name(row)}: {reason}"
+
+
+def _memory_notes(rows: list[Row]) -> Iterator[str]:
+    """The cells whose images a step were trained on in more parts than their settings say."""
+    for row in rows:
+        if halved := training_of(row).get("halved"):
+            parts = row["cell"].get("accumulate", 1) * 2 ** len(halved)
+            steps = f"Memory was short behind step {' and '.join(map(str, halved))}"
+            yield f"{steps}: from there {_name(row)} was trained on in {parts} parts a step."
 
 
 def _speed_note(rows: list[Row]) -> str:
