@@ -44,11 +44,11 @@ class Terminated(BaseException):
     """torchrun, or whoever cancelled the job, wants this process to end."""
 
 
-def terminate(number: int, frame: FrameType | None) -> NoReturn:
-    """The handler of the signal that says so."""
-    # What comes after it in a hurry must not cut off the cleaning up.
+def stop(number: int, frame: FrameType | None) -> NoReturn:
+    """The handler of the signals that end a driver, SIGTERM and Ctrl-C."""
+    # torchrun sends SIGTERM behind either; it must not cut off the cleaning up.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Terminated
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 class Address(NamedTuple):
@@ -106,7 +106,8 @@ class Ranks:
             run: The program, on rank 0.
             arguments: Of the command, which is printed if a rank is lost.
         """
-        signal.signal(signal.SIGTERM, terminate)
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
         try:
             if self.rank == 0:
                 try:
@@ -129,6 +130,8 @@ class Ranks:
                 file=sys.stderr,
             )
             return TERMINATED
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def publish(self, job: Job) -> None:
         """Tell the other drivers what the cells have in common."""
