@@ -92,7 +92,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with named(path, "; what stood there before is unchanged"):
         with _open_locked(temporary) as file:
             try:
                 yield file
@@ -102,12 +102,17 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
+    _sync_directory(path.parent)
+
+
+@contextmanager
+def named(path: Path, more: str = "") -> Iterator[None]:
+    """Give every OSError of the block the name of the file that it is about, which those of a full disk lack."""
+    try:
+        yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OSError(
-            error.errno, f"cannot write {path}: {reason}; what stood there before is unchanged", str(path)
-        ) from error
-    _sync_directory(path.parent)
+        raise OSError(error.errno, f"cannot write {path}: {reason}{more}", str(path)) from error
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from ablations.grid import Cell
 from ablations.options import Options
 from ablations.rows.machine import machine_info
 from ablations.rows.row import Machine, Row, Training, machine_of, training_of
-from ablations.rows.store import read_rows
+from ablations.rows.store import damaged_row, read_rows, set_aside, warn
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ def make_plan(options: Options, cells: list[Cell], local_ranks: int = 0) -> Plan
         local_ranks: Processes on this machine that share each cell; 0 where none is shared.
     """
     out, fresh = options.out, options.fresh
+    mend(out, cells, change=not options.dry_run)
     rows = {row["key"]: row for row in read_rows(out)}
     todo = [c for c in cells if fresh or not trained.is_done(out, c, rows.get(c.key), options.retry_failed)]
     records = {} if fresh else {cell: record for cell in todo if (record := trained.find(out, cell)) is not None}
@@ -137,10 +137,13 @@ def replaced(plan: Plan, options: Options) -> list[Path]:
     return [path for key in keys for path in (folder / f"{key}.json", folder / key)]
 
 
-def set_aside(out: Path, paths: list[Path]) -> None:
-    """Move what is about to be replaced to `cells/replaced/<time>/`."""
-    directory = out / "cells" / "replaced" / time.strftime("%Y%m%dT%H%M%S")
-    for path in paths:
-        if path.exists():
-            directory.mkdir(parents=True, exist_ok=True)
-            path.rename(directory / path.name)
+def mend(out: Path, cells: Iterable[Cell], change: bool) -> None:
+    """Say what of these cells is damaged, and set it aside if it may be changed; without a row a cell is run again."""
+    for cell in cells:
+        row = out / "cells" / f"{cell.key}.json"
+        found = [(damaged_row(out, cell.key), [row, row.with_suffix("")])]
+        found += [(trained.damaged_record(out, cell), [trained.folder(out, cell) / trained.RECORD])]
+        for problem, paths in found:
+            if problem:
+                place = f"set aside in {set_aside(out, paths)}" if change else "it will be set aside"
+                warn(f"{problem}; {place}")

@@ -6,6 +6,7 @@ A cell that has a row is not run again, so the same command goes on where it was
 
 import hashlib
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -23,13 +24,13 @@ from ablations.exhibits.make import write_exhibits
 from ablations.experiment import logs
 from ablations.experiment.experiment import Job
 from ablations.experiment.group import NO_BATCH_NORM, trained_batch_norms
-from ablations.experiment.room import Room
+from ablations.experiment.room import Room, quiet_place
 from ablations.generate import generate
 from ablations.grid import Cell, build_grid, only
 from ablations.options import RUNS, Options, parse
-from ablations.plan import Plan, announce, dry_run, make_plan, replaced, set_aside
+from ablations.plan import Plan, announce, dry_run, make_plan, replaced
 from ablations.report import write_results
-from ablations.rows.store import read_all, read_rows
+from ablations.rows.store import read_all, read_rows, set_aside
 from ablations.rows.tables import write_tables
 from heads.backbones.resnet import BACKBONES, load_imagenet
 
@@ -54,27 +55,28 @@ def run_grid(options: Options, ranks: Ranks | None) -> int:
         data = open_data(options)
         base = base_cell(options, data)
         cells = only(build_grid(options.grid, options.preset, base, options.detectors, options.seeds), options.only)
-        check_out(options.out)
+        check_out(options.out, write=not options.dry_run)
         if ranks is not None:
             check_ranks(cells, options, ranks)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
-    plan = make_plan(options, cells, ranks.local_ranks if ranks else 0)
-    announce(plan, options)
-    if options.dry_run:
-        dry_run(plan, data)
-        return OK
-    set_aside(options.out, replaced(plan, options))
     interrupted = False
     try:
-        run(plan, options, data, ranks)
-    except KeyboardInterrupt:
-        interrupted = True
+        plan = make_plan(options, cells, ranks.local_ranks if ranks else 0)
+        announce(plan, options)
+        if options.dry_run:
+            dry_run(plan, data)
+            return OK
+        set_aside(options.out, replaced(plan, options))
+        try:
+            run(plan, options, data, ranks)
+        except KeyboardInterrupt:
+            interrupted = True
+        return conclude(cells, options, data, interrupted)
     except OSError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        print(f"\nerror: {error}; finished cells are kept, go on with: {options.command}", file=sys.stderr)
         return SOME_FAILED
-    return conclude(cells, options, data, interrupted)
 
 
 def open_data(options: Options) -> Dataset:
@@ -127,14 +129,22 @@ def check_weights(options: Options) -> None:
         load_imagenet(BACKBONES[options.preset.backbone](), options.weights)
 
 
-def check_out(out: Path) -> None:
-    """Make sure that results can have a directory.
+def check_out(out: Path, write: bool) -> None:
+    """Make sure that results can have a directory, and, before anything is trained for it, that it can be written to.
 
     Raises:
-        ValueError: A file stands where it or one of its parents should be.
+        ValueError: A file stands where it or one of its parents should be, or nothing can be written there.
     """
     if not next(path for path in (out, *out.parents) if path.exists()).is_dir():
         raise ValueError(f"--out {out} is not a directory and cannot be made one")
+    if write:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=out) as file:
+                file.write(b"0")
+                file.flush()
+        except OSError as error:
+            raise ValueError(f"--out {out} cannot be written to: {error.strerror}") from error
 
 
 def check_ranks(cells: list[Cell], options: Options, ranks: Ranks) -> None:
@@ -182,13 +192,13 @@ def run(plan: Plan, options: Options, data: Dataset, ranks: Ranks | None) -> Non
         weights=options.weights,
         command=options.command,
         retry_failed=options.retry_failed,
-        room=options.out,
+        room=quiet_place(options.out),
         cache=options.out / ".cache",
         log=options.log,
     )
     progress = Progress(plan.todo)
     left = Counter(cell.seed for cell in plan.todo)
-    room = Room(options.out)
+    room = Room(job.room)
 
     def notice(cell: Cell, event: Notice) -> None:
         progress.notice(cell, event)

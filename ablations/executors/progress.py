@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ablations.executors.worker import Elsewhere, Finished, Notice
-from ablations.experiment.experiment import Learned, Stage, Step
+from ablations.experiment.experiment import Learned, Said, Stage, Step
 from ablations.grid import Cell
 from ablations.rows.row import Row, metrics_of, training_of
 
@@ -110,6 +110,8 @@ class Progress:
                     state.since = None
             case Learned(parts):
                 state.ap = (parts.get("metrics") or {}).get("AP", state.ap)
+            case Said(text):
+                self.line(text)
             case Elsewhere():
                 state.word = "elsewhere"
         if not isinstance(event, Step) or time.monotonic() - self.drawn > SECONDS_PER_DRAWING:

@@ -118,13 +118,15 @@ def work(connection: Connection, job: Job, place: Place | None = None) -> None:
             with lease:
                 row = read_row(job.out, cell.key)
                 if row is None or not trained.is_done(job.out, cell, row, job.retry_failed):
-                    row = run_cell(group.send(cell), job, room, send, group)
-                    if row["status"] == "oom" and "training" not in row:
-                        send(OutOfMemory(row))
-                        continue
                     try:
+                        row = run_cell(group.send(cell), job, room, send, group)
+                        if row["status"] == "oom" and "training" not in row:
+                            send(OutOfMemory(row))
+                            continue
                         trained.copy_curve(job.out, cell)
                         write_row(job.out, row)
+                    except BrokenPipeError:
+                        raise
                     except OSError as error:
                         send(Unwritten(str(error)))
                         continue
@@ -184,6 +186,7 @@ def run_cell(cell: Cell, job: Job, room: Room, notice: Callable[[Event], None], 
     Raises:
         BrokenPipeError: The process that wanted the row is gone.
         LostPeer: Another rank of the group is gone.
+        OSError: Something could not be written below `job.out`, for which the cell is not to blame.
     """
     started = now()
     known: Results = {}
@@ -207,6 +210,8 @@ def run_cell(cell: Cell, job: Job, room: Room, notice: Callable[[Event], None], 
     except BrokenPipeError:
         raise
     except Exception as error:
+        if is_of_the_disk(error, job.out):
+            raise
         if group.ranks > 1 and lost_peer(error):
             raise LostPeer from error
         status, reason = diagnosis(error, cell, job.out)
@@ -214,6 +219,12 @@ def run_cell(cell: Cell, job: Job, room: Room, notice: Callable[[Event], None], 
     finally:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def is_of_the_disk(error: Exception, out: Path) -> bool:
+    """Whether an error is that of a disk that is full, read-only or broken, met while writing below `out`."""
+    name = getattr(error, "filename", None)
+    return isinstance(error, OSError) and isinstance(name, str) and Path(name).is_relative_to(out)
 
 
 def diagnosis(error: Exception, cell: Cell, out: Path) -> tuple[Status, str]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ablations.files import atomic_write_text
+from ablations.files import atomic_write_text, named
 
 CURVE = "losses.jsonl"
 LINES = 200
@@ -66,7 +66,7 @@ class Curve:
         if not self.waiting:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
+        with named(self.path), self.path.open("a") as file:
             for step, lr, names, means in self.waiting:
                 values = dict(zip(names, means.tolist(), strict=True))
                 scalars = {"lr": lr, "loss": sum(values.values()), **values}

@@ -104,6 +104,12 @@ class Saved(NamedTuple):
     step: int
 
 
+class Said(NamedTuple):
+    """Something that a user has to know."""
+
+    text: str
+
+
 class Line(NamedTuple):
     """The loss curve has another line."""
 
@@ -117,7 +123,7 @@ class Learned(NamedTuple):
     parts: Results
 
 
-Event = Stage | Step | Saved | Line | Learned
+Event = Stage | Step | Saved | Said | Line | Learned
 
 
 def run(cell: Cell, job: Job, room: Room, notice: Callable[[Event], None], group: Group = ALONE) -> None:
@@ -142,15 +148,20 @@ def run(cell: Cell, job: Job, room: Room, notice: Callable[[Event], None], group
     model = move(with_batch_norm_of_all_ranks(model, group, device), device)
     threads = loader_threads(device, job.threads)
 
-    record = group.first(lambda: trained.find(job.out, cell))
+    def say(text: str) -> None:
+        notice(Said(text))
+
+    def loaded() -> Training | None:
+        record = trained.find(job.out, cell)
+        return record if record is not None and trained.load(job.out, cell, model, say) else None
+
+    record = group.first(loaded)
     if record is None:
         record = fit(cell, model, data, job, room, threads, notice, group)
         record |= {"commit": machine_info(job.device, job.command)["commit"]}
         if group.rank == 0:
             trained.keep(job.out, cell, record)
     else:
-        if group.rank == 0:
-            trained.load(job.out, cell, model, device)
         group.alike(model)
     notice(Learned({"training": record, "weights": f"cells/{cell.training_key}/{trained.CHECKPOINT}"}))
 
@@ -197,7 +208,8 @@ def evaluate_cell(
         notice(Learned({"segm_metrics": evaluate(stored, truth, categories, "segm")}))
     summary = summarise(truth, stored, categories, data.fingerprint)
     write_replicates(directory / REPLICATES, summary.replicates)
-    notice(Learned({"errors": summary.errors, "class_AP": summary.class_AP}))
+    files = {name: (directory / name).stat().st_size for name in (DETECTIONS, REPLICATES)}
+    notice(Learned({"files": files, "errors": summary.errors, "class_AP": summary.class_AP}))
 
 
 def build(cell: Cell, num_classes: int, weights: str | None) -> Detector:
@@ -286,6 +298,7 @@ def fit(
             features,
             group,
             parts,
+            lambda text: notice(Said(text)),
         )
     record["ranks"] = group.ranks
     if halved:

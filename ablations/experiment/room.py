@@ -7,11 +7,29 @@ entering the room, and a measuring process stays in the turnstile, so a stream o
 process gives its locks back at once.
 """
 
+import hashlib
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ablations.files import FileLock
+
+
+def quiet_place(out: Path) -> Path:
+    """A directory on this machine for the lock of the results in `out`.
+
+    Several machines may share the results, and a step on one does not disturb what another measures.
+    """
+    name = hashlib.sha256(os.fsencode(out.resolve())).hexdigest()[:16]
+    place = Path(tempfile.gettempdir()) / f"dyhead-lab-{os.getuid()}"
+    try:
+        place.mkdir(mode=0o700, exist_ok=True)
+        # Anybody may have made a folder of that name there.
+        return place / name if place.stat().st_uid == os.getuid() else out
+    except OSError:
+        return out
 
 
 class Room:

@@ -21,10 +21,11 @@ from ablations.data.batch import Batch, Target
 from ablations.experiment.curve import CURVE, Curve, Scalars
 from ablations.experiment.group import ALONE, Group
 from ablations.experiment.precision import autocast
-from ablations.experiment.trained import CHECKPOINT
+from ablations.experiment.trained import CHECKPOINT, read_checkpoint
 from ablations.files import atomic_file
 from ablations.grid import Cell
 from ablations.rows.row import Training
+from ablations.rows.store import warn
 from heads.parameters import parameter_kinds
 
 MOMENTUM = 0.9
@@ -95,6 +96,7 @@ def train(
     features: Known = lambda images, targets, extent: None,
     group: Group = ALONE,
     parts: int | None = None,
+    say: Callable[[str], None] = warn,
 ) -> Training:
     """Train `model` in place, from the checkpoint in `directory` if there is one.
 
@@ -111,6 +113,7 @@ def train(
         features: The backbone's maps of images on `device`, where they are known.
         group: This process among those that train the cell together; rank 0 reads and writes the files.
         parts: Equal parts that a step's images are trained on one after the other; None for the cell's `accumulate`.
+        say: Called with a sentence on a checkpoint that cannot be used.
 
     Returns:
         `steps`, `images`, `seconds` and `loss`, the mean of the watched steps in the last tenth.
@@ -120,7 +123,7 @@ def train(
     """
     optimizer = build_optimizer(model, cell, device)
     checkpoint = directory / CHECKPOINT
-    step, tail, sums, seconds = load_checkpoint(checkpoint, model, optimizer, device, group)
+    step, tail, sums, seconds = load_checkpoint(checkpoint, model, optimizer, device, group, say)
     curve = Curve(directory / CURVE, cell.steps, step, sums, log) if group.rank == 0 else None
     parts, trained = parts or cell.accumulate, group.together(model.train())
     began = time.monotonic() - seconds
@@ -205,18 +208,18 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, group: Group = ALONE
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    group: Group = ALONE,
+    say: Callable[[str], None] = warn,
 ) -> tuple[int, list[float], Tensor | None, float]:
     """Restore a checkpoint: its step, the last losses, `Curve.sums`, and its seconds; zeros where there is none."""
-    state = group.first(lambda: read_checkpoint(path))
+    state = group.first(lambda: read_checkpoint(path, model, say))
     if state is None:
         return 0, [], None, 0.0
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     sums = state["sums"]
     return state["step"], state["tail"], None if sums is None else sums.to(device), state["seconds"]
-
-
-def read_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The content of a checkpoint, its tensors on the CPU, or None where there is none."""
-    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None

@@ -8,9 +8,9 @@ whose val part was mended, or that differs from another one in how it is tested 
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,8 +19,12 @@ from ablations.experiment.curve import CURVE
 from ablations.files import atomic_write_text
 from ablations.grid import DATA, Cell
 from ablations.rows.row import Row, Training, training_of
+from ablations.rows.store import set_aside
 
 CHECKPOINT = "checkpoint.pt"
+RECORD = "training.json"
+# What a checkpoint holds.
+PARTS = {"model", "optimizer", "step", "tail", "sums", "seconds"}
 HALVED = "halved.json"
 # How often a cell that runs out of memory is tried with half as many images at once.
 HALVINGS = 3
@@ -35,7 +39,7 @@ def find(out: Path, cell: Cell) -> Training | None:
     """The record of this cell's training, or None if it has not ended or its weights are gone."""
     directory = folder(out, cell)
     try:
-        record = json.loads((directory / "training.json").read_text())
+        record = json.loads((directory / RECORD).read_text())
     except (OSError, ValueError):
         return None
     return cast(Training, record) if isinstance(record, dict) and (directory / CHECKPOINT).is_file() else None
@@ -43,13 +47,51 @@ def find(out: Path, cell: Cell) -> Training | None:
 
 def keep(out: Path, cell: Cell, record: Training) -> None:
     """Put on record that training has ended; the weights are there already."""
-    atomic_write_text(folder(out, cell) / "training.json", json.dumps(record) + "\n")
+    atomic_write_text(folder(out, cell) / RECORD, json.dumps(record) + "\n")
 
 
-def load(out: Path, cell: Cell, model: nn.Module, device: torch.device) -> None:
-    """Give `model` the trained weights of a cell that `find` knows of."""
-    state = torch.load(folder(out, cell) / CHECKPOINT, map_location=device, weights_only=True)
-    model.load_state_dict(state["model"])
+def damaged_record(out: Path, cell: Cell) -> str | None:
+    """What is wrong with the record of a training that has ended; None where it is whole, or there is none."""
+    path = folder(out, cell) / RECORD
+    try:
+        whole = isinstance(json.loads(path.read_text()), dict)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        whole = False
+    return None if whole else f"{path} is damaged: it is no record of a training"
+
+
+def read_checkpoint(path: Path, model: nn.Module, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """The content of a checkpoint, its tensors on the CPU, or None where there is none that can be used.
+
+    One that cannot be read, or is not of this model, is set aside with the record of its training, and said.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        shapes = {name: value.shape for name, value in state["model"].items()}
+        whole = shapes == {name: value.shape for name, value in model.state_dict().items()}
+        problem = "it is not of this model" if not whole or PARTS - state.keys() else None
+    except FileNotFoundError:
+        return None
+    except MemoryError:
+        raise
+    # A file that was cut off may fail in any of the layers of pickle, zip and tensors.
+    except Exception as error:
+        problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if problem is None:
+        return state
+    place = set_aside(path.parents[2], [path, path.with_name(RECORD)])
+    say(f"{path} is damaged ({problem}); set aside in {place}; a run trains it again")
+    return None
+
+
+def load(out: Path, cell: Cell, model: nn.Module, say: Callable[[str], None]) -> bool:
+    """Give `model` the trained weights of a cell that `find` knows of; False, and said, where they are damaged."""
+    state = read_checkpoint(folder(out, cell) / CHECKPOINT, model, say)
+    if state is not None:
+        model.load_state_dict(state["model"])
+    return state is not None
 
 
 def halved(out: Path, cell: Cell) -> list[int]:

@@ -98,6 +98,7 @@ class Results(TypedDict, total=False):
         segm_metrics: Of the masks, where the detector has them.
         errors: The points of AP50 that mending each of `ablations.evaluation.errors.ERRORS` alone would give back.
         class_AP: AP of the boxes in percent by the name of the category; None for one without ground truth.
+        files: Sizes in bytes of detections and replicates, which lie beside the row, by name.
         images: Number of images evaluated.
         params_M, GMACs: Millions of parameters, and 10^9 multiply-adds an image.
         images_per_s: Throughput at `batch_size_measured`.
@@ -112,6 +113,7 @@ class Results(TypedDict, total=False):
     segm_metrics: Metrics | None
     errors: Metrics | None
     class_AP: Metrics | None
+    files: dict[str, int] | None
     images: int | None
     params_M: float | None
     GMACs: float | None
@@ -239,7 +241,7 @@ def _problem(row: object, key: object) -> str | None:
     depth, seed = cell.get("depth"), cell.get("seed")
     if not isinstance(depth, int | None) or not isinstance(seed, int):
         return f"cell.depth is {depth!r} and cell.seed is {seed!r}; both are whole numbers, depth may be null"
-    for name in ("metrics", "errors", "class_AP", "machine", "training", "dropped"):
+    for name in ("metrics", "errors", "class_AP", "machine", "training", "dropped", "files"):
         if not isinstance(row.get(name), dict | None):
             return f"{name} is {row[name]!r}, not an object"
     metrics = row.get("metrics") or {}

@@ -4,6 +4,7 @@ A directory DIR holds
 
     cells/<key>.json    a row; the only truth, from which every table and plot is regenerated
     cells/<key>.lock    the lease; empty, locked while a process works on the cell, and never deleted
+    cells/replaced/     what was run again, or could not be read, by the time of its removal; nothing is ever deleted
     cells/<key>/        detections and replicates (`ablations/evaluation/`), and what a crash printed
     cells/<training key>/    checkpoints, which belong to the training loop (`ablations/experiment/trained.py`)
 
@@ -13,7 +14,10 @@ its leases back at once (`ablations/files.py`).
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +96,43 @@ def read_all(directory: str | Path) -> tuple[list[Row], list[str]]:
     for problem in problems:
         warn(problem)
     return rows, problems
+
+
+def damaged_row(directory: str | Path, key: str) -> str | None:
+    """What is wrong with the row of a cell: its file is no row, or what it says lies beside it has another size.
+
+    A file that is absent is nothing wrong: detections may be deleted, and are not published.
+    """
+    try:
+        row = _parse(_cell_path(directory, key, ".json"))
+    except FileNotFoundError:
+        return None
+    except ValueError as problem:
+        return str(problem)
+    for name, size in (row.get("files") or {}).items():
+        path = Path(directory) / "cells" / key / name
+        if path.is_file() and path.stat().st_size != size:
+            return f"{path} is damaged: it has {path.stat().st_size} bytes, and had {size} when its row was written"
+    return None
+
+
+def set_aside(directory: str | Path, paths: Iterable[Path]) -> Path | None:
+    """Move files and folders of `cells/` to a new folder `cells/replaced/<time>/`; returns it, None without any."""
+    paths = [path for path in paths if path.exists()]
+    if not paths:
+        return None
+    folder = Path(directory) / "cells" / "replaced"
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.strftime("%Y%m%dT%H%M%S")
+    # Of two in one second, and with a clock that is set back, none may take the other's place.
+    for number in count():
+        place = folder / (f"{started}-{number}" if number else started)
+        with suppress(FileExistsError):
+            place.mkdir()
+            break
+    for path in paths:
+        path.rename(place / (path.name if path.parent.name == "cells" else f"{path.parent.name}-{path.name}"))
+    return place
 
 
 def _cell_path(directory: str | Path, key: str, suffix: str) -> Path:

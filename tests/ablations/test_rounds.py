@@ -19,7 +19,7 @@ def data(tmp_path_factory):
 def rows_at_once(monkeypatch):
     """Cells that have their rows at once; an evil one of them fails."""
 
-    def finish(cells, job, workers, notice):
+    def finish(cells, job, workers, notice, ranks):
         for cell in cells:
             row = {"key": cell.key, "cell": cell.stored(), "machine": MACHINE, "status": "ok", "metrics": {"AP": 1.0}}
             if cell.attentions == "C":

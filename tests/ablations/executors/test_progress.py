@@ -145,7 +145,7 @@ from dataclasses import replace
 from ablations import run
 from ablations.experiment.experiment import Stage
 
-def forever(cells, job, workers, notice):
+def forever(cells, job, workers, notice, ranks):
     notice(cells[0], Stage("start"))
     time.sleep(60)
 

@@ -19,7 +19,7 @@ CURVE = {10: {"lr": 0.1, "loss": 2.0, "loss_cls": 2.0}, 20: {"lr": 0.1, "loss": 
 def run_cell(out, log, monkeypatch):
     """A cell whose curve has two lines, through the worker's own way of logging."""
 
-    def events(cell, job, room, notice):
+    def events(cell, job, room, notice, group):
         for step, scalars in CURVE.items():
             notice(Line(step, scalars))
             notice(Step(step, 1.0))

@@ -14,55 +14,12 @@ from tiny_coco import json_path
 from ablations import run
 from ablations.data import image_files
 from ablations.data.problems import DataError
-from ablations.executors import pool, worker
+from ablations.executors import pool
 from ablations.executors.pool import run_cells
 from ablations.experiment import experiment, trained
 from ablations.experiment.experiment import Job, Learned, Reading
-from ablations.experiment.room import Room
-from ablations.generate import generate
-from ablations.grid import PRESETS, Cell
+from ablations.grid import Cell
 from ablations.rows.store import read_rows, write_row
-from ablations.rows.tables import write_tables
-
-BRIEF = {"steps": 3, "batch_size": 2, "warmup": 2, "channels": 16, "seeds": 1}
-
-
-@pytest.fixture
-def data(tmp_path):
-    return generate(tmp_path / "data", "tiny", train=6, val=4)
-
-
-@pytest.fixture
-def grid(data, tmp_path, monkeypatch, capsys):
-    """Run a grid of one cell in this process, where a test can break things; exit code, what was printed, trainings."""
-    monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], **BRIEF))
-    trainings = []
-
-    def in_this_process(cells, job, workers, notice):
-        experiment.dataset.cache_clear()
-        for cell in cells:
-            write_row(job.out, worker.run_cell(cell, job, Room(job.out), lambda event: None))
-
-    def counted(cell, *others):
-        trainings.append(cell.name)
-        return train(cell, *others)
-
-    train = experiment.train
-    monkeypatch.setattr(experiment, "train", counted)
-    monkeypatch.setattr(run, "run_cells", in_this_process)
-    # What takes most of the time and is not the point here.
-    monkeypatch.setattr(run, "write_results", lambda rows, out, problems: write_tables(rows, out))
-    monkeypatch.setattr(experiment, "measure_latency", lambda *_: {"latency_ms_p50": 1.0})
-
-    def call(*more, detector="atss", only="baseline"):
-        trainings.clear()
-        out = ["--out", str(tmp_path / "out"), "--detector", detector, "--only", only]
-        code = run.main(["--grid", "--data", str(data), *out, *more])
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err, list(trainings)
-
-    call.out = tmp_path / "out"
-    return call
 
 
 def edit(data: Path, split: str, change) -> None:
@@ -328,7 +285,7 @@ def test_only_failures_on_changed_data_are_outdated(tmp_path):
     assert {row["key"] for row in trained.outdated(read_rows(tmp_path), [cell])} == {"failed", "bad"}
 
 
-def dies_in_its_evaluation(connection, job):
+def dies_in_its_evaluation(connection, job, place):
     """A worker that is killed after it has learned something."""
     connection.recv()
     connection.send(Learned({"training": {"steps": 3}}))
