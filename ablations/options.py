@@ -20,6 +20,7 @@ from heads.build import DETECTORS, WITH_MASKS
 from kernels.backend import BACKENDS
 
 RUNS = Path("runs")
+EXECUTORS = ("local", "ray")
 PROGRAM = "python -m ablations.run"
 DESCRIPTION = """`python -m ablations.run --grid`: train, evaluate, measure and table every cell of a grid.
 
@@ -46,7 +47,10 @@ class Options:
         out: Where rows, tables and the report go.
         device: Where to run, as PyTorch names it.
         backend: Of the operators.
-        workers: Number of processes; None for the device's default.
+        workers: Number of processes, or of cells at once on a cluster; None for the device's default.
+        executor: Where cells run, one of `EXECUTORS`.
+        address: Of a Ray cluster; None for one that is begun on this machine.
+        gpus_per_cell: GPUs that a cell on a cluster takes; 0 for CPUs.
         log: One of `ablations.experiment.logs.LOGS`; None for none.
         dry_run: List the cells and run nothing.
         fresh: Run finished cells again.
@@ -69,6 +73,9 @@ class Options:
     device: str
     backend: Backend
     workers: int | None
+    executor: str
+    address: str | None
+    gpus_per_cell: int
     log: str | None
     dry_run: bool
     fresh: bool
@@ -115,6 +122,12 @@ def parse(arguments: Sequence[str], program: str = PROGRAM) -> Options:
     if parsed.backend == "triton" and parsed.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("--backend triton on a CPU needs TRITON_INTERPRET=1 in the environment, and hours of patience")
 
+    if parsed.executor != "ray" and (parsed.address or parsed.gpus_per_cell is not None):
+        parser.error("--address and --gpus-per-cell are of a cluster: add --executor ray")
+    gpus = parsed.gpus_per_cell
+    if gpus is None:
+        gpus = int(parsed.executor == "ray" and parsed.device != "cpu")
+
     data = None if parsed.data == "generated" else Path(parsed.data)
     weights = parsed.weights or default_weights(preset, data)
     return Options(
@@ -130,9 +143,12 @@ def parse(arguments: Sequence[str], program: str = PROGRAM) -> Options:
         test_sizes=test_sizes,
         test_flip=parsed.test_flip,
         out=parsed.out or RUNS / (parsed.preset if data is None else f"{data.resolve().name}-{parsed.preset}"),
-        device=parsed.device,
+        device="cuda" if gpus else parsed.device,
         backend=parsed.backend,
         workers=parsed.workers,
+        executor=parsed.executor,
+        address=parsed.address,
+        gpus_per_cell=gpus,
         log=parsed.log,
         dry_run=parsed.dry_run,
         fresh=parsed.fresh,
@@ -218,6 +234,12 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     how.add_argument("--backend", choices=BACKENDS, default="auto", help="of the operators (default: auto)")
     how.add_argument("--workers", type=positive, metavar="N", help="processes (default: one per core; 1 on a GPU)")
+    where = "local: processes of this machine, or of several GPUs under torchrun; ray: the machines of a Ray cluster"
+    how.add_argument("--executor", choices=EXECUTORS, default="local", help=f"{where} (default: local)")
+    address = "of the Ray cluster (default: one that is begun on this machine)"
+    how.add_argument("--address", metavar="A", help=address)
+    gpus = "GPUs of a cell on the cluster, a rank on each (default: 1 where this machine has one, else CPUs)"
+    how.add_argument("--gpus-per-cell", type=positive, metavar="N", help=gpus)
     how.add_argument("--log", choices=LOGS, help="write loss curves and AP for one of these, too, if it is installed")
     how.add_argument("--dry-run", action="store_true", help="list the cells, what is done and the cost; run nothing")
     how.add_argument("--fresh", action="store_true", help="run finished cells again; old rows move to cells/replaced/")

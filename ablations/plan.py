@@ -54,10 +54,12 @@ def make_plan(options: Options, cells: list[Cell], local_ranks: int = 0) -> Plan
     todo = [c for c in cells if fresh or not trained.is_done(out, c, rows.get(c.key), options.retry_failed)]
     records = {} if fresh else {cell: record for cell in todo if (record := trained.find(out, cell)) is not None}
     cores = len(os.sched_getaffinity(0))
-    workers = min(options.workers or (cores if options.device == "cpu" else 1), max(1, len(todo)))
+    most = min(options.workers or (cores if options.device == "cpu" else 1), max(1, len(cells)))
     if local_ranks:
-        workers = 1
-    return Plan(cells, rows, todo, records, workers, max(1, cores // max(workers, local_ranks)))
+        most = 1
+    # Not of the cells that are left: on another number of threads a cell that goes on would add in another order.
+    threads = max(1, cores // max(most, local_ranks))
+    return Plan(cells, rows, todo, records, min(most, max(1, len(todo))), threads)
 
 
 def announce(plan: Plan, options: Options) -> None:
@@ -74,7 +76,7 @@ def announce(plan: Plan, options: Options) -> None:
 
 def report_reuse(what: str, records: Iterable[Machine | Training], options: Options) -> None:
     """Say in one line when rows or weights are reused that another commit made; each record has its `commit`."""
-    here = machine_info(options.device, options.command)["commit"]
+    here = machine_info("cpu", options.command)["commit"]
     others = sorted({record.get("commit") or "unknown" for record in records} - {here})
     if others:
         print(f"reusing {what} made at commit {', '.join(others)}; --fresh runs them again at {here}")

@@ -16,6 +16,7 @@ import torch
 
 from ablations.data.coco import read_dataset
 from ablations.data.split import Dataset
+from ablations.executors.cluster import Cluster, run_on_cluster
 from ablations.executors.pool import run_cells
 from ablations.executors.progress import Progress, clock
 from ablations.executors.ranks import Ranks
@@ -74,6 +75,9 @@ def run_grid(options: Options, ranks: Ranks | None) -> int:
         except KeyboardInterrupt:
             interrupted = True
         return conclude(cells, options, data, interrupted)
+    except (ImportError, ValueError) as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return USAGE
     except OSError as error:
         print(f"\nerror: {error}; finished cells are kept, go on with: {options.command}", file=sys.stderr)
         return SOME_FAILED
@@ -153,6 +157,8 @@ def check_ranks(cells: list[Cell], options: Options, ranks: Ranks) -> None:
     Raises:
         ValueError: There are several workers, a batch that cannot be shared evenly, or a norm that cannot be shared.
     """
+    if options.executor != "local":
+        raise ValueError("--executor ray gives cells to machines, and torchrun shares each one: take either")
     if options.workers not in (None, 1):
         raise ValueError("--workers runs cells beside each other, and torchrun shares each one: take either")
     for cell in cells:
@@ -213,7 +219,12 @@ def run(plan: Plan, options: Options, data: Dataset, ranks: Ranks | None) -> Non
     if ranks is not None:
         ranks.publish(job)
     try:
-        run_cells(plan.todo, job, plan.workers, notice, ranks)
+        if options.executor == "ray":
+            difficulty = options.preset.difficulty if options.data is None else None
+            cluster = Cluster(options.address, options.gpus_per_cell, options.workers, difficulty)
+            run_on_cluster(plan.todo, job, cluster, notice)
+        else:
+            run_cells(plan.todo, job, plan.workers, notice, ranks)
     finally:
         progress.close()
         room.close()
@@ -221,6 +232,9 @@ def run(plan: Plan, options: Options, data: Dataset, ranks: Ranks | None) -> Non
 
 def banner(options: Options, plan: Plan, ranks: Ranks | None) -> str:
     """One line on what this machine measures, and loudly what it does not."""
+    if options.executor == "ray":
+        cells = f"{options.gpus_per_cell} GPUs a cell" if options.gpus_per_cell else "CPUs, a thread a cell"
+        return f"training on the Ray cluster {options.address or 'of this machine'}, {cells}"
     each = f"{plan.workers} × {plan.threads} CPU threads"
     if ranks is not None:
         each = f"{ranks.ranks} ranks that share each cell, {plan.threads} CPU threads a rank,"

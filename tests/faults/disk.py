@@ -1,0 +1,149 @@
+"""Disks that are full or read-only: before each write that the program makes, and from the beginning."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager, suppress
+from multiprocessing import Lock
+from multiprocessing.sharedctypes import RawArray
+from pathlib import Path
+
+from victim import Run, differences, rows_of, say
+
+SIZE = "48m"
+# The place that is watched, and whether its disk has been filled.
+_watched: dict[str, str] = {}
+_filled = RawArray("i", 1)
+_once = Lock()
+
+
+@contextmanager
+def disk(folder: Path):
+    """A small file system in memory; needs root."""
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def can_mount(folder: Path) -> bool:
+    """Whether this user can make a file system."""
+    try:
+        with disk(folder):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+def site_of(path: str) -> str:
+    """A file by its role: hashes and numbers of a cell are left out."""
+    return re.sub(r"[0-9a-f]{16}", "<key>", path)
+
+
+def watch(event: str, arguments: tuple) -> None:
+    """Sees every opening of a file; before the one that is meant it fills the disk, in whatever process that is."""
+    if event != "open" or "out" not in _watched or not isinstance(arguments[0], str):
+        return
+    path, flags = arguments[0], arguments[2]
+    if not path.startswith(_watched["out"]) or not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        return
+    site = site_of(path[len(_watched["out"]) + 1 :])
+    if "list" in _watched:
+        with _once:
+            # Not through Python's own `open`, whose events come back here.
+            file = os.open(_watched["list"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            os.write(file, f"{site}\n".encode())
+            os.close(file)
+    elif site == _watched.get("site"):
+        with _once:
+            if not _filled[0]:
+                _filled[0] = 1
+                fill(_watched["filler"])
+
+
+def fill(path: str) -> None:
+    """Take all that a disk has left, to the last byte."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT)
+    for size in (1 << 20, 1 << 12, 1):
+        with suppress(OSError):
+            while True:
+                os.write(file, b"0" * size)
+    os.close(file)
+
+
+def full_disk(data: Path, folder: Path) -> list[dict[str, object]]:
+    """For every file that a run writes, one in which the disk is full just before, and one behind it that goes on."""
+    sys.addaudithook(watch)
+    results = []
+    with disk(folder / "disk") as place:
+        out, log, whole = place / "out", folder / "log", folder / "whole-2"
+        _watched.update(out=str(out), list=str(folder / "sites"))
+        assert Run(data, out, ONLY, log=log).wait() == 0
+        del _watched["list"]
+        shutil.copytree(out, whole)
+        sites = list(dict.fromkeys((folder / "sites").read_text().split("\n")))[:-1]
+        for number, site in enumerate(sites):
+            shutil.rmtree(out)
+            _filled[0] = 0
+            _watched.update(site=site, filler=str(place / "filler"))
+            first = Run(data, out, ONLY, log=log)
+            code, said, rows = first.wait(), first.complaints(), rows_of(out)
+            del _watched["site"]
+            (place / "filler").unlink(missing_ok=True)
+            again = Run(data, out, ONLY, "--retry-failed", log=log).wait()
+            now = rows_of(out)
+            results.append(
+                {
+                    "full before the writing of": site,
+                    "exit code": code,
+                    "said": said[0].replace(str(place), "") if said else "",
+                    "lines": len(said),
+                    "rows lost": sum(now.get(key) != row for key, row in rows.items()),
+                    "exit code of the next": again,
+                    "differences": len(differences(out, whole)),
+                }
+            )
+            say(f"{number + 1} of {len(sites)} files: {site}: {code}, then {again}")
+    return results
+
+
+ONLY = "LSC,depth=1"
+
+
+def read_only(data: Path, folder: Path) -> list[dict[str, object]]:
+    """A disk that is read-only from the beginning, and one that becomes so while a cell trains."""
+    results = []
+    with disk(folder / "disk") as place:
+        out, log = place / "out", folder / "log"
+        for name, wait_for in (("from the beginning", None), ("from the first checkpoint on", "cells/*/checkpoint.pt")):
+            out.mkdir(exist_ok=True)
+            if wait_for is None:
+                subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+                run = Run(data, out, ONLY, log=log)
+            else:
+                run = Run(data, out, ONLY, log=log)
+                while not list(out.glob(wait_for)) and not run.ended():
+                    pass
+                # Files that are open for writing keep it from becoming read-only.
+                while subprocess.run(["mount", "-o", "remount,ro", str(place)], capture_output=True).returncode:
+                    if run.ended():
+                        break
+            code, said = run.wait(), run.complaints()
+            subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True)
+            again = Run(data, out, ONLY, log=log).wait()
+            results.append(
+                {
+                    "read-only": name,
+                    "exit code": code,
+                    "said": said[0].replace(str(place), "") if said else "",
+                    "lines": len(said),
+                    "rows lost": 0,
+                    "exit code of the next": again,
+                    "differences": len(differences(out, folder / "whole-2")),
+                }
+            )
+    return results
