@@ -18,7 +18,7 @@ from ablations.data.batch import ALONE, Batch, Share, Shown, Target
 from ablations.data.coco import read_image
 from ablations.data.problems import DataError
 from ablations.data.segments import bitmap
-from ablations.data.split import ImageRecord, Split
+from ablations.data.split import ImageRecord, Split, sizes
 from kernels.runtime.checks import check_integer
 
 CACHE_BYTES = 512 << 20
@@ -72,7 +72,7 @@ class _Pixels:
     def __init__(self, records: Sequence[ImageRecord], short_sides: Sequence[int], max_size: int, budget: int):
         self.records = records
         self.kept: dict[tuple[int, int, int], np.ndarray] = {}
-        shapes = np.array([(record.width, record.height) for record in records], dtype=np.float64)
+        shapes = sizes(records).astype(np.float64)
         total = 0.0
         for short_side in sorted(set(short_sides)):
             scale = np.minimum(short_side / shapes.min(1), max_size / shapes.max(1))
@@ -174,7 +174,8 @@ class Loader:
         self.masks = masks
         self.batch_size, self.seed, self.flip = batch_size, seed, flip
         self.short_sides, self.max_size = tuple(short_sides), max_size
-        portrait = np.array([record.height > record.width for record in self.records])
+        shapes = sizes(self.records)
+        portrait = shapes[:, 1] > shapes[:, 0]
         self.groups = (np.flatnonzero(~portrait), np.flatnonzero(portrait))
         self._orders: dict[tuple[int, int], np.ndarray] = {}
         self._pixels = _Pixels(self.records, self.short_sides, max_size, cache_bytes)
@@ -231,12 +232,12 @@ class Loader:
         sides = generator.integers(len(self.short_sides), size=self.batch_size).tolist()
         flips = (generator.random(self.batch_size) < self.flip).tolist()
         indices = self.indices(step)
-        sizes = [
+        shapes = [
             resized(self.records[index].width, self.records[index].height, self.short_sides[side], self.max_size)
             for index, side in zip(indices, sides, strict=True)
         ]
-        made = [self._image(indices[n], sizes[n], flips[n]) for n in self._positions]
-        extent = max(height for _, height in sizes), max(width for width, _ in sizes)
+        made = [self._image(indices[n], shapes[n], flips[n]) for n in self._positions]
+        extent = max(height for _, height in shapes), max(width for width, _ in shapes)
         return Batch([image for image, _ in made], [target for _, target in made], extent)
 
     def _image(self, index: int, size: tuple[int, int], flip: bool) -> tuple[Tensor, Target]:
