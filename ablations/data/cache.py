@@ -87,15 +87,14 @@ def open_dataset(
 
     if cache is None:
         return read()
-    options = [FORMAT, os.fspath(root.resolve()), masks, bad_annotations, max_image_pixels]
-    entry = _Entry(cache, hashlib.sha256(json.dumps(options).encode()).hexdigest()[:32], root)
+    entry = _Entry(cache, root, masks, bad_annotations, max_image_pixels)
     if checked:
         try:
             return entry.open(entry.stamps())
         except (OSError, Damaged, Other):
             # Looked at again with the lock, by one process at a time.
             pass
-    with _locked(cache / f"{entry.key}.lock") as problem:
+    with entry.locked() as problem:
         if problem is not None:
             if not checked:
                 say(f"parsed data are not kept: {problem}")
@@ -126,30 +125,56 @@ def open_dataset(
             return data
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[OSError | None]:
-    """Held by one process at a time; gives what stands in the way of a lock, without which nothing is written."""
-    lock = None
-    try:
-        lock = FileLock(path)
-        lock.acquire()
-        problem = None
-    except OSError as error:
-        problem = error
-    try:
-        yield problem
-    finally:
-        if lock is not None:
-            lock.release()
+def keep_dataset(
+    data: Dataset,
+    *,
+    masks: bool = False,
+    bad_annotations: Literal["refuse", "drop"] = "drop",
+    max_image_pixels: int | None = None,
+    cache: Path,
+    say: Callable[[str], None] = to_stderr,
+) -> Dataset:
+    """Store data that were read in this way when there was no place for them yet; returns them mapped.
+
+    Nothing is stored where the instances files have changed since, nor where nothing can be written, which is said.
+    """
+    entry = _Entry(cache, data.root, masks, bad_annotations, max_image_pixels)
+    with entry.locked() as problem:
+        try:
+            if problem is not None:
+                raise problem
+            stamps = entry.stamps()
+            if all(_sha256(split.path) == split.digest for split in (data.train, data.val)):
+                return entry.store(data, stamps)
+        except OSError as error:
+            say(f"parsed data are not kept: {error}")
+        return data
 
 
 class _Entry:
     """What is stored of one data directory, read in one way."""
 
-    def __init__(self, cache: Path, key: str, root: Path):
-        self.cache, self.key, self.root = cache, key, root
-        self.index = cache / f"{key}.json"
+    def __init__(self, cache: Path, root: Path, masks: bool, bad_annotations: str, max_image_pixels: int | None):
+        made_of = [FORMAT, os.fspath(root.resolve()), masks, bad_annotations, max_image_pixels]
+        self.cache, self.root = cache, root
+        self.key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
+        self.index = cache / f"{self.key}.json"
         self.known: dict[str, Any] = {}
+
+    @contextmanager
+    def locked(self) -> Iterator[OSError | None]:
+        """Held by one process at a time; gives what stands in the way of a lock, without which nothing is written."""
+        lock, problem = None, None
+        try:
+            lock = FileLock(self.cache / f"{self.key}.lock")
+            lock.acquire()
+        except OSError as error:
+            problem = error
+        try:
+            yield problem
+        finally:
+            if lock is not None:
+                lock.release()
 
     def stamps(self) -> Stamps:
         """Of the instances files as they are now."""

@@ -13,7 +13,7 @@ from tiny_coco import annotation, documents, write, write_json
 
 from ablations.data import cache as module
 from ablations.data import coco
-from ablations.data.cache import open_dataset
+from ablations.data.cache import keep_dataset, open_dataset
 from ablations.data.coco import read_dataset
 from ablations.data.loader import Loader
 from ablations.data.problems import DataError
@@ -232,6 +232,17 @@ def test_a_full_disk_leaves_nothing_behind(root, tmp_path, monkeypatch):
     assert len(said) == 1 and "No space left" in said[0]
     assert_equal(data, read_dataset(root))
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_data_that_were_read_before_there_was_a_place_for_them_are_kept(root, tmp_path, parsed):
+    read = read_dataset(root)
+    assert_equal(keep_dataset(read, cache=tmp_path / "cache"), read)
+    assert_equal(opened(root, tmp_path / "cache", checked=True)[0], read)
+    assert len(parsed) == 2
+    path = root / "annotations" / "instances_val2017.json"
+    path.write_text(path.read_text() + " ")
+    keep_dataset(read, cache=tmp_path / "other")
+    assert [path.suffix for path in (tmp_path / "other").iterdir()] == [".lock"]
 
 
 def test_without_a_cache_the_files_are_read(root, tmp_path):
