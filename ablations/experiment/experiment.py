@@ -272,6 +272,7 @@ def fit(
         threads=threads,
         masks=model.needs_masks,
         share=group.share(parts),
+        pin=torch.device(job.device).type == "cuda",
     )
 
     def features(images: list[Tensor], targets: list[Target], extent: tuple[int, int]) -> list[Tensor] | None:
