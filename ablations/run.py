@@ -79,7 +79,10 @@ def run_grid(options: Options, ranks: Ranks | None) -> int:
         print(f"\nerror: {error}", file=sys.stderr)
         return USAGE
     except OSError as error:
-        print(f"\nerror: {error}; finished cells are kept, go on with: {options.command}", file=sys.stderr)
+        print(
+            f"\nerror: {error.strerror or error}; finished cells are kept, go on with: {options.command}",
+            file=sys.stderr,
+        )
         return SOME_FAILED
 
 

@@ -7,6 +7,7 @@ left them, and from there to a task that begins again. So a cell whose machine i
 and so does one whose driver was killed, from whatever machine it is run next.
 """
 
+import logging
 import os
 import shutil
 import tempfile
@@ -292,7 +293,7 @@ def started(cluster: Cluster) -> Any:
     own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     here: dict[str, Any] = {} if cluster.address else own
     try:
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="error", **here)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR, **here)
     except ConnectionError as error:
         raise ValueError(f"no Ray cluster at --address {cluster.address}: {error}") from error
     return ray

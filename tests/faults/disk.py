@@ -120,7 +120,8 @@ def read_only(data: Path, folder: Path) -> list[dict[str, object]]:
     with disk(folder / "disk") as place:
         out, log = place / "out", folder / "log"
         for name, wait_for in (("from the beginning", None), ("from the first checkpoint on", "cells/*/checkpoint.pt")):
-            out.mkdir(exist_ok=True)
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir()
             if wait_for is None:
                 subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
                 run = Run(data, out, ONLY, log=log)

@@ -37,7 +37,7 @@ def kills(data: Path, folder: Path, count: int, seed: int = 0) -> dict[str, obje
                 if running.code == 0:
                     break
                 # A cell whose worker was killed twice in one run has a row that says so, and is run again when asked.
-                assert "(2 times)" in running.printed(), running.printed()
+                assert "run again with --retry-failed" in running.printed(), running.printed()
                 running, last = Run(data, out, "depth=1", "--retry-failed", log=log), ""
                 continue
             last, workers = WHO[draw.randrange(3)], running.workers()

@@ -61,7 +61,10 @@ def local(cells, tmp_path_factory):
 @pytest.fixture
 def machines():
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    made = Machines(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    # Ray looks for a minute before it takes a machine for lost.
+    quick = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 2}
+    settings = {"num_cpus": 0, "include_dashboard": False, "_system_config": quick}
+    made = Machines(initialize_head=True, head_node_args=settings)
     yield made
     ray.shutdown()
     made.shutdown()
@@ -94,7 +97,7 @@ def test_a_lost_machine_costs_a_cell_what_it_did_behind_its_last_checkpoint(cell
             saved[cell.attentions].append(None)
         if isinstance(event, Saved):
             saved[cell.attentions].append(event.step)
-            if nodes and len(saved) == 2 and all(len(steps) > 1 for steps in saved.values()):
+            if len(nodes) == 2 and len(saved) == 2 and all(len(steps) > 1 for steps in saved.values()):
                 machines.remove_node(nodes.pop(), allow_graceful=False)
         if isinstance(event, Finished):
             rows.append(event.row["key"])
