@@ -292,8 +292,9 @@ def started(cluster: Cluster) -> Any:
         raise ImportError(NO_RAY) from error
     own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     here: dict[str, Any] = {} if cluster.address else own
+    # Without an address Ray would take any cluster that it finds on this machine.
     try:
-        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR, **here)
+        ray.init(address=cluster.address or "local", log_to_driver=False, logging_level=logging.ERROR, **here)
     except ConnectionError as error:
         raise ValueError(f"no Ray cluster at --address {cluster.address}: {error}") from error
     return ray
