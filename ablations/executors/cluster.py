@@ -305,6 +305,8 @@ def started(cluster: Cluster) -> Any:
     """Ray, connected to the cluster, or with one begun on this machine."""
     # Nothing of a run is reported to anybody.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Cells are measured as without Ray, which would have its workers of a cluster begun here wait for anything else.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         import ray
         import ray.util.scheduling_strategies
