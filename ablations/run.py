@@ -28,10 +28,11 @@ from ablations.experiment.group import NO_BATCH_NORM, trained_batch_norms
 from ablations.experiment.room import Room, quiet_place
 from ablations.generate import generate
 from ablations.grid import Cell, build_grid, only
+from ablations.mounts import warning_of
 from ablations.options import RUNS, Options, parse
 from ablations.plan import Plan, announce, dry_run, make_plan, replaced
 from ablations.report import write_results
-from ablations.rows.store import read_all, read_rows, set_aside
+from ablations.rows.store import read_all, read_rows, set_aside, warn
 from ablations.rows.tables import write_tables
 from heads.backbones.resnet import BACKBONES, load_imagenet
 
@@ -69,6 +70,8 @@ def run_grid(options: Options, ranks: Ranks | None) -> int:
     try:
         plan = make_plan(options, cells, ranks.local_ranks if ranks else 0)
         announce(plan, options)
+        if problem := warning_of(options.out):
+            warn(problem)
         if options.dry_run:
             dry_run(plan, data)
             return OK
@@ -82,7 +85,10 @@ def run_grid(options: Options, ranks: Ranks | None) -> int:
         print(f"\nerror: {error}", file=sys.stderr)
         return USAGE
     except OSError as error:
-        print(f"\nerror: {error}; finished cells are kept, go on with: {options.command}", file=sys.stderr)
+        print(
+            f"\nerror: {error.strerror or error}; finished cells are kept, go on with: {options.command}",
+            file=sys.stderr,
+        )
         return SOME_FAILED
 
 
