@@ -112,7 +112,7 @@ def held_share(make, images):
 
 
 def stages(split, images):
-    """CPU milliseconds an image of what the loader does, one thread: decode, resize, and the copy with channels first."""
+    """CPU milliseconds an image of what the loader does: decode, resize, and the copy with channels first."""
     spent = dict.fromkeys(("decode", "resize", "channels first, mirrored"), 0.0)
     for record in [split.images[number % len(split.images)] for number in range(images)]:
         times = [time.thread_time()]
@@ -190,7 +190,8 @@ def report(found):
 
 Images are decoded, brought to {SHORT_SIDE} pixels of the shorter and at most {MAX_SIZE} of the longer side, half of
 them mirrored, and kept nowhere. When this was measured {os.getloadavg()[0]:.1f} processes wanted the {os.cpu_count()}
-cores, this one among them: where that is more than there are cores, the images a second decide nothing. "640x480" are JPEGs made for this, "COCO" is a slice of the real one.
+cores, this one among them: where that is more than there are cores, the images a second decide nothing.
+"640x480" are JPEGs made for this, "COCO" is a slice of the real one.
 
 | images | run by | number | images/s |
 | --- | --- | ---: | ---: |
@@ -199,7 +200,8 @@ cores, this one among them: where that is more than there are cores, the images 
 ## Where the time of an image goes
 
 Milliseconds of CPU time of one thread, and the share of an image's time in which it holds Python's global lock, as a
-second thread finds it: the least of eight trials. So many threads at most can be busy at once, however many cores there are; the share is an upper bound where
+second thread finds it: the least of eight trials.
+So many threads at most can be busy at once, however many cores there are; the share is an upper bound where
 the second thread does not have a core of its own, and with it the number of threads a lower one.
 
 | images | {" | ".join(found[0]["stages"])} | all | holds the lock | threads at most |
