@@ -67,7 +67,7 @@ def run_grid(options: Options, ranks: Ranks | None) -> int:
         plan = make_plan(options, cells, ranks.local_ranks if ranks else 0)
         announce(plan, options)
         if options.dry_run:
-            dry_run(plan, data)
+            dry_run(plan, options, data)
             return OK
         set_aside(options.out, replaced(plan, options))
         try:
