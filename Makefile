@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 CHECKED = .venv-sanitize
 
-.PHONY: grid test sanitize bench report lint clean
+.PHONY: grid test sanitize bench faults report lint clean
 
 grid: $(VENV)/installed
 	$(BIN)/python -m ablations.run --grid
@@ -22,6 +22,10 @@ sanitize: $(CHECKED)/installed-ttsem
 
 bench: $(VENV)/installed-test
 	$(BIN)/pytest --benchmark-only
+
+# Kill, fill, cut and set back what a grid stands on, and see what is lost: results/faults/. A quarter of an hour.
+faults: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/main.py
 
 report: $(VENV)/installed
 	$(BIN)/python -m ablations.report $(DIR)

@@ -55,7 +55,8 @@ class FileLock:
             return False
         except OSError as error:
             raise OSError(
-                error.errno, f"cannot lock {self.path}: {error.strerror}; choose a directory on a local disk"
+                error.errno,
+                f"cannot lock {self.path}: {error.strerror}; choose one on a disk that knows locks",
             ) from error
         return True
 

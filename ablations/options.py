@@ -129,6 +129,8 @@ def parse(arguments: Sequence[str], program: str = PROGRAM) -> Options:
 
     if parsed.executor != "ray" and (parsed.address or parsed.gpus_per_cell is not None):
         parser.error("--address and --gpus-per-cell are of a cluster: add --executor ray")
+    if parsed.executor == "ray" and parsed.log is not None:
+        parser.error("--log writes on the machine of a cell: leave it out, losses.jsonl of every cell comes to --out")
     gpus = parsed.gpus_per_cell
     if gpus is None:
         gpus = int(parsed.executor == "ray" and parsed.device != "cpu")

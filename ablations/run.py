@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ablations.data.coco import read_dataset
+from ablations.data.cache import keep_dataset, open_dataset
 from ablations.data.split import Dataset
 from ablations.executors.cluster import Cluster, run_on_cluster
 from ablations.executors.pool import run_cells
@@ -28,10 +28,11 @@ from ablations.experiment.group import NO_BATCH_NORM, trained_batch_norms
 from ablations.experiment.room import Room, quiet_place
 from ablations.generate import generate
 from ablations.grid import Cell, build_grid, only
+from ablations.mounts import warning_of
 from ablations.options import RUNS, Options, parse
 from ablations.plan import Plan, announce, dry_run, make_plan, replaced
 from ablations.report import write_results
-from ablations.rows.store import read_all, read_rows, set_aside
+from ablations.rows.store import read_all, read_rows, set_aside, warn
 from ablations.rows.tables import write_tables
 from heads.backbones.resnet import BACKBONES, load_imagenet
 
@@ -53,10 +54,13 @@ def run_grid(options: Options, ranks: Ranks | None) -> int:
         check_weights(options)
         if options.log is not None:
             logs.module(options.log)
+        new = not options.out.exists()
         data = open_data(options)
         base = base_cell(options, data)
         cells = only(build_grid(options.grid, options.preset, base, options.detectors, options.seeds), options.only)
         check_out(options.out, write=not options.dry_run)
+        if new and not options.dry_run:
+            data = keep_dataset(data, **asdict(options.reading), cache=cache(options))
         if ranks is not None:
             check_ranks(cells, options, ranks)
     except (ValueError, OSError) as error:
@@ -66,6 +70,8 @@ def run_grid(options: Options, ranks: Ranks | None) -> int:
     try:
         plan = make_plan(options, cells, ranks.local_ranks if ranks else 0)
         announce(plan, options)
+        if problem := warning_of(options.out):
+            warn(problem)
         if options.dry_run:
             dry_run(plan, options, data)
             return OK
@@ -79,7 +85,10 @@ def run_grid(options: Options, ranks: Ranks | None) -> int:
         print(f"\nerror: {error}", file=sys.stderr)
         return USAGE
     except OSError as error:
-        print(f"\nerror: {error}; finished cells are kept, go on with: {options.command}", file=sys.stderr)
+        print(
+            f"\nerror: {error.strerror or error}; finished cells are kept, go on with: {options.command}",
+            file=sys.stderr,
+        )
         return SOME_FAILED
 
 
@@ -93,10 +102,17 @@ def open_data(options: Options) -> Dataset:
     directory = options.data or generate(RUNS / "data", options.preset.difficulty)
     if options.data is None and time.monotonic() - began > 1:
         print(f"made the default data set, {directory}, in {clock(time.monotonic() - began)}")
-    data = read_dataset(directory, **asdict(options.reading))
+    # A directory for the results is not made before all that is asked for is known to be sound, and by a dry run never.
+    kept = cache(options) if options.out.is_dir() and not options.dry_run else None
+    data = open_dataset(directory, **asdict(options.reading), cache=kept, checked=False)
     for note in data.notes:
         print(note)
     return data
+
+
+def cache(options: Options) -> Path:
+    """Where what is read once a machine is kept."""
+    return options.out / ".cache"
 
 
 def base_cell(options: Options, data: Dataset) -> Cell:
@@ -199,7 +215,7 @@ def run(plan: Plan, options: Options, data: Dataset, ranks: Ranks | None) -> Non
         command=options.command,
         retry_failed=options.retry_failed,
         room=quiet_place(options.out),
-        cache=options.out / ".cache",
+        cache=cache(options),
         log=options.log,
     )
     progress = Progress(plan.todo)

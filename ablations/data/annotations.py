@@ -5,14 +5,14 @@ of mistake, which a user may want to go on without: they are refused or left out
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ablations.data.problems import ID, MAX_EXACT, MISSING, Lenient, identity, mixed, quote, wrong
-from ablations.data.segments import Segmentation, read_segmentation
+from ablations.data.segments import NONE, Segmentation, Segmentations, read_segmentation
 
 BAD_ANNOTATIONS = ("refuse", "drop")
 
@@ -49,10 +49,10 @@ class Annotations:
         bbox: (n, 4) float64, x, y, width, height in pixels.
         area: (n,) float64, square pixels; width × height of the box where none is given.
         crowd: (n,) bool.
-        segmentation: n of `Segmentation`, None where an annotation has none that can be used.
+        segmentation: n, None where an annotation has none that can be used.
         corners: (n, 4) float32, the box as x1, y1, x2, y2, clipped to the image; of no size where it is not trained on.
         number: (n,) int64, position in the file's `annotations`.
-        ids: (n,) object, the annotation's id: int or str.
+        ids: (n,) int64, uint64 or, of text, object: the annotation's id.
         odd: By row, what is wrong with its segmentation, which is None here: masks cannot use it, boxes need not.
     """
 
@@ -61,7 +61,7 @@ class Annotations:
     bbox: np.ndarray
     area: np.ndarray
     crowd: np.ndarray
-    segmentation: list[Segmentation | None]
+    segmentation: Segmentations
     corners: np.ndarray
     number: np.ndarray
     ids: np.ndarray
@@ -79,8 +79,8 @@ def mask_problems(columns: Annotations, training: bool) -> list[str]:
     Training needs one of every ordinary object of positive size; evaluation compares crowd regions and boxes of no
     size too.
     """
-    rows = np.flatnonzero(columns.trained_on) if training else range(len(columns.segmentation))
-    lacking = [int(row) for row in rows if columns.segmentation[row] is None]
+    missing = columns.segmentation.kind == NONE
+    lacking = np.flatnonzero(missing & columns.trained_on if training else missing).tolist()
     numbers, ids = columns.number[lacking].tolist(), columns.ids[lacking].tolist()
     return [
         f"{_where(number, given)}: {columns.odd.get(row, 'it has no segmentation')}; masks need polygons or run lengths"
@@ -205,10 +205,10 @@ def check_annotations(
         bbox=bbox,
         area=np.array(areas, np.float64),
         crowd=table[:, 2].astype(bool),
-        segmentation=segmentations,
+        segmentation=Segmentations.of(segmentations),
         corners=corners,
         number=table[:, 5],
-        ids=_objects(kept_ids),
+        ids=id_column(kept_ids),
         odd=odd,
     )
     if outside.any() and bad == "refuse":
@@ -225,7 +225,7 @@ def check_annotations(
 def _outside(columns: Annotations, sizes: np.ndarray, rows: list[int]) -> list[str]:
     """The problems of boxes that lie outside their images; `sizes` (n, 2) are width, height."""
     return [
-        f"{_where(int(columns.number[row]), columns.ids[row])}: the box {quote(columns.bbox[row].tolist())} lies "
+        f"{_where(int(columns.number[row]), columns.ids.item(row))}: the box {quote(columns.bbox[row].tolist())} lies "
         f"outside its image of {sizes[row, 0]}x{sizes[row, 1]} pixels{OPTION}"
         for row in rows
     ]
@@ -236,7 +236,8 @@ def _selected(columns: Annotations, rows: np.ndarray) -> Annotations:
     kept = rows.tolist()
     arrays = {name: value[rows] for name, value in vars(columns).items() if isinstance(value, np.ndarray)}
     odd = {index: columns.odd[row] for index, row in enumerate(kept) if row in columns.odd}
-    return Annotations(**arrays, segmentation=[columns.segmentation[row] for row in kept], odd=odd)
+    segmentation = Segmentations.of(columns.segmentation[row] for row in kept)
+    return Annotations(**arrays, segmentation=segmentation, odd=odd)
 
 
 def _indices(entries: Mapping[int | str, object] | None) -> dict[int | str, int]:
@@ -266,7 +267,13 @@ def _crowd(value: object, lenient: Lenient, hard: list[str]) -> int:
     return 0
 
 
-def _objects(ids: list[int | str]) -> np.ndarray:
+def id_column(ids: Sequence[int | str]) -> np.ndarray:
+    """Ids as (n,) int64, or uint64 or object where these do not hold them all; `tolist` gives them back."""
+    numbers = not any(type(value) is str for value in ids)
+    for kind in (np.int64, np.uint64) if numbers else ():
+        limits = np.iinfo(kind)
+        if limits.min <= min(ids, default=0) and max(ids, default=0) <= limits.max:  # type: ignore[operator]
+            return np.array(ids, dtype=kind)
     column = np.empty(len(ids), dtype=object)
     column[:] = ids
     return column

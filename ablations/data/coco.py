@@ -11,20 +11,20 @@ more than seconds. What cannot be used is a `DataError` that lists all problems 
 import gc
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
-from ablations.data.annotations import BAD_ANNOTATIONS, Annotations, ImageEntry
+from ablations.data.annotations import BAD_ANNOTATIONS
 from ablations.data.check import read_instances
 from ablations.data.image_files import ImageFiles
-from ablations.data.images import Header, ImageError, applied_orientation, decode, limit_pixels
+from ablations.data.images import ImageError, applied_orientation, decode, limit_pixels
 from ablations.data.problems import DataError, quote
-from ablations.data.split import Dataset, ImageRecord, Split
+from ablations.data.split import Dataset, ImageRecord, Records, Split
 
 SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
 
@@ -75,13 +75,19 @@ def read_dataset(
     """
     _check_arguments(bad_annotations, max_image_pixels)
     root = find_root(directory)
+
+    def read(name: Literal["train", "val"]) -> Split:
+        return read_split(root, name, masks=masks, bad_annotations=bad_annotations, max_image_pixels=max_image_pixels)
+
+    return both(root, read)
+
+
+def both(root: Path, read: Callable[[Literal["train", "val"]], Split]) -> Dataset:
+    """The data set of two parts that `read` gives. Errors as in `read_dataset`."""
     parts, problems = [], []
     for name in SPLITS:
         try:
-            part = read_split(
-                root, name, masks=masks, bad_annotations=bad_annotations, max_image_pixels=max_image_pixels
-            )
-            parts.append(part)
+            parts.append(read(name))
         except DataError as error:
             failed = error
             problems += [f"{os.path.relpath(error.path, root)}: {problem}" for problem in error.problems]
@@ -134,12 +140,13 @@ def _with_categories_of(train: Split, val: Split) -> Split:
         notes.append(f"categories of the training split that this one lacks: {lacking}")
     # A category that is left out labels nothing.
     relabel = np.array([labels.get(category, -1) for category in val.category_ids], dtype=np.int64)
+    annotations = replace(val.annotations, category=relabel[val.annotations.category])
     return replace(
         val,
-        images=[replace(record, labels=relabel[record.labels]) for record in val.images],
+        images=replace(cast(Records, val.images), annotations=annotations),
         category_ids=train.category_ids,
         category_names=train.category_names,
-        annotations=replace(val.annotations, category=relabel[val.annotations.category]),
+        annotations=annotations,
         notes=notes,
     )
 
@@ -184,21 +191,39 @@ def read_split(
             most_pixels=most_pixels,
             measure=files.sizes,
         )
-        headers = files.check(instances.images)
-        hashed = hashlib.sha256(instances.digest.encode())
-        for entry, header in zip(instances.images, headers, strict=True):
-            hashed.update(f"{entry.file_name}\0{header.file_bytes}\0".encode())
-        return Split(
+        split_read = Split(
             name=split,
             path=path,
-            images=list(_records(folder, instances.images, headers, instances.annotations)),
+            images=Records.of(os.fspath(folder), instances.images, instances.annotations),
             category_ids=tuple(category for category, _ in instances.categories),
             category_names=tuple(name for _, name in instances.categories),
             annotations=instances.annotations,
-            fingerprint=hashed.hexdigest()[:32],
+            digest=instances.digest,
+            measured=bool(files.known),
+            fingerprint="",
             notes=instances.notes,
             dropped=instances.dropped,
         )
+        return check_images(split_read, files)
+
+
+def check_images(split: Split, files: ImageFiles) -> Split:
+    """A split whose instances file is sound, with its fingerprint and what its image files say of their orientation.
+
+    Raises:
+        DataError: Lists every problem of its images.
+    """
+    records = cast(Records, split.images)
+    entries = [records.entry(index) for index in range(len(records))]
+    headers = files.check(entries)
+    hashed = hashlib.sha256(split.digest.encode())
+    for entry, header in zip(entries, headers, strict=True):
+        hashed.update(f"{entry.file_name}\0{header.file_bytes}\0".encode())
+    orientations = [applied_orientation(h, e.width, e.height) for e, h in zip(entries, headers, strict=True)]
+    # Files whose size is another one were refused.
+    assert None not in orientations
+    orientation = np.array(orientations, np.uint8)
+    return replace(split, images=replace(records, orientation=orientation), fingerprint=hashed.hexdigest()[:32])
 
 
 @contextmanager
@@ -211,40 +236,6 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _records(
-    folder: Path, entries: list[ImageEntry], headers: list[Header], columns: Annotations
-) -> Iterator[ImageRecord]:
-    whole = (columns.corners[:, 2:] > columns.corners[:, :2]).all(1)
-    numbers = np.arange(len(entries) + 1)
-
-    def by_image(rows: np.ndarray) -> tuple[np.ndarray, list[int]]:
-        rows = rows[np.argsort(columns.image[rows], kind="stable")]
-        return rows, np.searchsorted(columns.image[rows], numbers).tolist()
-
-    rows, bounds = by_image(np.flatnonzero(columns.trained_on))
-    boxes, labels, area = columns.corners[rows], columns.category[rows], columns.area[rows]
-    segmentations = [columns.segmentation[row] for row in rows.tolist()]
-    crowd_rows, crowd_bounds = by_image(np.flatnonzero(whole & columns.crowd))
-    crowd_boxes = columns.corners[crowd_rows]
-    for number, (entry, header) in enumerate(zip(entries, headers, strict=True)):
-        objects = slice(bounds[number], bounds[number + 1])
-        orientation = applied_orientation(header, entry.width, entry.height)
-        # Files whose size is another one were refused.
-        assert orientation is not None
-        yield ImageRecord(
-            image_id=entry.image_id,
-            path=os.path.join(folder, entry.file_name),
-            width=entry.width,
-            height=entry.height,
-            orientation=orientation,
-            boxes=boxes[objects],
-            labels=labels[objects],
-            area=area[objects],
-            segmentations=segmentations[objects],
-            crowd_boxes=crowd_boxes[crowd_bounds[number] : crowd_bounds[number + 1]],
-        )
 
 
 def read_image(record: ImageRecord) -> np.ndarray:

@@ -18,7 +18,7 @@ from ablations.data.batch import ALONE, Batch, Share, Shown, Target
 from ablations.data.coco import read_image
 from ablations.data.problems import DataError
 from ablations.data.segments import bitmap
-from ablations.data.split import ImageRecord, Split
+from ablations.data.split import ImageRecord, Split, sizes
 from kernels.runtime.checks import check_integer
 
 CACHE_BYTES = 512 << 20
@@ -69,10 +69,17 @@ class _Pixels:
     has, in each loader thread anew and in the way of the training step.
     """
 
-    def __init__(self, records: Sequence[ImageRecord], short_sides: Sequence[int], max_size: int, budget: int):
-        self.records = records
+    def __init__(
+        self,
+        records: Sequence[ImageRecord],
+        short_sides: Sequence[int],
+        max_size: int,
+        budget: int,
+        pin: bool = False,
+    ):
+        self.records, self.pin = records, pin
         self.kept: dict[tuple[int, int, int], np.ndarray] = {}
-        shapes = np.array([(record.width, record.height) for record in records], dtype=np.float64)
+        shapes = sizes(records).astype(np.float64)
         total = 0.0
         for short_side in sorted(set(short_sides)):
             scale = np.minimum(short_side / shapes.min(1), max_size / shapes.max(1))
@@ -90,12 +97,17 @@ class _Pixels:
             if pixels.shape[:2] != (height, width):
                 # Pillow puts pixel centres at half-integers and widens its filter when it shrinks.
                 pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
-            image = np.array(pixels.transpose(2, 0, 1), order="C")
-            if self.keeps:
-                self.kept[key] = image
-            elif not flip:
-                return torch.from_numpy(image)
-        return torch.from_numpy((image[..., ::-1] if flip else image).copy())
+            if not self.keeps:
+                return self._own(pixels.transpose(2, 0, 1), flip)
+            image = self.kept[key] = np.array(pixels.transpose(2, 0, 1), order="C")
+        return self._own(image, flip)
+
+    def _own(self, image: np.ndarray, flip: bool) -> Tensor:
+        """A copy of (3, height, width) pixels, mirrored or not, in the order of these axes."""
+        own = torch.empty(image.shape, dtype=torch.uint8, pin_memory=self.pin)
+        # numpy copies with one thread, and lets other Python threads run.
+        np.copyto(own.numpy(), image[..., ::-1] if flip else image)
+        return own
 
 
 class _Ahead(Generic[Made]):
@@ -144,6 +156,7 @@ class Loader:
         cache_bytes: Images are kept decoded and resized when all of them, at all sizes, need no more memory than this.
         masks: Whether the targets have masks; every object of positive size then needs a segmentation.
         share: The images of each step that this process takes; all of them if it works alone.
+        pin: Whether images lie in pinned memory, which a GPU copies from while it computes.
 
     Raises:
         TypeError, ValueError: An argument is no whole number, or out of range.
@@ -163,6 +176,7 @@ class Loader:
         cache_bytes: int = CACHE_BYTES,
         masks: bool = False,
         share: Share = ALONE,
+        pin: bool = False,
     ):
         check_integer("seed", seed, 0)
         if not 0 <= flip <= 1:
@@ -174,10 +188,11 @@ class Loader:
         self.masks = masks
         self.batch_size, self.seed, self.flip = batch_size, seed, flip
         self.short_sides, self.max_size = tuple(short_sides), max_size
-        portrait = np.array([record.height > record.width for record in self.records])
+        shapes = sizes(self.records)
+        portrait = shapes[:, 1] > shapes[:, 0]
         self.groups = (np.flatnonzero(~portrait), np.flatnonzero(portrait))
         self._orders: dict[tuple[int, int], np.ndarray] = {}
-        self._pixels = _Pixels(self.records, self.short_sides, max_size, cache_bytes)
+        self._pixels = _Pixels(self.records, self.short_sides, max_size, cache_bytes, pin)
         self._ahead = _Ahead(self._make, threads)
         if batch_size % (share.ranks * share.parts):
             raise ValueError(f"{share.ranks} ranks and {share.parts} parts do not divide {batch_size} images evenly")
@@ -231,12 +246,12 @@ class Loader:
         sides = generator.integers(len(self.short_sides), size=self.batch_size).tolist()
         flips = (generator.random(self.batch_size) < self.flip).tolist()
         indices = self.indices(step)
-        sizes = [
+        shapes = [
             resized(self.records[index].width, self.records[index].height, self.short_sides[side], self.max_size)
             for index, side in zip(indices, sides, strict=True)
         ]
-        made = [self._image(indices[n], sizes[n], flips[n]) for n in self._positions]
-        extent = max(height for _, height in sizes), max(width for width, _ in sizes)
+        made = [self._image(indices[n], shapes[n], flips[n]) for n in self._positions]
+        extent = max(height for _, height in shapes), max(width for width, _ in shapes)
         return Batch([image for image, _ in made], [target for _, target in made], extent)
 
     def _image(self, index: int, size: tuple[int, int], flip: bool) -> tuple[Tensor, Target]:

@@ -1,6 +1,9 @@
 """COCO's `segmentation` values: polygons kept as compact arrays, run lengths checked before C code reads them."""
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Any, overload
 
 import numpy as np
 from PIL import Image
@@ -16,6 +19,93 @@ _NUMBERS: frozenset[type] = frozenset({int, float})
 RunLengths = dict[str, Any]
 # Polygons of three points or more, float64 (2m,) each, or run lengths.
 Segmentation = list[np.ndarray] | RunLengths
+
+NONE, POLYGONS, RUNS, TEXT = range(4)
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentations(Sequence[Segmentation | None]):
+    """Segmentations of n annotations as flat arrays; each is made into a `Segmentation` when it is asked for.
+
+    COCO's are millions of Python objects otherwise, which no two processes share. The values of annotation i are those
+    from `start[i]` to `start[i + 1]` of what its kind names: polygons, of which number j has the values from
+    `polygon[j]` to `polygon[j + 1]` of `points`; or `runs`; or the bytes of `text`.
+
+    Attributes:
+        kind: (n,) uint8: NONE, POLYGONS, RUNS or, for compressed run lengths, TEXT.
+        start: (n, 2) int64, begin and end.
+        size: (n, 2) int64, height and width of run lengths; 0 for all others.
+        polygon: (p + 1,) int64.
+        points: float64, x, y in pixels.
+        runs: int64.
+        text: uint8, ASCII.
+    """
+
+    kind: np.ndarray
+    start: np.ndarray
+    size: np.ndarray
+    polygon: np.ndarray
+    points: np.ndarray
+    runs: np.ndarray
+    text: np.ndarray
+
+    @classmethod
+    def of(cls, values: Iterable[Segmentation | None]) -> "Segmentations":
+        """The columns of these."""
+        kinds, starts, sizes = [], [], []
+        polygons: list[np.ndarray] = []
+        runs: list[int] = []
+        text = bytearray()
+        for value in values:
+            size = (0, 0)
+            if value is None:
+                kind, begin, end = NONE, 0, 0
+            elif isinstance(value, list):
+                kind, begin = POLYGONS, len(polygons)
+                polygons += value
+                end = len(polygons)
+            else:
+                counts, size = value["counts"], tuple(value["size"])
+                if isinstance(counts, str):
+                    kind, begin = TEXT, len(text)
+                    text += counts.encode("ascii")
+                    end = len(text)
+                else:
+                    kind, begin = RUNS, len(runs)
+                    runs += counts
+                    end = len(runs)
+            kinds.append(kind)
+            starts.append((begin, end))
+            sizes.append(size)
+        lengths = np.fromiter(chain((0,), map(len, polygons)), np.int64, len(polygons) + 1)
+        return cls(
+            kind=np.array(kinds, np.uint8),
+            start=np.array(starts, np.int64).reshape(-1, 2),
+            size=np.array(sizes, np.int64).reshape(-1, 2),
+            polygon=lengths.cumsum(),
+            points=np.concatenate(polygons) if polygons else np.empty(0),
+            runs=np.array(runs, np.int64),
+            text=np.frombuffer(bytes(text), np.uint8),
+        )
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+    @overload
+    def __getitem__(self, index: int) -> Segmentation | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Segmentation | None]: ...
+    def __getitem__(self, index: int | slice) -> Segmentation | list[Segmentation | None] | None:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        kind, (begin, end) = self.kind[index], self.start[index].tolist()
+        if kind == NONE:
+            return None
+        if kind == POLYGONS:
+            bounds = self.polygon[begin : end + 1].tolist()
+            return [self.points[first:last] for first, last in pairwise(bounds)]
+        runs = self.runs[begin:end].tolist() if kind == RUNS else self.text[begin:end].tobytes().decode("ascii")
+        return {"size": self.size[index].tolist(), "counts": runs}
 
 
 def compact_polygons(value: list[Any]) -> list[Any]:

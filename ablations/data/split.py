@@ -1,13 +1,14 @@
 """What reading a data directory gives: images, what there is to learn in them, and the ground truth of evaluation."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
-from ablations.data.annotations import Annotations
+from ablations.data.annotations import Annotations, ImageEntry, id_column
 from ablations.data.segments import Segmentation
 
 
@@ -41,6 +42,98 @@ class ImageRecord:
 
 
 @dataclass(frozen=True, eq=False)
+class Records(Sequence[ImageRecord]):
+    """The images of a split as columns of m; an `ImageRecord` is made when it is asked for.
+
+    Attributes:
+        folder: The directory that the file names are relative to.
+        ids: (m,) int64, uint64 or, of text, object.
+        names: uint8, the file names in UTF-8, one after the other.
+        name_ends: (m + 1,) int64, where each begins and the last ends.
+        sizes: (m, 2) int64, width and height in pixels.
+        orientation: (m,) uint8.
+        annotations: Of the split.
+        rows, bounds: The annotations to train on, image by image, (k,) int64; those of image i are
+            `rows[bounds[i] : bounds[i + 1]]`.
+        crowd_rows, crowd_bounds: Likewise, the crowd regions.
+    """
+
+    folder: str
+    ids: np.ndarray
+    names: np.ndarray
+    name_ends: np.ndarray
+    sizes: np.ndarray
+    orientation: np.ndarray
+    annotations: Annotations
+    rows: np.ndarray
+    bounds: np.ndarray
+    crowd_rows: np.ndarray
+    crowd_bounds: np.ndarray
+
+    @classmethod
+    def of(cls, folder: str, entries: Sequence[ImageEntry], columns: Annotations) -> "Records":
+        """The columns of these images, in id order, each as it is stored: turned by nothing."""
+        names = [entry.file_name.encode() for entry in entries]
+        whole = (columns.corners[:, 2:] > columns.corners[:, :2]).all(1)
+        numbers = np.arange(len(entries) + 1)
+
+        def by_image(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            rows = rows[np.argsort(columns.image[rows], kind="stable")]
+            return rows, np.searchsorted(columns.image[rows], numbers)
+
+        return cls(
+            folder,
+            id_column([entry.image_id for entry in entries]),
+            np.frombuffer(b"".join(names), np.uint8),
+            np.cumsum([0, *map(len, names)]),
+            np.array([(entry.width, entry.height) for entry in entries], np.int64).reshape(-1, 2),
+            np.ones(len(entries), np.uint8),
+            columns,
+            *by_image(np.flatnonzero(columns.trained_on)),
+            *by_image(np.flatnonzero(whole & columns.crowd)),
+        )
+
+    def entry(self, index: int) -> ImageEntry:
+        """An image as the instances file declares it."""
+        first, end = self.name_ends[index : index + 2].tolist()
+        return ImageEntry(self.ids.item(index), self.names[first:end].tobytes().decode(), *self.sizes[index].tolist())
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> ImageRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ImageRecord]: ...
+    def __getitem__(self, index: int | slice) -> ImageRecord | list[ImageRecord]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        entry, columns = self.entry(index), self.annotations
+        rows = self.rows[slice(*self.bounds[index : index + 2].tolist())]
+        crowd_rows = self.crowd_rows[slice(*self.crowd_bounds[index : index + 2].tolist())]
+        return ImageRecord(
+            image_id=entry.image_id,
+            path=os.path.join(self.folder, entry.file_name),
+            width=entry.width,
+            height=entry.height,
+            orientation=self.orientation.item(index),
+            boxes=columns.corners[rows],
+            labels=columns.category[rows],
+            area=columns.area[rows],
+            segmentations=[columns.segmentation[row] for row in rows.tolist()],
+            crowd_boxes=columns.corners[crowd_rows],
+        )
+
+
+def sizes(records: Sequence[ImageRecord]) -> np.ndarray:
+    """(m, 2) int64, width and height of each image in pixels."""
+    if isinstance(records, Records):
+        return records.sizes
+    return np.array([(record.width, record.height) for record in records], np.int64).reshape(-1, 2)
+
+
+@dataclass(frozen=True, eq=False)
 class Split:
     """One part, train or val, of a data set.
 
@@ -51,6 +144,8 @@ class Split:
         category_ids: COCO's id of each label.
         category_names: The name of each label.
         annotations: The columns that `ground_truth` is made of.
+        digest: SHA-256 of the instances file.
+        measured: Whether sizes that it does not declare were taken from the image files.
         fingerprint: Hash of the instances file and of every image's name and size in bytes.
         notes: One line for each thing that was dropped, clipped or read leniently, with the count.
         dropped: How many annotations were left out of training and ground truth, by reason; empty without any.
@@ -58,10 +153,12 @@ class Split:
 
     name: str
     path: Path
-    images: list[ImageRecord]
+    images: Sequence[ImageRecord]
     category_ids: tuple[int | str, ...]
     category_names: tuple[str, ...]
     annotations: Annotations
+    digest: str
+    measured: bool
     fingerprint: str
     notes: list[str]
     dropped: dict[str, int]

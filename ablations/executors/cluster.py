@@ -7,6 +7,7 @@ left them, and from there to a task that begins again. So a cell whose machine i
 and so does one whose driver was killed, from whatever machine it is run next.
 """
 
+import logging
 import os
 import shutil
 import tempfile
@@ -18,13 +19,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ablations.executors import pool
 from ablations.executors.ranks import ranks_of_this_process
 from ablations.executors.worker import Elsewhere, Finished, Notice, claim_both, failed_row
 from ablations.experiment import trained
 from ablations.experiment.experiment import Job, Learned, Saved
 from ablations.experiment.room import quiet_place
-from ablations.files import atomic_write_bytes
+from ablations.files import FileLock, atomic_write_bytes
 from ablations.generate import generate
 from ablations.grid import SHIPPED, Cell
 from ablations.rows.row import Results, Row
@@ -103,7 +106,7 @@ def run_on_cluster(cells: list[Cell], job: Job, cluster: Cluster, notice: Callab
     Raises:
         ImportError: Ray is not installed.
         ValueError: There is no such cluster, or none of its machines can hold a cell.
-        OSError: A row could not be stored.
+        OSError: A row could not be stored, or the cluster is lost.
     """
     ray = started(cluster)
     try:
@@ -120,6 +123,8 @@ def run_on_cluster(cells: list[Cell], job: Job, cluster: Cluster, notice: Callab
             lambda number, cell: task.remote(number, cell, replace(job, threads=cpus), cluster, depot),
             cluster.most or slots,
         )
+    except ray.exceptions.RayError as error:
+        raise OSError(f"the Ray cluster is lost: {type(error).__name__}") from error
     finally:
         ray.shutdown()
 
@@ -210,7 +215,9 @@ class Driver:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
         self.hear()
         if number in self.leases:
-            row = failed_row(self.cells[number], self.job, "crashed", reason)
+            # The machine that ran it may be gone; this one may lack what it had.
+            here = self.job if torch.cuda.is_available() else replace(self.job, device="cpu")
+            row = failed_row(self.cells[number], here, "crashed", reason)
             self.finish(number, {**row, **self.known[number]})
 
 
@@ -228,7 +235,7 @@ def run_there(number: int, cell: Cell, job: Job, cluster: Cluster, depot: Any) -
 
     place = quiet_place(job.out)
     place.mkdir(parents=True, exist_ok=True)
-    out = Path(tempfile.mkdtemp(prefix="cell-", dir=place))
+    out, held = workplace(place)
     sent: dict[Path, tuple[int, int]] = {}
 
     def send(folder: str) -> None:
@@ -265,6 +272,20 @@ def run_there(number: int, cell: Cell, job: Job, cluster: Cluster, depot: Any) -
             pool.run_cells([cell], there, 1, tell, ranks)
     finally:
         shutil.rmtree(out, ignore_errors=True)
+        held.release()
+
+
+def workplace(place: Path) -> tuple[Path, FileLock]:
+    """A new directory for a cell, and the lock that tells it from one whose task was killed: such a one is removed."""
+    for left in place.glob("cell-*"):
+        with FileLock(left / ".held") as lock:
+            if lock.acquire(wait=False):
+                shutil.rmtree(left, ignore_errors=True)
+    # Under its final name nobody finds it without its lock.
+    made = Path(tempfile.mkdtemp(prefix="new-", dir=place))
+    held = FileLock(made / ".held")
+    held.acquire()
+    return made.rename(made.with_name(made.name.replace("new-", "cell-", 1))), held
 
 
 def data_there(job: Job, cluster: Cluster, place: Path) -> Path:
@@ -284,6 +305,8 @@ def started(cluster: Cluster) -> Any:
     """Ray, connected to the cluster, or with one begun on this machine."""
     # Nothing of a run is reported to anybody.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Cells are measured as without Ray, which would have its workers of a cluster begun here wait for anything else.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         import ray
         import ray.util.scheduling_strategies
@@ -291,8 +314,9 @@ def started(cluster: Cluster) -> Any:
         raise ImportError(NO_RAY) from error
     own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     here: dict[str, Any] = {} if cluster.address else own
+    # Without an address Ray would take any cluster that it finds on this machine.
     try:
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="error", **here)
+        ray.init(address=cluster.address or "local", log_to_driver=False, logging_level=logging.ERROR, **here)
     except ConnectionError as error:
         raise ValueError(f"no Ray cluster at --address {cluster.address}: {error}") from error
     return ray

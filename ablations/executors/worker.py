@@ -128,7 +128,7 @@ def work(connection: Connection, job: Job, place: Place | None = None) -> None:
                     except BrokenPipeError:
                         raise
                     except OSError as error:
-                        send(Unwritten(str(error)))
+                        send(Unwritten(error.strerror or str(error)))
                         continue
             send(Finished(row))
     except (EOFError, BrokenPipeError, ConnectionResetError, LostPeer):

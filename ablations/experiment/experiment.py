@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ablations.data.batch import Target
-from ablations.data.coco import read_dataset
+from ablations.data.cache import open_dataset
 from ablations.data.loader import EvalLoader, Loader
 from ablations.data.problems import DataError
 from ablations.data.split import Dataset
@@ -141,7 +141,7 @@ def run(cell: Cell, job: Job, room: Room, notice: Callable[[Event], None], group
         Diverged: The training has failed.
     """
     device = torch.device(job.device)
-    data = dataset(job.data, job.reading)
+    data = dataset(job.data, job.reading, job.cache)
     if (data.fingerprint, data.train.fingerprint) != (cell.data_fingerprint, cell.train_fingerprint):
         raise DataError(job.data, ["it was changed after this run had begun; start the run again"])
     model = build(cell, len(data.train.category_ids), job.weights)
@@ -272,6 +272,7 @@ def fit(
         threads=threads,
         masks=model.needs_masks,
         share=group.share(parts),
+        pin=torch.device(job.device).type == "cuda",
     )
 
     def features(images: list[Tensor], targets: list[Target], extent: tuple[int, int]) -> list[Tensor] | None:
@@ -307,6 +308,6 @@ def fit(
 
 
 @lru_cache(maxsize=1)
-def dataset(directory: Path, reading: Reading) -> Dataset:
-    """The data, read once per process."""
-    return read_dataset(directory, **asdict(reading))
+def dataset(directory: Path, reading: Reading, cache: Path) -> Dataset:
+    """The data, which the run has checked when it began: parsed once a machine, opened once a process."""
+    return open_dataset(directory, **asdict(reading), cache=cache, checked=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ablations.data.batch import Batch, Target
+from ablations.data.feed import Feed
 from ablations.experiment.curve import CURVE, Curve, Scalars
 from ablations.experiment.group import ALONE, Group
 from ablations.experiment.precision import autocast
@@ -128,15 +129,18 @@ def train(
     parts, trained = parts or cell.accumulate, group.together(model.train())
     began = time.monotonic() - seconds
     every = math.ceil(cell.steps / CHECKPOINTS)
+    feed = Feed(batch, device)
     while step < cell.steps:
         with busy():
             torch.manual_seed(cell.seed * 1_000_003 + step)
-            images = batch(step)
+            images = feed(step)
             lr = learning_rate(cell, step)
             for settings in optimizer.param_groups:
                 settings["lr"] = lr * settings["lr_share"]
             optimizer.zero_grad(set_to_none=True)
             losses = group.mean(backward(trained, images, parts, device, cell.precision, features))
+            if step + 1 < cell.steps:
+                feed.prefetch(step + 1)
             if curve is not None:
                 curve.add(losses, lr)
             # Asking a GPU for the value waits for it, so there it is asked only now and then.

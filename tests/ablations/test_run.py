@@ -1,42 +1,23 @@
-"""The command line end to end: what it prints, what it writes, how it ends, and that kill -9 costs nothing."""
+"""The command line end to end: what it prints, what it writes, and how it ends."""
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from places import ROOT
 from tiny_coco import REAL, needs_coco
 
 from ablations import run
 from ablations.experiment.curve import read_curve
 from ablations.generate import generate
-from ablations.grid import PRESETS, SHIPPED, build_grid, only
+from ablations.grid import PRESETS, build_grid, only
 from ablations.options import parse
 from ablations.rows import store
 from ablations.rows.store import read_rows
 
-# The tiny preset with hardly any steps; in the child processes of the kill test it is applied before anything runs.
+# The tiny preset with hardly any steps.
 BRIEF = {"steps": 10, "batch_size": 2, "warmup": 2, "channels": 16, "seeds": 1}
-SCRIPT = f"""
-import sys
-from dataclasses import replace
-from functools import partial
-from ablations import grid, run
-from ablations.experiment import experiment
-# In the workers, too: speed is not what is looked at.
-experiment.measure_latency = partial(experiment.measure_latency, seconds=0.05)
-if __name__ == "__main__":
-    grid.PRESETS["tiny"] = replace(grid.PRESETS["tiny"], **{BRIEF})
-    sys.exit(run.main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -237,67 +218,6 @@ def test_a_diverging_cell_becomes_a_row_and_the_others_go_on(brief, data, tmp_pa
     # A failed cell is not tried again unless it is asked for.
     assert run.main(arguments) == 1
     assert "2 done, 0 to run" in capsys.readouterr().out
-
-
-def test_kill_9_costs_nothing(data, tmp_path):
-    """Kill the run with its workers at several moments; what remains must equal a run that was never killed."""
-    script = tmp_path / "brief.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-    def command(out):
-        return [
-            sys.executable,
-            str(script),
-            "--grid",
-            "--data",
-            str(data),
-            "--out",
-            str(out),
-            "--workers",
-            "2",
-            "--only",
-            "depth=1,coarse_offsets=crop",
-            # A frozen backbone, whose maps are kept by each process: a resumed one has to make them anew.
-            "--weights",
-            str(SHIPPED["tiny"]),
-        ]
-
-    def children(pid):
-        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
-        return [int(line) for line in found.stdout.split()]
-
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(whole), env=environment, check=True, capture_output=True)
-    rows = {row["key"]: row for row in read_rows(whole)}
-    assert len(rows) == 4
-
-    kept = {}
-    for appears in ("*/checkpoint.pt", "*.json"):
-        before = len(list((killed / "cells").glob(appears)))
-        process = subprocess.Popen(command(killed), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 120
-        while len(list((killed / "cells").glob(appears))) <= before and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        victims = children(process.pid)
-        for victim in (process.pid, *victims):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(victim, signal.SIGKILL)
-        process.wait()
-        for row in read_rows(killed):
-            kept.setdefault(row["key"], row)
-
-    subprocess.run(command(killed), env=environment, check=True, capture_output=True)
-    final = {row["key"]: row for row in read_rows(killed)}
-    assert final.keys() == rows.keys()
-    for key, row in kept.items():
-        assert final[key] == row, "a finished cell was run again"
-    for key, row in rows.items():
-        assert final[key]["metrics"] == row["metrics"]
-        assert final[key]["training"]["loss"] == row["training"]["loss"]
-        for name, value in weights(whole, row).items():
-            assert torch.equal(weights(killed, final[key])[name], value), name
 
 
 @needs_coco

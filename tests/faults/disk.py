@@ -75,8 +75,13 @@ def fill(path: str) -> None:
     os.close(file)
 
 
-def full_disk(data: Path, folder: Path) -> list[dict[str, object]]:
-    """For every file that a run writes, one in which the disk is full just before, and one behind it that goes on."""
+def full_disk(data: Path, folder: Path, every: int) -> list[dict[str, object]]:
+    """For every file that a run writes, one in which the disk is full just before, and one behind it that goes on.
+
+    Args:
+        data, folder: Directories.
+        every: Take each file (1), each second one (2), and so on.
+    """
     sys.addaudithook(watch)
     results = []
     with disk(folder / "disk") as place:
@@ -85,7 +90,7 @@ def full_disk(data: Path, folder: Path) -> list[dict[str, object]]:
         assert Run(data, out, ONLY, log=log).wait() == 0
         del _watched["list"]
         shutil.copytree(out, whole)
-        sites = list(dict.fromkeys((folder / "sites").read_text().split("\n")))[:-1]
+        sites = list(dict.fromkeys((folder / "sites").read_text().splitlines()))[::every]
         for number, site in enumerate(sites):
             shutil.rmtree(out)
             _filled[0] = 0
@@ -98,9 +103,9 @@ def full_disk(data: Path, folder: Path) -> list[dict[str, object]]:
             now = rows_of(out)
             results.append(
                 {
-                    "full before the writing of": site,
+                    "full before the writing of": site or "(whether it can be written to)",
                     "exit code": code,
-                    "said": said[0].replace(str(place), "") if said else "",
+                    "said": brief(said, place),
                     "lines": len(said),
                     "rows lost": sum(now.get(key) != row for key, row in rows.items()),
                     "exit code of the next": again,
@@ -114,13 +119,19 @@ def full_disk(data: Path, folder: Path) -> list[dict[str, object]]:
 ONLY = "LSC,depth=1"
 
 
+def brief(said: list[str], place: Path) -> str:
+    """The first line of what was said, without the command that goes on."""
+    return said[0].replace(str(place), "").partition("; finished cells are kept")[0] if said else ""
+
+
 def read_only(data: Path, folder: Path) -> list[dict[str, object]]:
     """A disk that is read-only from the beginning, and one that becomes so while a cell trains."""
     results = []
     with disk(folder / "disk") as place:
         out, log = place / "out", folder / "log"
         for name, wait_for in (("from the beginning", None), ("from the first checkpoint on", "cells/*/checkpoint.pt")):
-            out.mkdir(exist_ok=True)
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir()
             if wait_for is None:
                 subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
                 run = Run(data, out, ONLY, log=log)
@@ -139,9 +150,8 @@ def read_only(data: Path, folder: Path) -> list[dict[str, object]]:
                 {
                     "read-only": name,
                     "exit code": code,
-                    "said": said[0].replace(str(place), "") if said else "",
+                    "said": brief(said, place),
                     "lines": len(said),
-                    "rows lost": 0,
                     "exit code of the next": again,
                     "differences": len(differences(out, folder / "whole-2")),
                 }

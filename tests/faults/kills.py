@@ -16,19 +16,19 @@ WHO = ("worker", "driver", "all")
 SECONDS, SECONDS_AFTER_A_WORKER = 6.0, 1.5
 
 
-def kills(data: Path, folder: Path, count: int, seed: int = 0) -> dict[str, object]:
+def kills(data: Path, folder: Path, only: str, count: int, seed: int = 0) -> dict[str, object]:
     """Kill so many times, typing the same command again behind each; returns what came of it.
 
     A grid that has come to its end is compared with one that nothing was done to, and the next one begins.
     """
     whole, out, log = folder / "whole", folder / "killed", folder / "log"
-    assert Run(data, whole, log=log).wait() == 0
+    assert Run(data, whole, only, log=log).wait() == 0
     draw, tally, moments = random.Random(seed), Counter[str](), Counter[str]()
     grids = lost = unequal = 0
     take("doubled")
     while tally.total() < count:
         rows: dict[str, object] = {}
-        running, last = Run(data, out, log=log), ""
+        running, last = Run(data, out, only, log=log), ""
         while True:
             until = time.monotonic() + draw.uniform(0.0, SECONDS_AFTER_A_WORKER if last == "worker" else SECONDS)
             while time.monotonic() < until and not running.ended():
@@ -37,8 +37,8 @@ def kills(data: Path, folder: Path, count: int, seed: int = 0) -> dict[str, obje
                 if running.code == 0:
                     break
                 # A cell whose worker was killed twice in one run has a row that says so, and is run again when asked.
-                assert "(2 times)" in running.printed(), running.printed()
-                running, last = Run(data, out, "depth=1", "--retry-failed", log=log), ""
+                assert "run again with --retry-failed" in running.printed(), running.printed()
+                running, last = Run(data, out, only, "--retry-failed", log=log), ""
                 continue
             last, workers = WHO[draw.randrange(3)], running.workers()
             victims = {"worker": workers[:1], "driver": [running.pid], "all": [running.pid, *workers]}[last]
@@ -50,7 +50,7 @@ def kills(data: Path, folder: Path, count: int, seed: int = 0) -> dict[str, obje
                     os.kill(pid, signal.SIGKILL)
             if last != "worker":
                 running.wait()
-                running = Run(data, out, log=log)
+                running = Run(data, out, only, log=log)
             now = rows_of(out)
             lost += sum(now.get(key) != row for key, row in rows.items())
             rows = dict(now)

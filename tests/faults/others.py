@@ -1,6 +1,7 @@
 """A clock that jumps, files that are cut off, and several runners on one directory."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -55,7 +56,7 @@ if __name__ == "__main__":
 YEAR = 365 * 24 * 3600
 
 
-def clock_that_jumps(data: Path, folder: Path, whole: Path) -> list[dict[str, object]]:
+def clock_that_jumps(data: Path, folder: Path, only: str) -> list[dict[str, object]]:
     """The wall clock goes forward, or back, by a year when the first checkpoint is there."""
     shim, program, shift = folder / "clock.so", folder / "program.py", folder / "shift"
     subprocess.run(
@@ -67,7 +68,7 @@ def clock_that_jumps(data: Path, folder: Path, whole: Path) -> list[dict[str, ob
     for name, by in (("forward", YEAR), ("back", -YEAR)):
         out = folder / f"clock-{name}"
         shift.write_text("0")
-        command = [sys.executable, str(program), "--grid", "--data", str(data), "--out", str(out), "--only", "depth=1"]
+        command = [sys.executable, str(program), "--grid", "--data", str(data), "--out", str(out), "--only", only]
         command += ["--workers", "2", "--weights", str(Path("ablations/generated/tiny.safetensors").resolve())]
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -85,16 +86,16 @@ def clock_that_jumps(data: Path, folder: Path, whole: Path) -> list[dict[str, ob
                 "said": errors.strip(),
                 "rows that began before and ended behind the jump": jumped,
                 "seconds below 0": sum(row["training"]["seconds"] < 0 for row in rows),
-                "differences": len(differences(out, whole)),
+                "differences": len(differences(out, folder / "whole")),
             }
         )
     return results
 
 
-def cut_files(data: Path, folder: Path, whole: Path) -> list[dict[str, object]]:
+def cut_files(data: Path, folder: Path, only: str) -> list[dict[str, object]]:
     """Each file of a finished cell cut in half; the weights of one whose row is gone."""
     out, log, results = folder / "cut", folder / "log", []
-    assert Run(data, out, log=log).wait() == 0
+    assert Run(data, out, only, log=log).wait() == 0
     for name in ("row", "detections.json.gz", "replicates.npz", "training.json", "checkpoint.pt"):
         key, row = next(iter(rows_of(out).items()))
         file = out / "cells" / f"{key}.json"
@@ -109,7 +110,7 @@ def cut_files(data: Path, folder: Path, whole: Path) -> list[dict[str, object]]:
             file.unlink()
         cut = path.read_bytes()[: path.stat().st_size // 2]
         path.write_bytes(cut)
-        run = Run(data, out, log=log)
+        run = Run(data, out, only, log=log)
         code = run.wait()
         said = [line for line in run.printed().splitlines() if "set aside" in line]
         kept = any(each.read_bytes() == cut for each in out.glob("cells/replaced/**/*") if each.is_file())
@@ -117,21 +118,21 @@ def cut_files(data: Path, folder: Path, whole: Path) -> list[dict[str, object]]:
             {
                 "cut in half": name,
                 "exit code": code,
-                "said": said[0].replace(str(out), "") if said else "",
+                "said": re.sub(r" \(.{90,}\)", " (…)", said[0].replace(str(out), "")) if said else "",
                 "lines": len(said),
                 "kept in cells/replaced": kept,
-                "differences": len(differences(out, whole)),
+                "differences": len(differences(out, folder / "whole")),
             }
         )
     return results
 
 
-def runners(data: Path, folder: Path, count: int = 8) -> dict[str, object]:
-    """Several runners, begun at once, on a grid of 16 cells of one step each."""
+def runners(data: Path, folder: Path, only: str, count: int, seeds: int) -> dict[str, object]:
+    """Several runners, begun at once, on a grid of cells of one step each."""
     out = folder / "shared"
     take("trainings"), take("doubled")
-    steps = ("--steps", "1", "--seeds", "2")
-    running = [Run(data, out, "depth=1", *steps, log=folder / f"log-{n}") for n in range(count)]
+    steps = ("--steps", "1", "--seeds", str(seeds))
+    running = [Run(data, out, only, *steps, log=folder / f"log-{n}") for n in range(count)]
     codes = [run.wait(600) for run in running]
     rows = rows_of(out)
     return {

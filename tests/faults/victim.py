@@ -23,13 +23,17 @@ import torch
 from ablations import grid, run
 from ablations.evaluation.detections import FILE, read_detections
 from ablations.executors import pool, worker
+from ablations.exhibits.make import write_exhibits
 from ablations.experiment import experiment, train
 from ablations.experiment.experiment import Stage
 from ablations.grid import SHIPPED
+from ablations.report import write_results
+from ablations.rows.machine import machine_info
 from ablations.rows.row import Row
 from ablations.rows.store import read_row, read_rows
+from ablations.rows.tables import write_tables
 
-SMALL = {"steps": 30, "batch_size": 2, "warmup": 2, "channels": 16, "seeds": 1}
+SMALL = {"steps": 20, "batch_size": 2, "warmup": 2, "channels": 16, "seeds": 1}
 # The later one counts where several processes are killed at once.
 DOING = ("starting or waiting", "measuring", "evaluating", "training", "writing")
 # What each process is doing, by its number modulo the length; the last two count trainings and rows written twice.
@@ -41,8 +45,12 @@ _count = multiprocessing.Lock()
 def prepare() -> None:
     """Make the program small, and watched; once, before anything is forked."""
     torch.set_num_threads(1)
+    # The commit is asked for once, and not by every process that is forked.
+    machine_info("cpu", "")
     grid.PRESETS["tiny"] = replace(grid.PRESETS["tiny"], **SMALL)
+    # What writes nothing need not take its time.
     experiment.measure_latency = partial(experiment.measure_latency, seconds=0.02)
+    experiment.count_gmacs = lambda *_: 1.0
     pool.multiprocessing = SimpleNamespace(get_context=lambda _: multiprocessing.get_context("fork"))
     whole, written, trained, atomic = worker.run, worker.write_row, experiment.train, train.atomic_file
 
@@ -72,6 +80,12 @@ def prepare() -> None:
 
     worker.run, worker.write_row, pool.write_row, experiment.train = watched, counted, counted, training
     train.atomic_file = writing(atomic)
+
+
+def show(everything: bool) -> None:
+    """Whether a run ends with exhibits, pictures and a report, which take long, or with tables alone."""
+    run.write_exhibits = write_exhibits if everything else lambda *_: None
+    run.write_results = write_results if everything else lambda rows, out, problems: write_tables(rows, out)
 
 
 def writing(manager: Callable) -> Callable:
@@ -128,9 +142,10 @@ class Run:
         data, out: Directories.
         only: Which cells.
         more: Further options.
+        log: Where it prints.
     """
 
-    def __init__(self, data: Path, out: Path, only: str = "depth=1", *more: str, log: Path):
+    def __init__(self, data: Path, out: Path, only: str, *more: str, log: Path):
         arguments = ["--grid", "--data", str(data), "--out", str(out), "--only", only, "--workers", "2", *more]
         arguments += ["--weights", str(SHIPPED["tiny"])]
         self.log, self.code = log, None

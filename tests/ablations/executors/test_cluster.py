@@ -12,7 +12,7 @@ import torch
 from places import ROOT
 
 from ablations import run
-from ablations.executors.cluster import Cluster, run_on_cluster
+from ablations.executors.cluster import Cluster, run_on_cluster, workplace
 from ablations.executors.pool import run_cells
 from ablations.executors.worker import Finished
 from ablations.experiment.experiment import Job, Saved, Stage
@@ -60,8 +60,12 @@ def local(cells, tmp_path_factory):
 
 @pytest.fixture
 def machines():
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    made = Machines(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    # Workers wait for nothing else of the machine, or a loaded one starves them.
+    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0")
+    # Ray looks for a minute before it takes a machine for lost.
+    quick = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 2}
+    settings = {"num_cpus": 0, "include_dashboard": False, "_system_config": quick}
+    made = Machines(initialize_head=True, head_node_args=settings)
     yield made
     ray.shutdown()
     made.shutdown()
@@ -94,7 +98,7 @@ def test_a_lost_machine_costs_a_cell_what_it_did_behind_its_last_checkpoint(cell
             saved[cell.attentions].append(None)
         if isinstance(event, Saved):
             saved[cell.attentions].append(event.step)
-            if nodes and len(saved) == 2 and all(len(steps) > 1 for steps in saved.values()):
+            if len(nodes) == 2 and len(saved) == 2 and all(len(steps) > 1 for steps in saved.values()):
                 machines.remove_node(nodes.pop(), allow_graceful=False)
         if isinstance(event, Finished):
             rows.append(event.row["key"])
@@ -140,6 +144,23 @@ def test_what_a_cluster_cannot_hold_is_said(machines, cells, tmp_path):
         ValueError, match="no machine of the cluster has 2 GPUs and 1 CPUs for a cell; there are: 0 CPUs"
     ):
         run_on_cluster(cells[0], job(cells[1], tmp_path), Cluster(machines.address, 2, None, None), lambda *_: None)
+
+
+def test_what_a_killed_task_left_on_its_machine_is_removed_by_the_next(tmp_path):
+    left = tmp_path / "cell-left"
+    left.mkdir()
+    (left / ".held").touch()
+    at_work, held = workplace(tmp_path)
+    made, other = workplace(tmp_path)
+    assert not left.exists() and at_work.exists() and made.exists() and made != at_work
+    held.release()
+    other.release()
+
+
+def test_a_dashboard_of_another_machine_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(["--grid", "--executor", "ray", "--log", "tensorboard"])
+    assert stopped.value.code == 2 and "leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [["--address", "auto"], ["--gpus-per-cell", "2"]])
