@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
+from ablations.budget import SHARE
 from ablations.data.annotations import BAD_ANNOTATIONS
 from ablations.data.images import MAX_PIXELS
 from ablations.experiment.experiment import Reading
@@ -53,6 +54,8 @@ class Options:
         gpus_per_cell: GPUs that a cell on a cluster takes; 0 for CPUs.
         log: One of `ablations.experiment.logs.LOGS`; None for none.
         dry_run: List the cells and run nothing.
+        gpus: Numbers of GPUs that a dry run tells the time of.
+        peak_share: What it takes for the share of a GPU's peak that is used.
         fresh: Run finished cells again.
         retry_failed: Run failed cells again.
         command: The command as it was typed.
@@ -78,6 +81,8 @@ class Options:
     gpus_per_cell: int
     log: str | None
     dry_run: bool
+    gpus: tuple[int, ...]
+    peak_share: float
     fresh: bool
     retry_failed: bool
     command: str
@@ -153,6 +158,8 @@ def parse(arguments: Sequence[str], program: str = PROGRAM) -> Options:
         gpus_per_cell=gpus,
         log=parsed.log,
         dry_run=parsed.dry_run,
+        gpus=parsed.gpus,
+        peak_share=parsed.peak_share,
         fresh=parsed.fresh,
         retry_failed=parsed.retry_failed,
         command=f"{program} {shlex.join(arguments)}",
@@ -244,6 +251,10 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--gpus-per-cell", type=positive, metavar="N", help=gpus)
     how.add_argument("--log", choices=LOGS, help="write loss curves and AP for one of these, too, if it is installed")
     how.add_argument("--dry-run", action="store_true", help="list the cells, what is done and the cost; run nothing")
+    several = "numbers of GPUs whose time --dry-run tells (default: 1,8)"
+    how.add_argument("--gpus", type=wholes, default=(1, 8), metavar="N[,N]", help=several)
+    used = "the share of a GPU's peak that --dry-run takes to be used (default: %(default)s, an assumption)"
+    how.add_argument("--peak-share", type=share, default=SHARE, metavar="X", help=used)
     how.add_argument("--fresh", action="store_true", help="run finished cells again; old rows move to cells/replaced/")
     how.add_argument("--retry-failed", action="store_true", help="run failed cells again")
     return parser
@@ -267,4 +278,12 @@ def rate_of_learning(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return value
+
+
+def share(text: str) -> float:
+    """A number above 0 and up to 1, for argparse."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share: a number above 0, up to 1")
     return value

@@ -4,11 +4,12 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, cast
 
+from ablations.budget import SHARE, Gpu, gpu, makespan, span
 from ablations.cost import estimate
 from ablations.data.split import Dataset
 from ablations.executors.progress import TRAINING_SHARE, clock
@@ -82,30 +83,66 @@ def report_reuse(what: str, records: Iterable[Machine | Training], options: Opti
         print(f"reusing {what} made at commit {', '.join(others)}; --fresh runs them again at {here}")
 
 
-def dry_run(plan: Plan, data: Dataset) -> None:
-    """List the cells and what they will cost: time where one of the kind has run, size and memory where none has."""
-    seconds: list[float | None] = []
+def dry_run(plan: Plan, options: Options, data: Dataset) -> None:
+    """List the cells and what they will cost: time where one of the kind has run, size and time of a GPU elsewhere."""
+    device = gpu(options.device)
+    known: list[float] = []
+    others: dict[Cell, float] = {}
+    large = 0
     for cell in plan.cells:
         if cell not in plan.todo:
             print(f"  {cell.name:34}  {plan.rows[cell.key]['status']}")
             continue
+        evaluated = cell in plan.only_evaluated
         taken = training_seconds(cell, plan.rows.values())
         if taken is None:
-            seconds.append(None)
+            # Where there is no GPU, what is told is what the cell would be on one.
+            cell = replace(cell, precision=options.precision or options.preset.gpu_precision)
             cost = estimate(cell, data)
-            what = f"{cost.params_M:.2f} M parameters, {cost.GMACs:.3f} GMACs, about {cost.memory_MB:.0f} MB to train"
+            operations = cost.evaluation + (0 if evaluated else cost.training)
+            others[cell] = operations / (options.peak_share * device.peak(cell.precision))
+            what = f"{cost.params_M:.2f} M parameters, {cost.GMACs:.3f} GMACs, "
+            if not evaluated:
+                fits = 1e6 * cost.memory_MB <= device.memory
+                large += not fits
+                what += f"about {cost.memory_MB:.0f} MB to train{'' if fits else ' (too much)'}, "
+            what += f"{others[cell] / 3600:.2f} GPU hours"
         else:
-            seconds.append(taken * (1 / TRAINING_SHARE - (cell in plan.only_evaluated)))
-            what = f"about {clock(seconds[-1] or 0)}"
-        print(f"  {cell.name:34}  {'to evaluate' if cell in plan.only_evaluated else 'to run':11}  {what}")
-    known = [value for value in seconds if value is not None]
+            known.append(taken * (1 / TRAINING_SHARE - evaluated))
+            what = f"about {clock(known[-1])}"
+        print(f"  {cell.name:34}  {'to evaluate' if evaluated else 'to run':11}  {what}")
     if known:
         print(
             f"about {clock(sum(known) / plan.workers)} with {plan.workers} workers for {len(known)} cells, as rows say"
         )
-    if len(known) < len(seconds):
-        others = f"{len(seconds) - len(known)} cells of whose kind none has run here"
-        print(f"time not known: {others}; their memory is an estimate, without workspaces and what an allocator adds")
+    if others:
+        print(f"time not known: {len(others)} cells of whose kind none has run here")
+        for line in gpu_time(list(others.values()), next(iter(others)).precision, device, options):
+            print(f"  {line}")
+        room = f"{device.memory / 1e9:.0f} GB of memory"
+        print(
+            f"  {f'{large} need more than' if large else 'all fit into'} {room}, by an estimate without workspaces and"
+        )
+        print("  what an allocator adds; one that runs out halves what it trains on at once, up to three times")
+
+
+def gpu_time(seconds: list[float], precision: str, device: Gpu, options: Options) -> list[str]:
+    """What cells take that take so many seconds each on one GPU, alone and on several, and what that rests on."""
+    rate = (
+        f"{100 * options.peak_share:g} % of {device.peak(precision) / 1e12:g} TFLOP/s, {device.name}'s in {precision}"
+    )
+    basis = (
+        "the share is an assumption, nothing has measured it" if options.peak_share == SHARE else "the share is yours"
+    )
+    if device.assumed:
+        basis = f"{device.name} stands here for {device.assumed}; {basis}"
+    several = "; ".join(f"{span(makespan(seconds, count))} on {count} GPU{'s' * (count > 1)}" for count in options.gpus)
+    return [
+        f"{sum(seconds) / 3600:.1f} GPU hours at {rate}",
+        f"{several}; cells side by side, each on one GPU",
+        basis,
+        "not in it: losses, loading of images, NMS, metrics, and the measurement of speed",
+    ]
 
 
 def training_seconds(cell: Cell, rows: Iterable[Row]) -> float | None:

@@ -73,7 +73,7 @@ def run_grid(options: Options, ranks: Ranks | None) -> int:
         if problem := warning_of(options.out):
             warn(problem)
         if options.dry_run:
-            dry_run(plan, data)
+            dry_run(plan, options, data)
             return OK
         set_aside(options.out, replaced(plan, options))
         try:

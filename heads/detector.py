@@ -13,6 +13,8 @@ from kernels.runtime.checks import check_device, kind_of
 # ImageNet's channel statistics, RGB in [0, 1].
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+# Batches are padded to a multiple of this many pixels, the stride of the coarsest map that a pyramid is given.
+DIVISOR = 32
 
 # What a head's `forward` returns and its `loss` and `predict` take: a NamedTuple of the head's own.
 Outputs = TypeVar("Outputs")
@@ -145,7 +147,7 @@ class Detector(nn.Module):
         fpn: nn.Module,
         trunk: nn.Module,
         head: PredictionHead[Any],
-        divisor: int = 32,
+        divisor: int = DIVISOR,
         *,
         mean: tuple[float, float, float] = MEAN,
         std: tuple[float, float, float] = STD,

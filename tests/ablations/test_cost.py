@@ -1,19 +1,24 @@
-"""What a dry run says of cells: the time of their kind, or their size and an estimate of memory."""
+"""What a dry run says of cells: the time of their kind, or their size, an estimate of memory, and GPU hours."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cells import CELL
 from synthetic_rows import make_row
+from torch.utils.flop_counter import FlopCounterMode
 
-from ablations import run
-from ablations.cost import estimate, total, whole
+from ablations import budget, run
+from ablations.budget import gpu, makespan, span
+from ablations.cost import counted, estimate, evaluated_pixels, total, trained_pixels, whole
 from ablations.data.coco import read_dataset
+from ablations.data.loader import Loader
 from ablations.experiment.experiment import build
 from ablations.experiment.measure import count_gmacs, count_parameters
 from ablations.generate import generate
 from ablations.grid import PRESETS, with_dyhead
+from ablations.options import parse
 from ablations.plan import training_seconds
 from ablations.rows.store import write_row
 
@@ -42,7 +47,7 @@ def test_a_detector_of_many_blocks_costs_what_it_is_said_to(cell, attentions, de
     model = build(cell, 3, None)
     assert cost.macs / 1e9 == pytest.approx(count_gmacs(model, [torch.empty(3, *size)]), rel=1e-12)
     assert cost.parameters == count_parameters(model)
-    assert (cost.trained, cost.saved) == (itself.trained, itself.saved)
+    assert (cost.trained, cost.saved, cost.backward) == (itself.trained, itself.saved, itself.backward)
 
 
 def test_memory_falls_with_parts_and_half_precision_and_frozen_stages(data):
@@ -102,5 +107,100 @@ def test_a_dry_run_gives_the_time_where_it_is_known_and_the_size_elsewhere(data,
     assert "parameters" not in printed and "not known" not in printed
     assert run.main([*arguments, "--only", "LSC", "--seeds", "1"]) == 0
     printed = capsys.readouterr().out
-    assert " M parameters, " in printed and " GMACs, about " in printed and " MB to train\n" in printed
+    assert " M parameters, " in printed and " GMACs, about " in printed and " MB to train, " in printed
     assert "time not known: 1 cells" in printed
+
+
+def test_a_convolution_costs_what_it_does_by_hand():
+    """Two 3 x 3 convolutions on 2 images of 16 x 16, 3 channels to 8 to 4; nothing is passed back to the images."""
+
+    def make():
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 4, 3, padding=1))
+
+    first, second = 2 * 256 * 9 * 3 * 8, 2 * 256 * 9 * 8 * 4
+    cost = counted(make, lambda model: model(torch.empty(2, 3, 16, 16)), "fp32", backward=True)
+    assert (cost.macs, cost.backward) == (first + second, first + 2 * second)
+    assert cost.parameters == cost.trained == 27 * 8 + 8 + 72 * 4 + 4
+
+
+def test_operations_are_those_of_the_training_itself(data):
+    """Against a counter around the steps: the backward pass ends at what is frozen, and images are padded together."""
+    dataset = read_dataset(data)
+    cell = replace(with_dyhead(BASE, "LSC", 2, "released", "crop"), steps=2, batch_size=2, weights="some", frozen=2)
+    cell = replace(cell, test_size=(128, 128), test_flip=True)
+    model = build(cell, len(dataset.train.category_ids), None).train()
+    model.backbone.freeze(2)
+    loader = Loader(dataset.train, 2, 0, cell.image_size, cell.max_size)
+    with FlopCounterMode(display=False) as counter:
+        for step in range(2):
+            images, targets, _ = loader.batch(step)
+            sum(model(images, targets).values()).backward()
+    cost = estimate(cell, dataset)
+    assert cost.training == pytest.approx(counter.get_total_flops(), rel=1e-9)
+    # Four images of val at two sizes, mirrored too: each is shown four times.
+    assert cost.evaluation == pytest.approx(4 * 4 * 2e9 * cost.GMACs)
+
+
+@dataclass(eq=False)
+class Images:
+    """A split that has sizes of images alone."""
+
+    images: list
+
+
+def test_images_are_counted_with_the_padding_of_their_batch():
+    """Landscape 64 x 32 and portrait 32 x 64 never meet in training, and in evaluation they do, as 64 x 64."""
+    split = Images([SimpleNamespace(width=w, height=h) for w, h in [(64, 32), (32, 64)] * 8])
+    cell = replace(BASE, batch_size=4, image_size=(32,), max_size=64)
+    assert trained_pixels(split, cell) == 64 * 32
+    assert evaluated_pixels(split, 4, 32, 64) == 16 * 64 * 64
+    assert evaluated_pixels(split, 1, 32, 64) == 16 * 64 * 32
+    # Sides are padded to a multiple of 32, and at two sizes most batches hold an image of the larger one.
+    assert trained_pixels(split, replace(cell, image_size=(20,), max_size=40)) == 64 * 32
+    assert 64 * 32 < trained_pixels(split, replace(cell, image_size=(32, 64), max_size=128)) < 128 * 64
+    alone = replace(cell, image_size=(32, 64), max_size=128, accumulate=4)
+    assert trained_pixels(split, alone) == pytest.approx((64 * 32 + 128 * 64) / 2, rel=0.1)
+
+
+def test_gpus_take_the_longest_cells_first():
+    """By hand: 5 | 4, 3 behind the 4, 3 behind the 5, and 3 behind the 7."""
+    assert makespan([3, 3, 5, 3, 4], 2) == 10
+    assert makespan([3, 3, 5, 3, 4], 1) == 18
+    assert makespan([3, 3, 5, 3, 4], 5) == makespan([3, 3, 5, 3, 4], 64) == 5
+
+
+def test_the_peak_is_that_of_the_gpu_that_is_here_or_an_h100s(monkeypatch):
+    assert gpu("cpu").name == "H100 SXM" and "want of a GPU" in gpu("cpu").assumed
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    here = SimpleNamespace(name="NVIDIA A100-SXM4-40GB", total_memory=40e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: here)
+    assert (gpu("cuda").peak("bf16"), gpu("cuda").peak("fp32")) == (312e12, 156e12)
+    assert gpu("cuda").memory == 40e9 and not gpu("cuda").assumed
+    # An L40 is no L4, and a GPU that nobody knows has no peak.
+    here.name = "NVIDIA L40"
+    assert gpu("cuda").name == "H100 SXM" and "NVIDIA L40" in gpu("cuda").assumed
+
+
+def test_a_dry_run_tells_the_gpu_hours_at_the_share_that_it_is_told(data, tmp_path, capsys, monkeypatch):
+    arguments = ["--grid", "combinations", "--data", str(data), "--out", str(tmp_path), "--dry-run", "--seeds", "3"]
+    arguments += ["--only", "attentions=baseline", "--steps", "2000000000", "--gpus", "1,2,3", "--peak-share", "0.5"]
+    assert run.main(arguments) == 0
+    printed = capsys.readouterr().out
+    base = replace(BASE, channels=TINY.channels, steps=2_000_000_000, data_fingerprint="")
+    cost = estimate(base, read_dataset(data))
+    hours = (cost.training + cost.evaluation) / (0.5 * 494e12) / 3600
+    assert printed.count(f" {hours:.2f} GPU hours\n") == 3
+    assert f"{3 * hours:.1f} GPU hours at 50 % of 494 TFLOP/s, H100 SXM's in fp32\n" in printed
+    seconds = 3600 * hours
+    assert f"{span(3 * seconds)} on 1 GPU; {span(2 * seconds)} on 2 GPUs; {span(seconds)} on 3 GPUs; cells" in printed
+    assert "all fit into 80 GB of memory" in printed and "the share is yours" in printed
+    monkeypatch.setattr(budget, "DEFAULT", replace(budget.DEFAULT, memory=1e6 * cost.memory_MB - 1))
+    assert run.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(" MB to train (too much), ") == 3 and "3 need more than 0 GB of memory" in printed
+
+
+@pytest.mark.parametrize("wrong", [["--peak-share", "0"], ["--peak-share", "1.1"], ["--gpus", "0"]])
+def test_shares_and_gpus_that_mean_nothing_are_refused(wrong):
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--grid", "--dry-run", *wrong])
