@@ -28,7 +28,7 @@ from ablations.experiment.group import NO_BATCH_NORM, trained_batch_norms
 from ablations.experiment.room import Room, quiet_place
 from ablations.generate import generate
 from ablations.grid import Cell, build_grid, only
-from ablations.mounts import warning_of
+from ablations.executors.mounts import warning_of
 from ablations.options import RUNS, Options, parse
 from ablations.plan import Plan, announce, dry_run, make_plan, replaced
 from ablations.report import write_results

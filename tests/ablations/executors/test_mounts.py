@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ablations.files import FileLock
-from ablations.mounts import local_locks
+from ablations.executors.mounts import local_locks
 
 LINES = """\
 22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw,errors=remount-ro
