@@ -17,6 +17,7 @@ import torch
 from ablations.data.cache import keep_dataset, open_dataset
 from ablations.data.split import Dataset
 from ablations.executors.cluster import Cluster, run_on_cluster
+from ablations.executors.mounts import warning_of
 from ablations.executors.pool import run_cells
 from ablations.executors.progress import Progress, clock
 from ablations.executors.ranks import Ranks
@@ -28,7 +29,6 @@ from ablations.experiment.group import NO_BATCH_NORM, trained_batch_norms
 from ablations.experiment.room import Room, quiet_place
 from ablations.generate import generate
 from ablations.grid import Cell, build_grid, only
-from ablations.executors.mounts import warning_of
 from ablations.options import RUNS, Options, parse
 from ablations.plan import Plan, announce, dry_run, make_plan, replaced
 from ablations.report import write_results

@@ -9,6 +9,7 @@ and so does one whose driver was killed, from whatever machine it is run next.
 
 import logging
 import os
+import pickle
 import shutil
 import tempfile
 import time
@@ -22,12 +23,13 @@ from typing import Any
 import torch
 
 from ablations.executors import pool
+from ablations.executors.depot import Depot, whole_files
 from ablations.executors.ranks import ranks_of_this_process
 from ablations.executors.worker import Elsewhere, Finished, Notice, claim_both, failed_row
 from ablations.experiment import trained
 from ablations.experiment.experiment import Job, Learned, Saved
 from ablations.experiment.room import quiet_place
-from ablations.files import FileLock, atomic_write_bytes
+from ablations.files import FileLock
 from ablations.generate import generate
 from ablations.grid import SHIPPED, Cell
 from ablations.rows.row import Results, Row
@@ -56,42 +58,6 @@ class Cluster:
     gpus: int
     most: int | None
     difficulty: str | None
-
-
-class Depot:
-    """The actor beside the driver: events on their way to it, and the files of cells.
-
-    Args:
-        out: The driver's directory of results.
-    """
-
-    def __init__(self, out: Path):
-        self.out = out
-        self.events: list[tuple[int, Notice]] = []
-
-    def tell(self, number: int, event: Notice) -> None:
-        """Take an event of the cell of this number."""
-        self.events.append((number, event))
-
-    def take(self) -> list[tuple[int, Notice]]:
-        """The events since this was last called."""
-        events, self.events = self.events, []
-        return events
-
-    def put(self, folder: str, name: str, content: bytes) -> None:
-        """Write a file of `cells/<folder>/`."""
-        path = self.out / "cells" / folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_bytes(path, content)
-
-    def get(self, folder: str) -> dict[str, bytes]:
-        """The files of `cells/<folder>/` by name."""
-        return {path.name: path.read_bytes() for path in whole_files(self.out / "cells" / folder)}
-
-
-def whole_files(folder: Path) -> list[Path]:
-    """The files of a folder, without what is being written."""
-    return [path for path in folder.glob("*") if path.is_file() and not path.name.startswith(".")]
 
 
 def run_on_cluster(cells: list[Cell], job: Job, cluster: Cluster, notice: Callable[[Cell, Notice], None]) -> None:
@@ -190,7 +156,8 @@ class Driver:
 
     def hear(self) -> None:
         """Pass on what the tasks have told; a row is written before anybody hears of it."""
-        for number, event in self.ray.get(self.depot.take.remote()):
+        for number, pickled in self.ray.get(self.depot.take.remote()):
+            event: Notice = pickle.loads(pickled)
             if isinstance(event, Learned):
                 self.known[number].update(event.parts)
             if isinstance(event, Finished):
@@ -250,7 +217,7 @@ def run_there(number: int, cell: Cell, job: Job, cluster: Cluster, depot: Any) -
             send(cell.training_key)
         if isinstance(event, Finished):
             send(cell.key)
-        ray.get(depot.tell.remote(number, event))
+        ray.get(depot.tell.remote(number, pickle.dumps(event)))
 
     try:
         for name, content in ray.get(depot.get.remote(cell.training_key)).items():

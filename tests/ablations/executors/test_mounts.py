@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ablations.files import FileLock
 from ablations.executors.mounts import local_locks
+from ablations.files import FileLock
 
 LINES = """\
 22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw,errors=remount-ro
