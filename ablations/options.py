@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from ablations.budget import SHARE
+from ablations.cost.gpus import SHARE
 from ablations.data.annotations import BAD_ANNOTATIONS
 from ablations.data.images import MAX_PIXELS
 from ablations.experiment.experiment import Reading

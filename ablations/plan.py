@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, cast
 
-from ablations.budget import SHARE, Gpu, gpu, makespan, span
-from ablations.cost import estimate
+from ablations.cost.estimate import estimate
+from ablations.cost.gpus import SHARE, Gpu, gpu, makespan, span
 from ablations.data.split import Dataset
 from ablations.executors.progress import TRAINING_SHARE, clock
 from ablations.experiment import logs, trained

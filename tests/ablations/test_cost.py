@@ -9,9 +9,10 @@ from cells import CELL
 from synthetic_rows import make_row
 from torch.utils.flop_counter import FlopCounterMode
 
-from ablations import budget, run
-from ablations.budget import gpu, makespan, span
-from ablations.cost import counted, estimate, evaluated_pixels, total, trained_pixels, whole
+from ablations import run
+from ablations.cost import gpus
+from ablations.cost.estimate import counted, estimate, evaluated_pixels, total, trained_pixels, whole
+from ablations.cost.gpus import gpu, makespan, span
 from ablations.data.coco import read_dataset
 from ablations.data.loader import Loader
 from ablations.experiment.experiment import build
@@ -146,11 +147,16 @@ class Images:
     """A split that has sizes of images alone."""
 
     images: list
+    category_ids: tuple[int, ...] = (1, 2, 3)
+
+    @classmethod
+    def of(cls, *sizes):
+        return cls([SimpleNamespace(width=width, height=height) for width, height in sizes])
 
 
 def test_images_are_counted_with_the_padding_of_their_batch():
     """Landscape 64 x 32 and portrait 32 x 64 never meet in training, and in evaluation they do, as 64 x 64."""
-    split = Images([SimpleNamespace(width=w, height=h) for w, h in [(64, 32), (32, 64)] * 8])
+    split = Images.of(*[(64, 32), (32, 64)] * 8)
     cell = replace(BASE, batch_size=4, image_size=(32,), max_size=64)
     assert trained_pixels(split, cell) == 64 * 32
     assert evaluated_pixels(split, 4, 32, 64) == 16 * 64 * 64
@@ -160,6 +166,17 @@ def test_images_are_counted_with_the_padding_of_their_batch():
     assert 64 * 32 < trained_pixels(split, replace(cell, image_size=(32, 64), max_size=128)) < 128 * 64
     alone = replace(cell, image_size=(32, 64), max_size=128, accumulate=4)
     assert trained_pixels(split, alone) == pytest.approx((64 * 32 + 128 * 64) / 2, rel=0.1)
+
+
+def test_operations_are_those_of_images_of_the_mean_size():
+    """One at a time, every other one twice as large: what a set of either half takes, half of each."""
+    squares, wide = [(128, 128)] * 4, [(256, 128)] * 4
+    cell = replace(BASE, batch_size=1, max_size=256)
+    splits = [Images.of(*sizes) for sizes in (squares, wide, squares + wide)]
+    costs = [estimate(cell, SimpleNamespace(train=split, val=split)) for split in splits]
+    assert costs[2].training == pytest.approx((costs[0].training + costs[1].training) / 2)
+    assert costs[2].evaluation == pytest.approx(costs[0].evaluation + costs[1].evaluation)
+    assert costs[2].memory_MB == costs[1].memory_MB > costs[0].memory_MB
 
 
 def test_gpus_take_the_longest_cells_first():
@@ -194,7 +211,7 @@ def test_a_dry_run_tells_the_gpu_hours_at_the_share_that_it_is_told(data, tmp_pa
     seconds = 3600 * hours
     assert f"{span(3 * seconds)} on 1 GPU; {span(2 * seconds)} on 2 GPUs; {span(seconds)} on 3 GPUs; cells" in printed
     assert "all fit into 80 GB of memory" in printed and "the share is yours" in printed
-    monkeypatch.setattr(budget, "DEFAULT", replace(budget.DEFAULT, memory=1e6 * cost.memory_MB - 1))
+    monkeypatch.setattr(gpus, "DEFAULT", replace(gpus.DEFAULT, memory=1e6 * cost.memory_MB - 1))
     assert run.main(arguments) == 0
     printed = capsys.readouterr().out
     assert printed.count(" MB to train (too much), ") == 3 and "3 need more than 0 GB of memory" in printed

@@ -31,6 +31,8 @@ from kernels import use_backend
 BESIDE = {"sgd": 2, "adamw": 3}
 # The first block is counted within a detector that has all attentions, and exchanged for another one.
 WHOLE = "LSC"
+# Fields of a cell that a pass of given images does not depend on, so that cells which differ in them are counted once.
+UNSEEN: dict[str, Any] = {"seed": 0, "batch_size": 1, "accumulate": 1, "image_size": (), "optimizer": ""}
 # Of so many training steps the mean of what their images are padded to is taken.
 STEPS = 200
 
@@ -161,7 +163,7 @@ def shape(width: int, height: int, short_side: int, max_size: int) -> tuple[int,
 
 def total(cell: Cell, classes: int, images: int, size: tuple[int, int]) -> Cost:
     """The cost of a pass of that many images of (height, width) pixels through the cell's detector."""
-    kind = replace(cell, seed=0, depth=cell.depth and 1)
+    kind = replace(cell, depth=cell.depth and 1, **UNSEEN)
     if cell.depth is None or cell.attentions is None:
         return whole(kind, classes, images, size)[0]
     if cell.placement != "trunk":
