@@ -3,8 +3,9 @@
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any, cast
@@ -18,7 +19,7 @@ from ablations.grid import Cell
 from ablations.options import Options
 from ablations.rows.machine import machine_info
 from ablations.rows.row import Machine, Row, Training, machine_of, training_of
-from ablations.rows.store import damaged_row, read_rows, set_aside, warn
+from ablations.rows.store import claim, damaged_row, read_rows, set_aside, warn
 
 
 @dataclass(frozen=True)
@@ -180,9 +181,22 @@ def mend(out: Path, cells: Iterable[Cell], change: bool) -> None:
     """Say what of these cells is damaged, and set it aside if it may be changed; without a row a cell is run again."""
     for cell in cells:
         row = out / "cells" / f"{cell.key}.json"
-        found = [(damaged_row(out, cell.key), [row, row.with_suffix("")])]
-        found += [(trained.damaged_record(out, cell), [trained.folder(out, cell) / trained.RECORD])]
-        for problem, paths in found:
-            if problem:
-                place = f"set aside in {set_aside(out, paths)}" if change else "it will be set aside"
-                warn(f"{problem}; {place}")
+        record = trained.folder(out, cell) / trained.RECORD
+        set_aside_if(out, cell.key, partial(damaged_row, out, cell.key), [row, row.with_suffix("")], change)
+        set_aside_if(out, cell.training_key, partial(trained.damaged_record, out, cell), [record], change)
+
+
+def set_aside_if(out: Path, key: str, problem: Callable[[], str | None], paths: Iterable[Path], change: bool) -> None:
+    """Say a problem and set aside the files that have it, unless another runner has the lease of `key`.
+
+    That runner is making them again: what lies there belongs partly to the old row and partly to the new one.
+    """
+    if problem() is None:
+        return
+    if not change:
+        warn(f"{problem()}; it will be set aside")
+    elif (lease := claim(out, key)) is not None:
+        with lease:
+            # It may be whole by now.
+            if found := problem():
+                warn(f"{found}; set aside in {set_aside(out, paths)}")

@@ -87,7 +87,7 @@ def make_exhibit(subject: Subject, directory: Path, data: Dataset | None) -> Exh
     exhibit: Exhibit = {"key": cell.key, "notes": [], "pictures": []}
     try:
         exhibit |= _pictures(subject, directory, data.val)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, ValueError) as error:
         exhibit["notes"].append(f"No boxes side by side: {error}.")
     exhibit |= _averages(model, cell, data.val)
     record = _shown_record(data.val, exhibit["pictures"])

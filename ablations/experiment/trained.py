@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ablations.experiment.curve import CURVE
-from ablations.files import atomic_write_text
+from ablations.files import atomic_write_bytes, atomic_write_text
 from ablations.grid import DATA, Cell
 from ablations.rows.row import Row, Training, training_of
 from ablations.rows.store import set_aside
@@ -131,7 +131,7 @@ def copy_curve(out: Path, cell: Cell) -> None:
     if (source := folder(out, cell) / CURVE).is_file():
         target = out / "cells" / cell.key / CURVE
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+        atomic_write_bytes(target, source.read_bytes())
 
 
 def is_done(out: Path, cell: Cell, row: Row | None, retry_failed: bool) -> bool:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ablations.files import FileLock, atomic_write_bytes
-from ablations.rows.row import Row, from_json, to_json
+from ablations.rows.row import Row, from_json, machine_of, to_json
 
 
 def claim(directory: str | Path, key: str) -> FileLock | None:
@@ -116,6 +116,14 @@ def damaged_row(directory: str | Path, key: str) -> str | None:
     return None
 
 
+def how_to_mend(directory: str | Path, row: Row) -> str:
+    """What to do about a damaged file beside a row: a run sees by itself what has another size, and nothing else."""
+    again = f"make it again with: {machine_of(row).get('command') or f'python -m ablations.run --out {directory}'}"
+    if damaged_row(directory, row["key"]):
+        return again
+    return f"move {_cell_path(directory, row['key'], '.json')} away and {again}"
+
+
 def set_aside(directory: str | Path, paths: Iterable[Path]) -> Path | None:
     """Move files and folders of `cells/` to a new folder `cells/replaced/<time>/`; returns it, None without any."""
     paths = [path for path in paths if path.exists()]
@@ -131,7 +139,9 @@ def set_aside(directory: str | Path, paths: Iterable[Path]) -> Path | None:
             place.mkdir()
             break
     for path in paths:
-        path.rename(place / (path.name if path.parent.name == "cells" else f"{path.parent.name}-{path.name}"))
+        # Another runner may have moved it in this moment.
+        with suppress(FileNotFoundError):
+            path.rename(place / (path.name if path.parent.name == "cells" else f"{path.parent.name}-{path.name}"))
     return place
 
 
