@@ -59,11 +59,11 @@ def run_grid(options: Options, ranks: Ranks | None) -> int:
         data = open_data(options)
         base = base_cell(options, data)
         cells = only(build_grid(options.grid, options.preset, base, options.detectors, options.seeds), options.only)
+        if ranks is not None:
+            check_ranks(cells, options, ranks)
         check_out(options.out, write=not options.dry_run)
         if new and not options.dry_run:
             data = keep_dataset(data, **asdict(options.reading), cache=cache(options))
-        if ranks is not None:
-            check_ranks(cells, options, ranks)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
