@@ -27,7 +27,7 @@ from ablations.rows.frame import AP_COLUMNS, difference_text, rank_of
 from ablations.rows.row import Row, good
 from ablations.rows.sections import setting_text
 from ablations.rows.statistics import VARIED, Experiment, Replicates, experiment_of, run_of, stored_replicates
-from ablations.rows.store import read_rows
+from ablations.rows.store import how_to_mend, read_rows
 from ablations.statistics.intervals import Interval, Run, contrast, holm
 from ablations.statistics.training import Array, Training, pool
 
@@ -266,7 +266,7 @@ def class_replicates(directory: Path, row: Row, data: Dataset) -> dict[str, Arra
     Empty where the row's detections are not kept.
 
     Raises:
-        ValueError: The data are not those that the row was evaluated on.
+        ValueError: The data are not those that the row was evaluated on, or the detections are damaged.
     """
     path = directory / "cells" / row["key"] / FILE
     if not path.is_file():
@@ -274,7 +274,11 @@ def class_replicates(directory: Path, row: Row, data: Dataset) -> dict[str, Arra
     if row["cell"].get("data_fingerprint") != data.fingerprint:
         raise ValueError(f"{data.root} holds other data than {row['key']} was evaluated on")
     truth, categories = data.val.ground_truth, data.val.category_ids
-    stored = by_image(read_detections(path), [record.image_id for record in data.val.images], categories)
+    try:
+        entries = read_detections(path)
+    except ValueError as problem:
+        raise ValueError(f"{problem}; {how_to_mend(directory, row)}") from problem
+    stored = by_image(entries, [record.image_id for record in data.val.images], categories)
     matches = match(truth, stored, categories)
     draws = in_blocks(matches, image_weights(matches.images, data.fingerprint), np.float64)
     names = category_names(truth)
@@ -356,7 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"both are seeds of one cell, {_name(a)}: seeds are repetitions, and nothing to compare")
         _check_images(pair)
         print(compare_cells(pair, read_dataset(options.data) if options.data else None))
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
     return OK

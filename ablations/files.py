@@ -35,8 +35,9 @@ class FileLock:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with named(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         _held.add(self._descriptor)
 
     def acquire(self, shared: bool = False, wait: bool = True) -> bool:
@@ -114,6 +115,12 @@ def named(path: Path, more: str = "") -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise OSError(error.errno, f"cannot write {path}: {reason}{more}", str(path)) from error
+
+
+def told(error: OSError) -> str:
+    """What an OSError says in one sentence, with the file that it is about where it knows it."""
+    reason = error.strerror or str(error)
+    return reason if error.filename is None or str(error.filename) in reason else f"{reason}: {error.filename}"
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:

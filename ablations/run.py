@@ -27,6 +27,7 @@ from ablations.experiment import logs
 from ablations.experiment.experiment import Job
 from ablations.experiment.group import NO_BATCH_NORM, trained_batch_norms
 from ablations.experiment.room import Room, quiet_place
+from ablations.files import told
 from ablations.generate import generate
 from ablations.grid import Cell, build_grid, only
 from ablations.options import RUNS, Options, parse
@@ -58,11 +59,11 @@ def run_grid(options: Options, ranks: Ranks | None) -> int:
         data = open_data(options)
         base = base_cell(options, data)
         cells = only(build_grid(options.grid, options.preset, base, options.detectors, options.seeds), options.only)
+        if ranks is not None:
+            check_ranks(cells, options, ranks)
         check_out(options.out, write=not options.dry_run)
         if new and not options.dry_run:
             data = keep_dataset(data, **asdict(options.reading), cache=cache(options))
-        if ranks is not None:
-            check_ranks(cells, options, ranks)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
@@ -86,7 +87,7 @@ def run_grid(options: Options, ranks: Ranks | None) -> int:
         return USAGE
     except OSError as error:
         print(
-            f"\nerror: {error.strerror or error}; finished cells are kept, go on with: {options.command}",
+            f"\nerror: {told(error)}; finished cells are kept, go on with: {options.command}",
             file=sys.stderr,
         )
         return SOME_FAILED
@@ -153,18 +154,20 @@ def check_out(out: Path, write: bool) -> None:
     """Make sure that results can have a directory, and, before anything is trained for it, that it can be written to.
 
     Raises:
-        ValueError: A file stands where it or one of its parents should be, or nothing can be written there.
+        ValueError: A file stands where it or one of its parents should be, or nothing can be written there, or to its
+            `cells/`, which may be another user's.
     """
     if not next(path for path in (out, *out.parents) if path.exists()).is_dir():
         raise ValueError(f"--out {out} is not a directory and cannot be made one")
     if write:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=out) as file:
-                file.write(b"0")
-                file.flush()
-        except OSError as error:
-            raise ValueError(f"--out {out} cannot be written to: {error.strerror}") from error
+        for folder in (out, out / "cells"):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder) as file:
+                    file.write(b"0")
+                    file.flush()
+            except OSError as error:
+                raise ValueError(f"--out {out} cannot be written to: {folder}: {error.strerror}") from error
 
 
 def check_ranks(cells: list[Cell], options: Options, ranks: Ranks) -> None:

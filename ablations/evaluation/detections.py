@@ -6,6 +6,7 @@ given the file and the ground truth, finds the row's numbers bit for bit.
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
@@ -143,10 +144,14 @@ def read_detections(path: str | Path) -> list[dict[str, Any]]:
     """The entries of a results file: `image_id`, `category_id`, `bbox` xywh, `score`, perhaps `segmentation`.
 
     Raises:
-        OSError, EOFError, ValueError: The file cannot be read, or is no gzip'd JSON.
+        OSError: The file cannot be read.
+        ValueError: It is damaged: no gzip'd JSON, or cut off.
     """
-    with gzip.open(path, "rb") as file:
-        return json.loads(file.read())
+    try:
+        with gzip.open(path, "rb") as file:
+            return json.loads(file.read())
+    except (gzip.BadGzipFile, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def by_image(

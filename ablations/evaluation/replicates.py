@@ -6,6 +6,7 @@ differences between cells are differences on the same images.
 
 import hashlib
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -114,9 +115,16 @@ def write_replicates(path: str | Path, replicates: NDArray[np.float32]) -> None:
 
 
 def read_replicates(path: str | Path) -> NDArray[np.float32] | None:
-    """The replicates (B, len(NAMES)) of a file; None where there is none, or one of other columns."""
+    """The replicates (B, len(NAMES)) of a file; None where there is none, or one of other columns.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is damaged: none that `write_replicates` has written, or cut off.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             return file["values"] if tuple(file["names"].tolist()) == NAMES else None
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+    except FileNotFoundError:
         return None
+    except (EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error

@@ -26,6 +26,7 @@ from ablations.experiment.group import ALONE, Group, lost_peer
 from ablations.experiment.logs import Log, open_log
 from ablations.experiment.room import Room
 from ablations.experiment.train import Diverged
+from ablations.files import atomic_write_text, told
 from ablations.grid import Cell
 from ablations.rows.machine import machine_info
 from ablations.rows.row import Results, Row, Settings, Status
@@ -110,7 +111,11 @@ def work(connection: Connection, job: Job, place: Place | None = None) -> None:
     try:
         while True:
             cell: Cell = connection.recv()
-            lease = claim_both(job.out, cell)
+            try:
+                lease = claim_both(job.out, cell)
+            except OSError as error:
+                send(Unwritten(told(error)))
+                continue
             if lease is None:
                 time.sleep(0.5)
                 send(Elsewhere())
@@ -128,7 +133,7 @@ def work(connection: Connection, job: Job, place: Place | None = None) -> None:
                     except BrokenPipeError:
                         raise
                     except OSError as error:
-                        send(Unwritten(error.strerror or str(error)))
+                        send(Unwritten(told(error)))
                         continue
             send(Finished(row))
     except (EOFError, BrokenPipeError, ConnectionResetError, LostPeer):
@@ -236,7 +241,7 @@ def diagnosis(error: Exception, cell: Cell, out: Path) -> tuple[Status, str]:
     memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
     log = out / "cells" / cell.key / "error.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text("".join(traceback.format_exception(error)))
+    atomic_write_text(log, "".join(traceback.format_exception(error)))
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
     return "oom" if memory else "crashed", f"{reason} (see {log.relative_to(out)})"
 

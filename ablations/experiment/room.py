@@ -23,8 +23,8 @@ def quiet_place(out: Path) -> Path:
     Several machines may share the results, and a step on one does not disturb what another measures.
     """
     name = hashlib.sha256(os.fsencode(out.resolve())).hexdigest()[:16]
-    place = Path(tempfile.gettempdir()) / f"dyhead-lab-{os.getuid()}"
     try:
+        place = Path(tempfile.gettempdir()) / f"dyhead-lab-{os.getuid()}"
         place.mkdir(mode=0o700, exist_ok=True)
         # Anybody may have made a folder of that name there.
         return place / name if place.stat().st_uid == os.getuid() else out

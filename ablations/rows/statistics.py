@@ -7,7 +7,7 @@ image, training's variance pooled over the lines of a detector, Holm's correctio
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from ablations.evaluation.replicates import FILE, NAMES, read_replicates
 from ablations.rows.row import Row, Settings, good, metrics_of
+from ablations.rows.store import how_to_mend, warn
 from ablations.statistics.intervals import Interval, Run, contrast, holm, resolved
 from ablations.statistics.training import Array, Training, pool
 
@@ -62,8 +63,22 @@ def no_replicates(row: Row) -> None:
 
 
 def stored_replicates(directory: str | Path) -> Replicates:
-    """The replicates that lie beside the rows of a directory."""
-    return lambda row: read_replicates(Path(directory) / "cells" / row["key"] / FILE)
+    """The replicates that lie beside the rows of a directory; what is damaged is warned of, and counts as absent."""
+
+    def found(row: Row) -> Array | None:
+        try:
+            return read_replicates(Path(directory) / "cells" / row["key"] / FILE)
+        except (OSError, ValueError) as problem:
+            warn_once(f"{problem}; {how_to_mend(directory, row)}")
+            return None
+
+    return found
+
+
+@cache
+def warn_once(problem: str) -> None:
+    """Warn of what tables, pictures and report, which each read all files, would say again."""
+    warn(problem)
 
 
 def experiment_of(cell: Settings) -> Experiment:

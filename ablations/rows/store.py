@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ablations.files import FileLock, atomic_write_bytes
-from ablations.rows.row import Row, from_json, to_json
+from ablations.rows.row import Row, from_json, machine_of, to_json
 
 
 def claim(directory: str | Path, key: str) -> FileLock | None:
@@ -109,11 +109,24 @@ def damaged_row(directory: str | Path, key: str) -> str | None:
         return None
     except ValueError as problem:
         return str(problem)
+    return damaged_files(directory, row)
+
+
+def damaged_files(directory: str | Path, row: Row) -> str | None:
+    """What is wrong with the files beside a row, as `damaged_row` says it."""
     for name, size in (row.get("files") or {}).items():
-        path = Path(directory) / "cells" / key / name
+        path = Path(directory) / "cells" / row["key"] / name
         if path.is_file() and path.stat().st_size != size:
             return f"{path} is damaged: it has {path.stat().st_size} bytes, and had {size} when its row was written"
     return None
+
+
+def how_to_mend(directory: str | Path, row: Row) -> str:
+    """What to do about a damaged file beside a row: a run sees by itself what has another size, and nothing else."""
+    again = f"make it again with: {machine_of(row).get('command') or f'python -m ablations.run --out {directory}'}"
+    if damaged_row(directory, row["key"]):
+        return again
+    return f"move {_cell_path(directory, row['key'], '.json')} away and {again}"
 
 
 def set_aside(directory: str | Path, paths: Iterable[Path]) -> Path | None:
@@ -131,7 +144,9 @@ def set_aside(directory: str | Path, paths: Iterable[Path]) -> Path | None:
             place.mkdir()
             break
     for path in paths:
-        path.rename(place / (path.name if path.parent.name == "cells" else f"{path.parent.name}-{path.name}"))
+        # Another runner may have moved it in this moment.
+        with suppress(FileNotFoundError):
+            path.rename(place / (path.name if path.parent.name == "cells" else f"{path.parent.name}-{path.name}"))
     return place
 
 

@@ -178,6 +178,11 @@ def test_categories_have_intervals_from_detections_and_data(tmp_path, capsys):
     # Categories of one name are told apart here as they are in the rows.
     twins = replace(data, val=replace(data.val, category_names=("same",) * len(data.val.category_ids)))
     assert {*class_replicates(tmp_path, rows[0], twins)} == {f"same ({id_})" for id_ in data.val.category_ids}
+    damaged = tmp_path / "cells" / rows[0]["key"] / FILE
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    assert re.search(
+        f"error: {damaged} is damaged: .*make it again with: ", said(capsys, *cells, "--data", data.root, code=2)
+    )
     rows[0]["cell"]["data_fingerprint"] = "other"
     with pytest.raises(ValueError, match="other data"):
         class_replicates(tmp_path, rows[0], data)

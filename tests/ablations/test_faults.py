@@ -19,7 +19,10 @@ def test_no_fault_loses_or_doubles_a_row_and_every_one_is_said_in_a_line(tmp_pat
     assert killed["kills"] >= 4 and killed["grids finished"] > 0
     assert killed["rows lost"] == killed["rows doubled"] == killed["grids unequal to the unkilled one"] == 0
     for row in (
-        row for title, rows in parts.items() if title.startswith(("Files", "A full", "A read")) for row in rows
+        row
+        for title, rows in parts.items()
+        if title.startswith(("Files", "A full", "A read", "A directory"))
+        for row in rows
     ):
         assert row["differences"] == 0 and row["lines"] == 1, row
         assert row.get("kept in cells/replaced", True) and row.get("rows lost", 0) == 0, row

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from ablations.files import atomic_file, atomic_write_bytes, atomic_write_text
+from ablations.files import FileLock, atomic_file, atomic_write_bytes, atomic_write_text, told
 
 
 def test_a_writer_that_fails_half_way_leaves_the_old_file(tmp_path):
@@ -21,3 +21,14 @@ def test_what_a_killed_writer_left_does_not_reach_the_next_file(tmp_path):
     atomic_write_text(tmp_path / "note.txt", "µ")
     assert (tmp_path / "note.txt").read_text(encoding="utf-8") == "µ"
     assert os.listdir(tmp_path) == ["note.txt"]
+
+
+def test_an_error_of_the_disk_names_its_file_once(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot write") as lock:
+        FileLock(tmp_path / "file" / "lock")
+    assert told(lock.value) == f"cannot write {tmp_path}/file/lock: File exists"
+    with pytest.raises(OSError, match="Not a directory") as plain:
+        (tmp_path / "file" / "folder").mkdir()
+    assert told(plain.value) == f"Not a directory: {tmp_path}/file/folder"
+    assert told(OSError("no number")) == "no number"

@@ -13,6 +13,8 @@ from pathlib import Path
 from victim import Run, differences, rows_of, say
 
 SIZE = "48m"
+# What Python's audit events of writing are called in the report; of a file that is renamed its first name is shown.
+WRITES = {"open": "", "os.mkdir": " (made)", "os.rename": " (renamed)"}
 # The place that is watched, and whether its disk has been filled.
 _watched: dict[str, str] = {}
 _filled = RawArray("i", 1)
@@ -45,13 +47,15 @@ def site_of(path: str) -> str:
 
 
 def watch(event: str, arguments: tuple) -> None:
-    """Sees every opening of a file; before the one that is meant it fills the disk, in whatever process that is."""
-    if event != "open" or "out" not in _watched or not isinstance(arguments[0], str):
+    """Sees all that writes; before the one that is meant it fills the disk, in whatever process that is."""
+    if event not in WRITES or "out" not in _watched or not isinstance(arguments[0], str | Path):
         return
-    path, flags = arguments[0], arguments[2]
-    if not path.startswith(_watched["out"]) or not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+    path = str(arguments[0])
+    if not path.startswith(_watched["out"]):
         return
-    site = site_of(path[len(_watched["out"]) + 1 :])
+    if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        return
+    site = site_of(path[len(_watched["out"]) + 1 :]) + WRITES[event]
     if "list" in _watched:
         with _once:
             # Not through Python's own `open`, whose events come back here.
@@ -103,7 +107,7 @@ def full_disk(data: Path, folder: Path, every: int) -> list[dict[str, object]]:
             now = rows_of(out)
             results.append(
                 {
-                    "full before the writing of": site or "(whether it can be written to)",
+                    "full before": site or "(whether it can be written to)",
                     "exit code": code,
                     "said": brief(said, place),
                     "lines": len(said),
@@ -113,6 +117,32 @@ def full_disk(data: Path, folder: Path, every: int) -> list[dict[str, object]]:
                 }
             )
             say(f"{number + 1} of {len(sites)} files: {site}: {code}, then {again}")
+    return results
+
+
+def no_permission(data: Path, folder: Path) -> list[dict[str, object]]:
+    """A directory, and one below it, in which this user may not write."""
+    results, log, whole = [], folder / "log", folder / "whole-1"
+    assert Run(data, whole, ONLY, log=log).wait() == 0
+    for name in (".", "cells"):
+        out = folder / "forbidden"
+        (out / name).mkdir(parents=True, exist_ok=True)
+        (out / name).chmod(0o500)
+        run = Run(data, out, ONLY, log=log, plain=True)
+        code, said = run.wait(), run.complaints()
+        (out / name).chmod(0o700)
+        again = Run(data, out, ONLY, log=log, plain=True).wait()
+        results.append(
+            {
+                "no permission in": f"DIR/{name}".removesuffix("/."),
+                "exit code": code,
+                "said": brief(said, folder),
+                "lines": len(said),
+                "exit code of the next": again,
+                "differences": len(differences(out, whole)),
+            }
+        )
+        shutil.rmtree(out)
     return results
 
 

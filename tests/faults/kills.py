@@ -12,8 +12,8 @@ from pathlib import Path
 from victim import DOING, Run, differences, doing, rows_of, say, take
 
 WHO = ("worker", "driver", "all")
-# A grid takes about this long; behind a worker that was killed in it the next moment comes sooner.
-SECONDS, SECONDS_AFTER_A_WORKER = 6.0, 1.5
+# Behind a worker that was killed the next moment comes sooner, in this part of the time that the grid takes.
+SOONER = 0.25
 
 
 def kills(data: Path, folder: Path, only: str, count: int, seed: int = 0) -> dict[str, object]:
@@ -22,7 +22,10 @@ def kills(data: Path, folder: Path, only: str, count: int, seed: int = 0) -> dic
     A grid that has come to its end is compared with one that nothing was done to, and the next one begins.
     """
     whole, out, log = folder / "whole", folder / "killed", folder / "log"
+    began = time.monotonic()
     assert Run(data, whole, only, log=log).wait() == 0
+    # So that on a slow machine, too, they are spread over all that the program does.
+    seconds = time.monotonic() - began
     draw, tally, moments = random.Random(seed), Counter[str](), Counter[str]()
     grids = lost = unequal = 0
     take("doubled")
@@ -30,7 +33,7 @@ def kills(data: Path, folder: Path, only: str, count: int, seed: int = 0) -> dic
         rows: dict[str, object] = {}
         running, last = Run(data, out, only, log=log), ""
         while True:
-            until = time.monotonic() + draw.uniform(0.0, SECONDS_AFTER_A_WORKER if last == "worker" else SECONDS)
+            until = time.monotonic() + draw.uniform(0.0, seconds * (SOONER if last == "worker" else 1.0))
             while time.monotonic() < until and not running.ended():
                 time.sleep(0.002)
             if running.ended():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import victim
-from disk import can_mount, full_disk, read_only
+from disk import can_mount, full_disk, no_permission, read_only
 from kills import kills
 from others import clock_that_jumps, cut_files, runners
 
@@ -51,9 +51,10 @@ def main() -> int:
         parts["Runners on one directory"] = [runners(data, folder, only, *((3, 1) if options.short else (8, 2)))]
         parts["SIGKILL at random moments"] = [kills(data, folder, only, options.kills)]
         parts["Files cut in half"] = cut_files(data, folder, only)
+        parts["A directory without permission"] = no_permission(data, folder)
         if can_mount(folder / "disk"):
             victim.show(everything=not options.short)
-            parts["A full disk"] = full_disk(data, folder, 5 if options.short else 1)
+            parts["A full disk"] = full_disk(data, folder, 9 if options.short else 1)
             parts["A read-only disk"] = read_only(data, folder)
         else:
             parts["Full and read-only disks"] = [{"not done": "this user cannot mount a file system"}]

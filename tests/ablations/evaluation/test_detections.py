@@ -104,6 +104,16 @@ def test_masks_are_stored_and_evaluated(tmp_path):
     assert evaluate(stored, ground, [1])["AP"] == pytest.approx(100)
 
 
+def test_a_damaged_file_is_named(tmp_path):
+    path = tmp_path / "detections.json.gz"
+    write_detections(path, [(1, found((1, 1, 5, 5, 0.5, 0)))], [1])
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:30], whole[:-9], whole[:-1], whole[:15] + b"\xff\xff\xff" + whole[18:], b"[]"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{path} is damaged: "):
+            read_detections(path)
+
+
 def test_a_bad_detection_leaves_the_old_file(tmp_path):
     path = tmp_path / "detections.json.gz"
     write_detections(path, [(1, found((1, 1, 5, 5, 0.5, 0)))], [1])

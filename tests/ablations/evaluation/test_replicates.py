@@ -80,7 +80,9 @@ def test_replicates_are_read_as_written(tmp_path):
     whole = path.read_bytes()
     write_replicates(path, values)
     assert path.read_bytes() == whole, "the same replicates give the same file"
-    path.write_bytes(whole[:100])
-    assert read_replicates(path) is None
+    for damaged in (whole[:100], whole[:-40], whole[:-1], whole[:90] + bytes(20) + whole[110:], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{path} is damaged: "):
+            read_replicates(path)
     np.savez(path, names=np.array(["AP"]), values=values[:, :1])
     assert read_replicates(path) is None

@@ -2,8 +2,10 @@
 
 import re
 
+from ablations.exhibits.make import restored
 from ablations.experiment import experiment
-from ablations.rows.store import read_rows, set_aside
+from ablations.plan import mend
+from ablations.rows.store import claim, read_rows, set_aside
 
 
 def cut(path):
@@ -53,6 +55,18 @@ def test_a_training_goes_back_to_its_beginning_where_its_checkpoint_is_damaged(g
     assert len(kept_aside(grid.out, "checkpoint.pt")) == 1
     (row,) = read_rows(grid.out)
     assert row["training"]["steps"] == row["cell"]["steps"]
+
+
+def test_what_another_runner_makes_again_is_left_to_it(grid, capsys):
+    grid()
+    (row,) = read_rows(grid.out)
+    cell = restored(row)
+    cut(grid.out / "cells" / row["key"] / "detections.json.gz")
+    with claim(grid.out, row["key"]):
+        mend(grid.out, [cell], {row["key"]: row}, change=True)
+    assert capsys.readouterr().err == "" and read_rows(grid.out) == [row]
+    mend(grid.out, [cell], {row["key"]: row}, change=True)
+    assert "set aside in" in capsys.readouterr().err and read_rows(grid.out) == []
 
 
 def test_what_is_set_aside_twice_in_a_second_is_there_twice(tmp_path, monkeypatch):

@@ -168,6 +168,7 @@ def test_replicates_lie_beside_the_rows(tmp_path):
     write_tables(rows, tmp_path)
     assert "(training only)" not in (tmp_path / "table.md").read_text()
     assert " ± " in (tmp_path / "table.md").read_text() and r"$\pm$" in (tmp_path / "table.tex").read_text()
+
     header = (tmp_path / "table.csv").read_text().splitlines()[1]
     assert "delta_AP,delta_AP_half_width,delta_AP_p,delta_AP_covers" in header
     assert (tmp_path / "effects.csv").read_text().splitlines()[1].startswith("detector,depth,formulation,seeds,metric")
@@ -178,3 +179,19 @@ def test_measures_come_from_metrics_and_errors():
     assert measured(row, "AP50") == row["metrics"]["AP50"] and measured(row, "cls") == 3.5
     assert measured(row, "loc") is None and measured(make_row("L", 1), "cls") is None
     assert str(experiment_of(row["cell"])) == "atss L depth 1"
+
+
+def test_damaged_replicates_are_warned_of_once_with_what_to_type(tmp_path, capsys):
+    rows = make_rows(depths=(1,))
+    for row, kept in zip(rows[:2], (["files"], []), strict=True):
+        path = tmp_path / "cells" / row["key"] / "replicates.npz"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"PK")
+        row |= {name: {path.name: 5} for name in kept} | {"machine": {"command": "the command"}}
+        write_row(tmp_path, row)
+    for _ in range(2):
+        assert [stored_replicates(tmp_path)(row) for row in rows[:2]] == [None, None]
+    seen, unseen = capsys.readouterr().err.splitlines()
+    assert seen.startswith(f"warning: {tmp_path}/cells/{rows[0]['key']}/replicates.npz is damaged: ")
+    assert seen.endswith("; make it again with: the command")
+    assert unseen.endswith(f"; move {tmp_path}/cells/{rows[1]['key']}.json away and make it again with: the command")

@@ -20,7 +20,7 @@ def start(script, *arguments):
 def finish(processes):
     outputs = []
     for process in processes:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         outputs.append(out)
     return outputs
