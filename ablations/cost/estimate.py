@@ -32,7 +32,12 @@ BESIDE = {"sgd": 2, "adamw": 3}
 # The first block is counted within a detector that has all attentions, and exchanged for another one.
 WHOLE = "LSC"
 # Fields of a cell that a pass of given images does not depend on, so that cells which differ in them are counted once.
-UNSEEN: dict[str, Any] = {"seed": 0, "batch_size": 1, "accumulate": 1, "image_size": (), "optimizer": ""}
+UNSEEN: dict[str, Any] = {
+    **dict.fromkeys(("data", "data_fingerprint", "train_fingerprint", "optimizer"), ""),
+    **dict.fromkeys(("seed", "steps", "batch_size", "accumulate"), 0),
+    **dict.fromkeys(("image_size", "test_size"), ()),
+    "test_flip": False,
+}
 # Of so many training steps the mean of what their images are padded to is taken.
 STEPS = 200
 
