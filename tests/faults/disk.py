@@ -88,7 +88,8 @@ def halves(sites: list[str], whole: Path) -> list[tuple[str, int]]:
     for path in whole.rglob("*"):
         site = site_of(str(path.with_name(f".{path.name}.tmp").relative_to(whole)))
         sizes[site] = max(sizes.get(site, 0), path.stat().st_size)
-    return [(site, left) for site in sites for left in (0, sizes.get(site, 0) // 2) if left == 0 or left > LARGE]
+    large = {site: size // 2 for site, size in sizes.items() if size > 2 * LARGE}
+    return [(site, left) for site in sites for left in (0, *([large[site]] if site in large else []))]
 
 
 def full_disk(data: Path, folder: Path, every: int) -> list[dict[str, object]]:
@@ -122,7 +123,7 @@ def full_disk(data: Path, folder: Path, every: int) -> list[dict[str, object]]:
                     "full before": site or "(whether it can be written to)",
                     "bytes left": left,
                     "exit code": code,
-                    "said": brief(said, place) if _filled[0] else "(it was not full: this was not written)",
+                    "said": brief(said, place) or ("(nothing was left to write)" if _filled[0] else "(not reached)"),
                     "lines": len(said),
                     "rows lost": sum(now.get(key) != row for key, row in rows.items()),
                     "exit code of the next": again,
