@@ -19,7 +19,7 @@ from ablations.grid import Cell
 from ablations.options import Options
 from ablations.rows.machine import machine_info
 from ablations.rows.row import Machine, Row, Training, machine_of, training_of
-from ablations.rows.store import claim, damaged_row, read_rows, set_aside, warn
+from ablations.rows.store import claim, damaged_files, damaged_row, read_row, read_rows, set_aside, warn
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ def make_plan(options: Options, cells: list[Cell], local_ranks: int = 0) -> Plan
         local_ranks: Processes on this machine that share each cell; 0 where none is shared.
     """
     out, fresh = options.out, options.fresh
-    mend(out, cells, change=not options.dry_run)
-    rows = {row["key"]: row for row in read_rows(out)}
+    # What cannot be read is said where it is mended, and with the tables.
+    rows = {row["key"]: row for row in read_rows(out, report=lambda problem: None)}
+    mend(out, cells, rows, change=not options.dry_run)
     todo = [c for c in cells if fresh or not trained.is_done(out, c, rows.get(c.key), options.retry_failed)]
     records = {} if fresh else {cell: record for cell in todo if (record := trained.find(out, cell)) is not None}
     cores = len(os.sched_getaffinity(0))
@@ -177,12 +178,25 @@ def replaced(plan: Plan, options: Options) -> list[Path]:
     return [path for key in keys for path in (folder / f"{key}.json", folder / key)]
 
 
-def mend(out: Path, cells: Iterable[Cell], change: bool) -> None:
-    """Say what of these cells is damaged, and set it aside if it may be changed; without a row a cell is run again."""
+def mend(out: Path, cells: Iterable[Cell], rows: dict[str, Row], change: bool) -> None:
+    """Say what of these cells is damaged, and set it aside if it may be changed; without a row a cell is run again.
+
+    Args:
+        out, cells: The results, and the cells that are looked at.
+        rows: Those that could be read, by key; brought up to date.
+        change: Whether files may be moved.
+    """
     for cell in cells:
-        row = out / "cells" / f"{cell.key}.json"
+        file = out / "cells" / f"{cell.key}.json"
         record = trained.folder(out, cell) / trained.RECORD
-        set_aside_if(out, cell.key, partial(damaged_row, out, cell.key), [row, row.with_suffix("")], change)
+        row = rows.pop(cell.key, None)
+        if row is not None and damaged_files(out, row) is None:
+            rows[cell.key] = row
+        elif row is not None or file.exists():
+            set_aside_if(out, cell.key, partial(damaged_row, out, cell.key), [file, file.with_suffix("")], change)
+            # Another runner may have made it anew.
+            if change and (row := read_row(out, cell.key)) is not None:
+                rows[cell.key] = row
         set_aside_if(out, cell.training_key, partial(trained.damaged_record, out, cell), [record], change)
 
 

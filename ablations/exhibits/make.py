@@ -25,7 +25,6 @@ from ablations.files import atomic_write_text
 from ablations.grid import Cell
 from ablations.rows.row import Row
 from ablations.rows.sections import make_sections
-from ablations.rows.store import warn
 from heads.detector import Detector
 
 # Images of each side that are shown, and images that gates and slopes are averaged over.
@@ -81,8 +80,8 @@ def make_exhibit(subject: Subject, directory: Path, data: Dataset | None) -> Exh
     if trained.find(directory, cell) is None:
         raise ValueError(f"the weights of {name_of(subject.row)} are gone")
     model = build(cell, len(data.train.category_ids), None)
-    if not trained.load(directory, cell, model, warn):
-        raise ValueError(f"the weights of {name_of(subject.row)} are damaged")
+    weights = trained.folder(directory, cell) / trained.CHECKPOINT
+    model.load_state_dict(trained.checkpoint_of(weights, model, {"model"})["model"])
     model.eval()
     exhibit: Exhibit = {"key": cell.key, "notes": [], "pictures": []}
     try:

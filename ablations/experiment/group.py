@@ -6,6 +6,7 @@ Every rank builds the same model, takes its share of each step's images, and ste
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -41,6 +42,10 @@ class Group:
         if self.ranks == 1:
             return model
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def apart(self, model: nn.Module) -> AbstractContextManager[object]:
+        """While in it, gradients of a model of `together` are added up on each rank alone."""
+        return nullcontext() if self.ranks == 1 else cast(DistributedDataParallel, model).no_sync()
 
     def alike(self, model: nn.Module) -> None:
         """Give every rank's model the parameters and buffers of rank 0's."""

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ablations.data.batch import Batch, Target
 from ablations.data.feed import Feed
@@ -138,7 +137,7 @@ def train(
             for settings in optimizer.param_groups:
                 settings["lr"] = lr * settings["lr_share"]
             optimizer.zero_grad(set_to_none=True)
-            losses = group.mean(backward(trained, images, parts, device, cell.precision, features))
+            losses = group.mean(backward(trained, images, parts, device, cell.precision, features, group))
             if step + 1 < cell.steps:
                 feed.prefetch(step + 1)
             if curve is not None:
@@ -167,7 +166,13 @@ def train(
 
 
 def backward(
-    model: nn.Module, batch: Batch, parts: int, device: torch.device, precision: str, features: Known
+    model: nn.Module,
+    batch: Batch,
+    parts: int,
+    device: torch.device,
+    precision: str,
+    features: Known,
+    group: Group = ALONE,
 ) -> dict[str, Tensor]:
     """Add the gradients of a step's loss to those of the parameters; returns its parts without graph.
 
@@ -183,7 +188,7 @@ def backward(
         ]
         last = start + size == len(batch.images)
         # Ranks add up their gradients once a step, behind its last part.
-        with nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
+        with nullcontext() if last else group.apart(model):
             known = features(shown, wanted, batch.extent)
             with autocast(device, precision):
                 losses = model(shown, wanted, check_targets=False, features=known, extent=batch.extent)

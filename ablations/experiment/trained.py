@@ -8,7 +8,7 @@ whose val part was mended, or that differs from another one in how it is tested 
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from ablations.rows.store import set_aside
 CHECKPOINT = "checkpoint.pt"
 RECORD = "training.json"
 # What a checkpoint holds.
-PARTS = {"model", "optimizer", "step", "tail", "sums", "seconds"}
+PARTS = frozenset({"model", "optimizer", "step", "tail", "sums", "seconds"})
 HALVED = "halved.json"
 # How often a cell that runs out of memory is tried with half as many images at once.
 HALVINGS = 3
@@ -62,33 +62,47 @@ def damaged_record(out: Path, cell: Cell) -> str | None:
     return None if whole else f"{path} is damaged: it is no record of a training"
 
 
-def read_checkpoint(path: Path, model: nn.Module, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The content of a checkpoint, its tensors on the CPU, or None where there is none that can be used.
+def checkpoint_of(path: Path, model: nn.Module, parts: Set[str]) -> dict[str, Any]:
+    """The content of a checkpoint, its tensors on the CPU.
 
-    One that cannot be read, or is not of this model, is set aside with the record of its training, and said.
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It cannot be read, or is not of this model.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         shapes = {name: value.shape for name, value in state["model"].items()}
-        whole = shapes == {name: value.shape for name, value in model.state_dict().items()}
-        problem = "it is not of this model" if not whole or PARTS - state.keys() else None
-    except FileNotFoundError:
-        return None
-    except MemoryError:
+    except (OSError, MemoryError):
         raise
     # A file that was cut off may fail in any of the layers of pickle, zip and tensors.
     except Exception as error:
-        problem = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if problem is None:
-        return state
-    place = set_aside(path.parents[2], [path, path.with_name(RECORD)])
-    say(f"{path} is damaged ({problem}); set aside in {place}; a run trains it again")
-    return None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is damaged ({reason})") from error
+    if shapes != {name: value.shape for name, value in model.state_dict().items()} or parts - state.keys():
+        raise ValueError(f"{path} is damaged (it is not of this model)")
+    return state
+
+
+def read_checkpoint(
+    path: Path, model: nn.Module, say: Callable[[str], None], parts: Set[str] = PARTS
+) -> dict[str, Any] | None:
+    """As `checkpoint_of`, None where there is none.
+
+    One that cannot be used is set aside with the record of its training, and said, which also gives None.
+    """
+    try:
+        return checkpoint_of(path, model, parts)
+    except FileNotFoundError:
+        return None
+    except ValueError as problem:
+        place = set_aside(path.parents[2], [path, path.with_name(RECORD)])
+        say(f"{problem}; set aside in {place}; a run trains it again")
+        return None
 
 
 def load(out: Path, cell: Cell, model: nn.Module, say: Callable[[str], None]) -> bool:
     """Give `model` the trained weights of a cell that `find` knows of; False, and said, where they are damaged."""
-    state = read_checkpoint(folder(out, cell) / CHECKPOINT, model, say)
+    state = read_checkpoint(folder(out, cell) / CHECKPOINT, model, say, {"model"})
     if state is not None:
         model.load_state_dict(state["model"])
     return state is not None

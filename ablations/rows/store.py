@@ -109,8 +109,13 @@ def damaged_row(directory: str | Path, key: str) -> str | None:
         return None
     except ValueError as problem:
         return str(problem)
+    return damaged_files(directory, row)
+
+
+def damaged_files(directory: str | Path, row: Row) -> str | None:
+    """What is wrong with the files beside a row, as `damaged_row` says it."""
     for name, size in (row.get("files") or {}).items():
-        path = Path(directory) / "cells" / key / name
+        path = Path(directory) / "cells" / row["key"] / name
         if path.is_file() and path.stat().st_size != size:
             return f"{path} is damaged: it has {path.stat().st_size} bytes, and had {size} when its row was written"
     return None

@@ -9,14 +9,14 @@ from ablations.evaluation.evaluate import evaluate
 from heads import build_detector
 from heads.build import DETECTORS
 
-SIDE = 128
+SIDE = 96
 COLOURS = torch.tensor([[200, 60, 40], [40, 190, 70], [60, 80, 220]])
 # x1, y1, x2, y2 and label of the objects of each image. No two overlap.
 SCENES = [
-    [(10, 14, 74, 110, 0)],
-    [(30, 8, 118, 56, 1), (20, 66, 80, 122, 2)],
-    [(6, 40, 60, 100, 2), (68, 20, 124, 116, 0)],
-    [(24, 24, 104, 108, 1)],
+    [(8, 10, 56, 82, 0)],
+    [(22, 6, 88, 42, 1), (15, 50, 60, 92, 2)],
+    [(4, 30, 45, 75, 2), (51, 15, 93, 87, 0)],
+    [(18, 18, 78, 81, 1)],
 ]
 # Steps of training, and the rate at their height. RepPoints has one positive a box and takes longer, and so does DETR:
 # its queries first have to settle which of them takes which box, and at a higher rate they do not.

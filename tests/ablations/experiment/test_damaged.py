@@ -63,9 +63,9 @@ def test_what_another_runner_makes_again_is_left_to_it(grid, capsys):
     cell = restored(row)
     cut(grid.out / "cells" / row["key"] / "detections.json.gz")
     with claim(grid.out, row["key"]):
-        mend(grid.out, [cell], change=True)
+        mend(grid.out, [cell], {row["key"]: row}, change=True)
     assert capsys.readouterr().err == "" and read_rows(grid.out) == [row]
-    mend(grid.out, [cell], change=True)
+    mend(grid.out, [cell], {row["key"]: row}, change=True)
     assert "set aside in" in capsys.readouterr().err and read_rows(grid.out) == []
 
 
