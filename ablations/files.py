@@ -101,8 +101,10 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(temporary, path)
-            except BaseException:
+            except BaseException as error:
                 temporary.unlink(missing_ok=True)
+                if (cause := _failed_write(error)) is not None:
+                    raise OSError(cause.errno, cause.strerror) from error
                 raise
     _sync_directory(path.parent)
 
@@ -132,6 +134,16 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
 def atomic_write_text(path: str | Path, text: str) -> None:
     """Replace `path` by `text` in UTF-8, whole or not at all. Errors as in `atomic_file`."""
     atomic_write_bytes(path, text.encode())
+
+
+def _failed_write(error: BaseException | None) -> OSError | None:
+    """The write that failed, behind an error that hides it: torch.save ends such a file with one about its end."""
+    while isinstance(error, Exception):
+        # Errors of writing have no name; one with a name is about another file.
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            return error
+        error = error.__context__
+    return None
 
 
 def _open_locked(path: Path) -> BinaryIO:

@@ -1,8 +1,10 @@
 """A file is replaced whole or not at all, whatever a writer left behind."""
 
 import os
+import resource
 
 import pytest
+import torch
 
 from ablations.files import FileLock, atomic_file, atomic_write_bytes, atomic_write_text, told
 
@@ -32,3 +34,21 @@ def test_an_error_of_the_disk_names_its_file_once(tmp_path):
         (tmp_path / "file" / "folder").mkdir()
     assert told(plain.value) == f"Not a directory: {tmp_path}/file/folder"
     assert told(OSError("no number")) == "no number"
+
+
+def test_a_disk_that_fills_up_while_weights_are_saved_is_told_from_a_crash(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    state = {str(number): torch.zeros(100, 50) for number in range(20)}
+    atomic_write_text(tmp_path / "checkpoint.pt", "old")
+    try:
+        # In the middle of it torch.save says where a file should end, and nothing of the disk.
+        for size in (0, 30_000, 300_000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            with (
+                pytest.raises(OSError, match=r"cannot write .*checkpoint\.pt: File too large"),
+                atomic_file(tmp_path / "checkpoint.pt") as file,
+            ):
+                torch.save(state, file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "checkpoint.pt").read_text() == "old" and os.listdir(tmp_path) == ["checkpoint.pt"]

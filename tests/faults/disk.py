@@ -13,6 +13,8 @@ from pathlib import Path
 from victim import Run, differences, rows_of, say
 
 SIZE = "48m"
+# Bytes that a process keeps before it writes any.
+LARGE = 1 << 14
 # What Python's audit events of writing are called in the report; of a file that is renamed its first name is shown.
 WRITES = {"open": "", "os.mkdir": " (made)", "os.rename": " (renamed)"}
 # The place that is watched, and whether its disk has been filled.
@@ -42,8 +44,8 @@ def can_mount(folder: Path) -> bool:
 
 
 def site_of(path: str) -> str:
-    """A file by its role: hashes and numbers of a cell are left out."""
-    return re.sub(r"[0-9a-f]{16}", "<key>", path)
+    """A file by its role: without hashes and random parts; the columns of parsed data are many of one kind."""
+    return re.sub(r"(?<=<key>/)[^/]*\.npy$", "<column>.npy", re.sub(r"[0-9a-f]{16,}(-[0-9a-f]{8})?", "<key>", path))
 
 
 def watch(event: str, arguments: tuple) -> None:
@@ -66,17 +68,28 @@ def watch(event: str, arguments: tuple) -> None:
         with _once:
             if not _filled[0]:
                 _filled[0] = 1
-                fill(_watched["filler"])
+                fill(_watched["filler"], int(_watched["left"]))
 
 
-def fill(path: str) -> None:
-    """Take all that a disk has left, to the last byte."""
+def fill(path: str, left: int) -> None:
+    """Take all that a disk has, but for so many bytes."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT)
     for size in (1 << 20, 1 << 12, 1):
         with suppress(OSError):
             while True:
                 os.write(file, b"0" * size)
+    os.truncate(path, os.stat(path).st_size - left)
     os.close(file)
+
+
+def halves(sites: list[str], whole: Path) -> list[tuple[str, int]]:
+    """Every site with no space that is left, and behind those of large files, with space for half of one."""
+    sizes: dict[str, int] = {}
+    for path in whole.rglob("*"):
+        site = site_of(str(path.with_name(f".{path.name}.tmp").relative_to(whole)))
+        sizes[site] = max(sizes.get(site, 0), path.stat().st_size)
+    large = {site: size // 2 for site, size in sizes.items() if size > 2 * LARGE}
+    return [(site, left) for site in sites for left in (0, *([large[site]] if site in large else []))]
 
 
 def full_disk(data: Path, folder: Path, every: int) -> list[dict[str, object]]:
@@ -94,11 +107,11 @@ def full_disk(data: Path, folder: Path, every: int) -> list[dict[str, object]]:
         assert Run(data, out, ONLY, log=log).wait() == 0
         del _watched["list"]
         shutil.copytree(out, whole)
-        sites = list(dict.fromkeys((folder / "sites").read_text().splitlines()))[::every]
-        for number, site in enumerate(sites):
+        sites = halves(list(dict.fromkeys((folder / "sites").read_text().splitlines())), whole)[::every]
+        for number, (site, left) in enumerate(sites):
             shutil.rmtree(out)
             _filled[0] = 0
-            _watched.update(site=site, filler=str(place / "filler"))
+            _watched.update(site=site, left=str(left), filler=str(place / "filler"))
             first = Run(data, out, ONLY, log=log)
             code, said, rows = first.wait(), first.complaints(), rows_of(out)
             del _watched["site"]
@@ -108,15 +121,16 @@ def full_disk(data: Path, folder: Path, every: int) -> list[dict[str, object]]:
             results.append(
                 {
                     "full before": site or "(whether it can be written to)",
+                    "bytes left": left,
                     "exit code": code,
-                    "said": brief(said, place),
+                    "said": brief(said, place) or ("(nothing was left to write)" if _filled[0] else "(not reached)"),
                     "lines": len(said),
                     "rows lost": sum(now.get(key) != row for key, row in rows.items()),
                     "exit code of the next": again,
                     "differences": len(differences(out, whole)),
                 }
             )
-            say(f"{number + 1} of {len(sites)} files: {site}: {code}, then {again}")
+            say(f"{number + 1} of {len(sites)} files: {site}, {left} left: {code}, then {again}")
     return results
 
 

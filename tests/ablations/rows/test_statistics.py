@@ -168,7 +168,6 @@ def test_replicates_lie_beside_the_rows(tmp_path):
     write_tables(rows, tmp_path)
     assert "(training only)" not in (tmp_path / "table.md").read_text()
     assert " ± " in (tmp_path / "table.md").read_text() and r"$\pm$" in (tmp_path / "table.tex").read_text()
-
     header = (tmp_path / "table.csv").read_text().splitlines()[1]
     assert "delta_AP,delta_AP_half_width,delta_AP_p,delta_AP_covers" in header
     assert (tmp_path / "effects.csv").read_text().splitlines()[1].startswith("detector,depth,formulation,seeds,metric")
