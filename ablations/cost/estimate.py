@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ablations.data.loader import Loader, resized
-from ablations.data.split import Dataset, Split
+from ablations.data.split import Dataset, Split, sizes
 from ablations.experiment.experiment import build
 from ablations.experiment.precision import autocast
 from ablations.grid import Cell
@@ -127,8 +127,8 @@ def pixels(extent: Iterable[int]) -> int:
 @cache
 def largest(split: Split, short_side: int, max_size: int) -> tuple[int, int]:
     """Height and width of the largest image of a split as it is shown."""
-    sizes = {(image.width, image.height) for image in split.images}
-    return max((shape(*size, short_side, max_size) for size in sizes), key=math.prod)
+    different = np.unique(sizes(split.images), axis=0).tolist()
+    return max((shape(*size, short_side, max_size) for size in different), key=math.prod)
 
 
 def trained_pixels(split: Split, cell: Cell) -> float:
@@ -140,23 +140,20 @@ def trained_pixels(split: Split, cell: Cell) -> float:
 def _trained_pixels(split: Split, batch: int, parts: int, short_sides: tuple[int, ...], max_size: int) -> float:
     # Which images come together is the loader's own draw; of their sides any draw will do.
     loader, generator = Loader(split, batch, 0, short_sides, max_size), np.random.default_rng(0)
-    found = []
+    declared, found = sizes(split.images), []
     for step in range(STEPS):
-        records = [split.images[index] for index in loader.indices(step)]
-        sides = generator.choice(short_sides, batch).tolist()
-        sizes = [
-            shape(record.width, record.height, side, max_size) for record, side in zip(records, sides, strict=True)
-        ]
-        found += [pixels(extent) for extent in np.array(sizes).reshape(parts, -1, 2).max(1).tolist()]
+        chosen, sides = declared[loader.indices(step)].tolist(), generator.choice(short_sides, batch).tolist()
+        shown = [shape(*size, side, max_size) for size, side in zip(chosen, sides, strict=True)]
+        found += [pixels(extent) for extent in np.array(shown).reshape(parts, -1, 2).max(1).tolist()]
     return sum(found) / len(found)
 
 
 @cache
 def evaluated_pixels(split: Split, batch: int, short_side: int, max_size: int) -> int:
     """The number of pixels that all images of a split are padded to in batches of so many, as evaluation shows them."""
-    sizes = [shape(record.width, record.height, short_side, max_size) for record in split.images]
-    batches = [sizes[start : start + batch] for start in range(0, len(sizes), batch)]
-    return sum(len(sizes) * pixels(map(max, zip(*sizes, strict=True))) for sizes in batches)
+    shapes = [shape(*size, short_side, max_size) for size in sizes(split.images).tolist()]
+    batches = [shapes[start : start + batch] for start in range(0, len(shapes), batch)]
+    return sum(len(shown) * pixels(map(max, zip(*shown, strict=True))) for shown in batches)
 
 
 @cache

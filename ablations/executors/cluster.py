@@ -121,10 +121,11 @@ class Driver:
             while todo or tasks:
                 for _ in range(min(most - len(tasks), len(todo))):
                     number = todo.popleft()
-                    if self.claim(number):
-                        tasks[begin(number, self.cells[number])] = number
-                    elif number not in self.leases:
+                    if not self.claim(number):
+                        # Come back when everything else is done.
                         todo.append(number)
+                    elif not self.is_done(number):
+                        tasks[begin(number, self.cells[number])] = number
                 ended, _ = self.ray.wait(list(tasks), timeout=SECONDS_BETWEEN_LOOKS) if tasks else ([], [])
                 if not tasks:
                     time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -139,20 +140,24 @@ class Driver:
                 lease.close()
 
     def claim(self, number: int) -> bool:
-        """Take the right to work on a cell; False where another run has it, or has just finished it."""
-        cell = self.cells[number]
-        lease = claim_both(self.job.out, cell)
+        """Take the right to work on a cell; False where another run has it."""
+        lease = claim_both(self.job.out, self.cells[number])
         if lease is None:
-            self.notice(cell, Elsewhere())
+            self.notice(self.cells[number], Elsewhere())
             return False
         self.leases[number] = lease
+        return True
+
+    def is_done(self, number: int) -> bool:
+        """Whether another run has finished a cell before it was claimed; its lease is then given back."""
+        cell = self.cells[number]
         row = read_row(self.job.out, cell.key)
         if row is None or not trained.is_done(self.job.out, cell, row, self.job.retry_failed):
             trained.clear(self.job.out, cell)
-            return True
-        lease.close()
+            return False
+        self.leases.pop(number).close()
         self.notice(cell, Finished(row))
-        return False
+        return True
 
     def hear(self) -> None:
         """Pass on what the tasks have told; a row is written before anybody hears of it."""

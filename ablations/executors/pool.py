@@ -21,7 +21,7 @@ from ablations.executors.worker import (
     work,
 )
 from ablations.experiment import trained
-from ablations.experiment.experiment import Job, Learned, Saved, Stage
+from ablations.experiment.experiment import Job, Learned, Stage
 from ablations.grid import Cell
 from ablations.rows.row import Results, Row
 from ablations.rows.store import write_row
@@ -72,7 +72,6 @@ def run_cells(
     """
     todo = deque(cells)
     lost: Counter[Cell] = Counter()
-    saved: defaultdict[Cell, int] = defaultdict(int)
     known: defaultdict[Cell, Results] = defaultdict(Results)
     context = multiprocessing.get_context("spawn")
     team = [hire(context, job, ranks) for _ in range(min(workers, len(cells)))]
@@ -113,7 +112,7 @@ def run_cells(
                     case OutOfMemory(row):
                         # What an allocator has cut up, and an error holds on to, goes with the process.
                         replace(worker)
-                        if trained.halve(job.out, cell, saved[cell], ranks.ranks if ranks else 1):
+                        if trained.halve(job.out, cell, ranks.ranks if ranks else 1):
                             todo.appendleft(cell)
                         else:
                             finish(cell, row)
@@ -134,8 +133,6 @@ def run_cells(
                         if isinstance(message, Learned):
                             # What a process that is killed later on would take with it.
                             known[cell].update(message.parts)
-                        if isinstance(message, Saved):
-                            saved[cell] = message.step
                         notice(cell, message)
     finally:
         for worker in team:

@@ -260,9 +260,6 @@ def fit(
     def log(step: int, scalars: Scalars) -> None:
         notice(Line(step, scalars))
 
-    def saved(step: int) -> None:
-        notice(Saved(step))
-
     loader = Loader(
         data.train,
         cell.batch_size,
@@ -285,21 +282,20 @@ def fit(
         directory = trained.folder(job.out, cell)
         device = torch.device(job.device)
         # Ranks compute in step: what holds up the first holds up all, and a lock of each could lock them together.
-        busy = room.busy if group.rank == 0 else nullcontext
         record = train(
             cell,
             model,
             batches.batch,
             device,
             directory,
-            busy,
-            report,
-            log,
-            saved,
-            features,
-            group,
-            parts,
-            lambda text: notice(Said(text)),
+            busy=room.busy if group.rank == 0 else nullcontext,
+            report=report,
+            log=log,
+            saved=lambda step: notice(Saved(step)),
+            features=features,
+            group=group,
+            parts=parts,
+            say=lambda text: notice(Said(text)),
         )
     record["ranks"] = group.ranks
     if halved:

@@ -132,12 +132,12 @@ def train(
     while step < cell.steps:
         with busy():
             torch.manual_seed(cell.seed * 1_000_003 + step)
-            images = feed(step)
+            shown = feed(step)
             lr = learning_rate(cell, step)
             for settings in optimizer.param_groups:
                 settings["lr"] = lr * settings["lr_share"]
             optimizer.zero_grad(set_to_none=True)
-            losses = group.mean(backward(trained, images, parts, device, cell.precision, features, group))
+            losses = group.mean(backward(trained, shown, parts, device, cell.precision, features, group))
             if step + 1 < cell.steps:
                 feed.prefetch(step + 1)
             if curve is not None:
@@ -181,17 +181,13 @@ def backward(
     size = len(batch.images) // parts
     total: dict[str, Tensor] = {}
     for start in range(0, len(batch.images), size):
-        shown = [image.to(device, non_blocking=True) for image in batch.images[start : start + size]]
-        wanted = [
-            {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in t.items()}
-            for t in batch.targets[start : start + size]
-        ]
+        images, targets = batch.images[start : start + size], batch.targets[start : start + size]
         last = start + size == len(batch.images)
         # Ranks add up their gradients once a step, behind its last part.
         with nullcontext() if last else group.apart(model):
-            known = features(shown, wanted, batch.extent)
+            known = features(images, targets, batch.extent)
             with autocast(device, precision):
-                losses = model(shown, wanted, check_targets=False, features=known, extent=batch.extent)
+                losses = model(images, targets, check_targets=False, features=known, extent=batch.extent)
             if parts > 1:
                 losses = {name: loss / parts for name, loss in losses.items()}
             sum(losses.values()).backward()

@@ -117,22 +117,30 @@ def halved(out: Path, cell: Cell) -> list[int]:
     return steps if isinstance(steps, list) else []
 
 
-def halve(out: Path, cell: Cell, step: int, ranks: int) -> bool:
+def halve(out: Path, cell: Cell, ranks: int) -> bool:
     """Train on half as many images at once from here on; False where that was done too often, or there is one a rank.
 
     The images of a step stay the same: they are trained on in twice as many parts, one after the other.
 
     Args:
         out, cell: As for `folder`.
-        step: The last one that was known to be done.
         ranks: Processes that train the cell together.
     """
-    steps = [*halved(out, cell), step]
+    steps = [*halved(out, cell), checkpoint_step(folder(out, cell) / CHECKPOINT)]
     if len(steps) > HALVINGS or cell.batch_size % (ranks * cell.accumulate * 2 ** len(steps)):
         return False
     folder(out, cell).mkdir(parents=True, exist_ok=True)
     atomic_write_text(folder(out, cell) / HALVED, json.dumps(steps) + "\n")
     return True
+
+
+def checkpoint_step(path: Path) -> int:
+    """How many steps were done at a checkpoint; 0 where there is none that can be read."""
+    try:
+        return int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["step"])
+    # The training that goes on looks at it more closely, and says what is wrong with it.
+    except Exception:
+        return 0
 
 
 def clear(out: Path, cell: Cell) -> None:

@@ -78,9 +78,9 @@ def prepare() -> None:
         with writing(lambda: None)():
             return written(out, row)
 
-    def training(*arguments):
+    def training(*arguments, **named):
         add(_TRAININGS)
-        return trained(*arguments)
+        return trained(*arguments, **named)
 
     worker.run, worker.write_row, pool.write_row, experiment.train = watched, counted, counted, training
     train.atomic_file = writing(atomic)

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from tiny_coco import CATEGORIES, REAL, annotation, write_json
 
+from ablations.cost.gpus import DEFAULT
 from ablations.data.coco import read_image, read_split
 from ablations.data.loader import Loader, resized
 from ablations.experiment.measure import count_gmacs
@@ -29,8 +30,8 @@ from heads.build import build_detector
 RESULT = Path(__file__).parents[3] / "results" / "loader" / "images.md"
 COMMAND = "DYHEAD_COCO=DIR pytest tests/ablations/data/bench_loader.py --benchmark-only"
 SHORT_SIDE, MAX_SIZE, BATCH = 800, 1333, 16
-# Dense bf16 of an H100 SXM, floating point operations a second, and the shares of it that training may reach.
-H100, SHARES = 989e12, (0.2, 0.4)
+# Floating point operations a second of an H100, and the shares of them that training may reach.
+H100, SHARES = DEFAULT.peak("bf16"), (0.2, 0.4)
 
 
 def typical(root, count):

@@ -37,9 +37,9 @@ def grid(data, tmp_path, monkeypatch, capsys):
         if isinstance(event, Said):
             print(event.text)
 
-    def counted(cell, *others):
+    def counted(cell, *others, **named):
         trainings.append(cell.name)
-        return train(cell, *others)
+        return train(cell, *others, **named)
 
     train = experiment.train
     monkeypatch.setattr(experiment, "train", counted)
