@@ -22,7 +22,6 @@ from ablations.executors.pool import run_cells
 from ablations.executors.progress import Progress, clock
 from ablations.executors.ranks import Ranks
 from ablations.executors.worker import Finished, Notice
-from ablations.exhibits.make import write_exhibits
 from ablations.experiment import logs
 from ablations.experiment.experiment import Job
 from ablations.experiment.group import NO_BATCH_NORM, trained_batch_norms
@@ -32,9 +31,7 @@ from ablations.generate import generate
 from ablations.grid import Cell, build_grid, only
 from ablations.options import RUNS, Options, parse
 from ablations.plan import Plan, announce, dry_run, make_plan, replaced
-from ablations.report import write_results
 from ablations.rows.store import read_all, read_rows, set_aside, warn
-from ablations.rows.tables import write_tables
 from heads.backbones.resnet import BACKBONES, load_imagenet
 
 OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -230,7 +227,9 @@ def run(plan: Plan, options: Options, data: Dataset, ranks: Ranks | None) -> Non
         if isinstance(event, Finished):
             left[cell.seed] -= 1
             if not left[cell.seed] and left.total():
-                # The last table is made of all rows, with the report.
+                # Here for the reason in `conclude`. The last table is made of all rows, with the report.
+                from ablations.rows.tables import write_tables
+
                 with room.busy():
                     write_tables(read_rows(options.out), options.out)
                 progress.line(f"seed {cell.seed} complete: table in {options.out}/table.md")
@@ -268,6 +267,10 @@ def banner(options: Options, plan: Plan, ranks: Ranks | None) -> str:
 
 def conclude(cells: list[Cell], options: Options, data: Dataset, interrupted: bool) -> int:
     """Write exhibits, tables and report from all rows of the directory; returns the exit code."""
+    # Here, since every worker imports this file: pandas, SciPy and Matplotlib would take half of its start.
+    from ablations.exhibits.make import write_exhibits
+    from ablations.report import write_results
+
     out = options.out
     rows, problems = read_all(out)
     if not rows:

@@ -6,6 +6,7 @@ from synthetic_rows import MACHINE
 from ablations import run
 from ablations.executors.worker import Finished
 from ablations.generate import generate
+from ablations.rows import tables
 from ablations.rows.row import good
 from ablations.rows.store import read_rows, write_row
 
@@ -52,12 +53,12 @@ def test_after_each_seed_there_is_a_table_and_a_line_says_so(rows_at_once, data,
 
 
 def test_the_table_of_a_round_holds_no_cell_of_the_next(rows_at_once, data, tmp_path, monkeypatch):
-    tables = []
+    written = []
 
     def write(rows, out):
-        tables.append({row["cell"]["seed"] for row in rows})
+        written.append({row["cell"]["seed"] for row in rows})
 
-    monkeypatch.setattr(run, "write_tables", write)
+    monkeypatch.setattr(tables, "write_tables", write)
     arguments = ["--grid", "depth", "--data", str(data), "--out", str(tmp_path), "--seeds", "3"]
     assert run.main([*arguments, "--detector", "atss,fcos"]) == 0
-    assert tables == [{0}, {0, 1}]
+    assert written == [{0}, {0, 1}]

@@ -22,9 +22,13 @@ from types import SimpleNamespace
 
 import torch
 
-from ablations import grid, run
+# Whatever trains imports it, and takes longer for that than for all its steps: here once for all that are forked.
+import torch._dynamo
+
+from ablations import grid, report, run
 from ablations.evaluation.detections import FILE, read_detections
 from ablations.executors import pool, worker
+from ablations.exhibits import make
 from ablations.exhibits.make import write_exhibits
 from ablations.experiment import experiment, train
 from ablations.experiment.experiment import Stage
@@ -88,8 +92,8 @@ def prepare() -> None:
 
 def show(everything: bool) -> None:
     """Whether a run ends with exhibits, pictures and a report, which take long, or with tables alone."""
-    run.write_exhibits = write_exhibits if everything else lambda *_: None
-    run.write_results = write_results if everything else lambda rows, out, problems: write_tables(rows, out)
+    make.write_exhibits = write_exhibits if everything else lambda *_: None
+    report.write_results = write_results if everything else lambda rows, out, problems: write_tables(rows, out)
 
 
 def writing(manager: Callable) -> Callable:

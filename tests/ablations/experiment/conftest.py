@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from ablations import run
+from ablations import report, run
 from ablations.executors import worker
 from ablations.experiment import experiment
 from ablations.experiment.experiment import Said
@@ -45,7 +45,7 @@ def grid(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment, "train", counted)
     monkeypatch.setattr(run, "run_cells", in_this_process)
     # What takes most of the time and is not the point here.
-    monkeypatch.setattr(run, "write_results", lambda rows, out, problems: write_tables(rows, out))
+    monkeypatch.setattr(report, "write_results", lambda rows, out, problems: write_tables(rows, out))
     monkeypatch.setattr(experiment, "measure_latency", lambda *_: {"latency_ms_p50": 1.0})
 
     def call(*more, detector="atss", only="baseline"):
