@@ -1,4 +1,4 @@
-# Every target makes its own virtual environment and installs what it needs into it; modules are compiled when imported.
+# Every target makes its own virtual environment and installs what it needs into it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -40,12 +40,12 @@ clean:
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --no-compile -c constraints.txt -e '.[ablations]'
+	$(BIN)/pip install -c constraints.txt -e '.[ablations]'
 	touch $@
 
 $(VENV)/installed-test: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --no-compile -c constraints.txt -e '.[test]'
+	$(BIN)/pip install -c constraints.txt -e '.[test]'
 	touch $@ $(VENV)/installed
 
 # tests/sanitize/requirements.txt says why what this package declares that it needs is passed over.
