@@ -114,10 +114,12 @@ def test_a_fresh_run_trains_again_and_keeps_the_old_weights(grid):
     code, printed, trainings = grid("--fresh")
     assert code == 0 and trainings == ["atss baseline"] and "only evaluated" not in printed
     (after,) = read_rows(grid.out)
-    assert after["metrics"] == before["metrics"]
+    assert after["metrics"] == before["metrics"] and after["training"]["loss"] == before["training"]["loss"]
     replaced = grid.out / "cells" / "replaced"
     for name in (f"{before['key']}.json", "*/checkpoint.pt", "*/losses.jsonl", f"{before['key']}/detections.json.gz"):
         assert len(list(replaced.glob(f"*/{name}"))) == 1, name
+    (old,) = replaced.glob("*/*.json")
+    assert json.loads(old.read_text()) == before
     assert (beside / "detections.json.gz").read_bytes() != b"of the old row"
 
 
