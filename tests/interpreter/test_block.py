@@ -111,10 +111,10 @@ def test_float32_loses_no_more_than_the_separate_operators():
     lost = {backend: {} for backend in ("torch", "triton")}
     for seed in (3, 4):
         with use_backend("torch"):
-            exact = results(*make(sizes=((3, 4), (2, 2)), seed=seed))
+            exact = results(*make(sizes=((3, 4), (2, 2)), batch=1, seed=seed))
         for backend, most in lost.items():
             with use_backend(backend):
-                found = results(*make(sizes=((3, 4), (2, 2)), dtype=torch.float32, seed=seed))
+                found = results(*make(sizes=((3, 4), (2, 2)), dtype=torch.float32, batch=1, seed=seed))
             for name, x in exact.items():
                 most[name] = max(most.get(name, 0), float((found[name] - x).abs().max() / x.abs().max()))
     for name, error in lost["triton"].items():
