@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from interpreter import quicken
 from places import GOLDEN, TESTS
 from tabulate import tabulate
 
@@ -36,6 +37,8 @@ class Unmeasured:
 
 def pytest_configure(config):
     config.pluginmanager.register(Unmeasured(), "unmeasured")
+    if INTERPRET:
+        quicken()
     # Without the flag a benchmark runs once, untimed: enough to see that it still works.
     if not config.getoption("benchmark_only", True):
         config.option.benchmark_disable = True
