@@ -23,7 +23,7 @@ sanitize: $(CHECKED)/installed-ttsem
 bench: $(VENV)/installed-test
 	$(BIN)/pytest --benchmark-only
 
-# Kill, fill, cut and set back what a grid stands on, and see what is lost: results/faults/. A quarter of an hour.
+# Kill, fill, cut and set back what a grid stands on, and see what is lost: results/faults/. Ten minutes.
 faults: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/main.py
 

@@ -3,7 +3,7 @@
     python tests/faults/main.py [--kills N] [--out DIR] [--short]
 
 Needs Linux; a full and a read-only disk need root, the jumping clock needs gcc. What cannot be done here is said in its
-place. About a quarter of an hour on two cores.
+place. About ten minutes on two cores.
 """
 
 import argparse
