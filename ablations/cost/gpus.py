@@ -10,6 +10,7 @@ import torch
 # float32 convolutions run. Found by the words of a device's name; the first of these that are all in it counts.
 PEAKS = {
     "B200": (2250.0, 1125.0),
+    "H200 NVL": (835.0, 418.0),
     "H200": (989.0, 494.0),
     "H100 PCIe": (756.0, 378.0),
     "H100 NVL": (835.0, 418.0),
