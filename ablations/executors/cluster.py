@@ -124,7 +124,8 @@ class Driver:
                     if not self.claim(number):
                         # Come back when everything else is done.
                         todo.append(number)
-                    elif not self.is_done(number):
+                    elif not self.finished_elsewhere(number):
+                        trained.clear(self.job.out, self.cells[number])
                         tasks[begin(number, self.cells[number])] = number
                 ended, _ = self.ray.wait(list(tasks), timeout=SECONDS_BETWEEN_LOOKS) if tasks else ([], [])
                 if not tasks:
@@ -148,12 +149,11 @@ class Driver:
         self.leases[number] = lease
         return True
 
-    def is_done(self, number: int) -> bool:
-        """Whether another run has finished a cell before it was claimed; its lease is then given back."""
+    def finished_elsewhere(self, number: int) -> bool:
+        """Whether another run has finished a cell before it was claimed; that is told, and the lease given back."""
         cell = self.cells[number]
         row = read_row(self.job.out, cell.key)
         if row is None or not trained.is_done(self.job.out, cell, row, self.job.retry_failed):
-            trained.clear(self.job.out, cell)
             return False
         self.leases.pop(number).close()
         self.notice(cell, Finished(row))

@@ -54,7 +54,7 @@ def main() -> int:
         parts["A directory without permission"] = no_permission(data, folder)
         if can_mount(folder / "disk"):
             victim.show(everything=not options.short)
-            parts["A full disk"] = full_disk(data, folder, 20 if options.short else 1)
+            parts["A full disk"] = full_disk(data, folder, 5 if options.short else 1)
             parts["A read-only disk"] = read_only(data, folder)
         else:
             parts["Full and read-only disks"] = [{"not done": "this user cannot mount a file system"}]

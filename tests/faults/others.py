@@ -76,7 +76,7 @@ def clock_that_jumps(data: Path, folder: Path, only: str) -> list[dict[str, obje
         while process.poll() is None and not list(out.glob("cells/*/checkpoint.pt")):
             time.sleep(0.01)
         shift.write_text(str(by))
-        _, errors = process.communicate(timeout=600)
+        _, errors = process.communicate(timeout=120)
         rows = read_rows(out)
         jumped = sum(row["finished"][:4] != row["started"][:4] for row in rows)
         results.append(
@@ -133,7 +133,7 @@ def runners(data: Path, folder: Path, only: str, count: int, seeds: int) -> dict
     take("trainings"), take("doubled")
     steps = ("--steps", "1", "--seeds", str(seeds))
     running = [Run(data, out, only, *steps, log=folder / f"log-{n}") for n in range(count)]
-    codes = [run.wait() for run in running]
+    codes = [run.wait(600) for run in running]
     rows = rows_of(out)
     return {
         "runners at once": count,

@@ -190,7 +190,7 @@ class Run:
                 self.code = os.waitstatus_to_exitcode(status)
         return self.code is not None
 
-    def wait(self, seconds: float = 600) -> int:
+    def wait(self, seconds: float = 120) -> int:
         """Its exit code, when it has ended."""
         until = time.monotonic() + seconds
         while not self.ended():

@@ -171,7 +171,7 @@ def test_more_of_everything_than_one_block(monkeypatch):
     monkeypatch.setattr(block_coefficients, "_ELEMENTS", 256)
     monkeypatch.setattr(block_coefficients, "_MERGED", (1, 16))
     monkeypatch.setattr(block_tail, "_ADDED", 16)
-    check(make(batch=3, channels=48, hidden=24))
+    check(make(batch=5, channels=48, hidden=24))
 
 
 def double(x):

@@ -77,7 +77,7 @@ def test_several_blocks_of_everything(monkeypatch):
     monkeypatch.setattr(block_offset, "fit", lambda *_: Tiles(2, 4, 16, 16, 4, 2))
     monkeypatch.setattr(block_offset, "_WEIGHT_PROGRAMS", 3 * 48)
     monkeypatch.setattr(block_offset, "_COLUMNS", 256)
-    check(make(sizes=((3, 5), (1, 2)), channels=48, batch=1))
+    check(make(sizes=((3, 5), (2, 3)), channels=48, batch=1))
 
 
 def test_places_of_64_bits(monkeypatch):

@@ -9,7 +9,7 @@ from region_calls import MALFORMED, check_sampled, check_suppression, malformed_
 FLOATING = [torch.float32, torch.float32, torch.float64, torch.float16]
 # A call that is refused costs nothing here, one that runs up to a second.
 REFUSED = settings(max_examples=250, deadline=None, derandomize=True, database=None)
-EXTREME = settings(REFUSED, max_examples=30)
+EXTREME = settings(REFUSED, max_examples=60)
 
 
 @pytest.mark.parametrize("name", MALFORMED)

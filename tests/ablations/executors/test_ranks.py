@@ -105,7 +105,7 @@ def results(data, tmp_path_factory):
     """The directories of one process and of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     shared = [start(RANK % STEPS, folder / "two", rank, 2, *arguments(data)) for rank in range(2)]
-    finish([start(RANK % STEPS, folder / "one", 0, 1, *arguments(data)), *shared])
+    finish([start(RANK % STEPS, folder / "one", 0, 1, *arguments(data)), *shared], seconds=300)
     return folder / "one", folder / "two"
 
 

@@ -17,10 +17,10 @@ def start(script, *arguments):
     )
 
 
-def finish(processes):
+def finish(processes, seconds=60):
     outputs = []
     for process in processes:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=seconds)
         assert process.returncode == 0, err
         outputs.append(out)
     return outputs
