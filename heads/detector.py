@@ -5,6 +5,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from heads.boxes.fixed import FixedDetections
 from heads.boxes.selection import ImageDetections
 from heads.parameters import SpecialParameters
 from heads.targets import Target, usable_targets
@@ -71,6 +72,18 @@ class PredictionHead(SpecialParameters, Generic[Outputs]):
         Returns:
             One dict an image, by falling score: `boxes` (K, 4) xyxy in pixels, clipped to the image, `scores` (K,),
             `labels` (K,) int64, and `masks` (K, height, width) where the head has them.
+        """
+        raise NotImplementedError
+
+    def predict_fixed(self, outputs: Outputs, size: tuple[int, int]) -> FixedDetections:
+        """The detections of `predict` in tensors of fixed shapes, for graphs that are exported.
+
+        Args:
+            outputs: What `forward` returned.
+            size: (height, width) of all images before padding, ints or symbols for them.
+
+        Returns:
+            The same detections in the same order, every image filled up to as many as there may be at most.
         """
         raise NotImplementedError
 

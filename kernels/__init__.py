@@ -18,6 +18,7 @@ from kernels.deform_conv.operator import deform_conv2d, deform_conv2d_levels
 from kernels.dynamic_relu.operator import dynamic_relu
 from kernels.regions.border_align import border_align
 from kernels.regions.nms import batched_nms, nms
+from kernels.regions.nms_mask import nms_mask
 from kernels.regions.roi_align import roi_align
 from kernels.version import __version__
 
@@ -32,6 +33,7 @@ __all__ = [
     "dyhead_blocks",
     "dynamic_relu",
     "nms",
+    "nms_mask",
     "roi_align",
     "use_backend",
 ]

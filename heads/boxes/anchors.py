@@ -72,7 +72,7 @@ def anchor_grid(
     """Anchors on the grid of every level; the 32 grids used last are kept, so a call in a training loop is free.
 
     Args:
-        sizes: (height, width) of each level's feature map.
+        sizes: (height, width) of each level's feature map; symbols of `torch.export` give a grid that is not kept.
         strides: Pixels per cell, by level.
         cells: The anchors of a cell, by level, as `cell_anchors` gives them.
         offset: Where in its cell an anchor is centred, in cells: 0.5 is the middle (official DyHead), 0 the upper left
@@ -82,14 +82,11 @@ def anchor_grid(
     Returns:
         The grid, which callers share and must not write to.
     """
-    key = (
-        tuple((int(h), int(w)) for h, w in sizes),
-        tuple(strides),
-        tuple(tuple(tuple(anchor) for anchor in level) for level in cells),
-        offset,
-        torch.device(device),
-    )
-    return _anchor_grid(*key)
+    shape = tuple((h, w) for h, w in sizes)
+    all_cells = tuple(tuple(tuple(anchor) for anchor in level) for level in cells)
+    if torch.compiler.is_compiling():
+        return _new_grid(shape, tuple(strides), all_cells, offset, torch.device(device))
+    return _anchor_grid(shape, tuple(strides), all_cells, offset, torch.device(device))
 
 
 @lru_cache(maxsize=32)
@@ -97,14 +94,21 @@ def _anchor_grid(sizes: Sizes, strides: tuple[int, ...], cells: Cells, offset: f
     # These tensors outlive the call: made in inference mode they could never be used in training, and a default device
     # that is set around one call (`meta`, say) is not every caller's.
     with torch.inference_mode(False), torch.device("cpu"):
-        anchors, centres = [], []
-        for points, level in zip(level_points(sizes, strides, offset), cells, strict=True):
-            anchors.append((torch.cat([points, points], -1)[:, None] + torch.tensor(level)).flatten(0, 1))
-            centres.append(points.repeat_interleave(len(level), 0))
-        counts = tuple(len(level) for level in anchors)
-        levels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        tensors = (t.to(device) for t in (torch.cat(anchors), torch.cat(centres), levels))
-        return Grid(sizes, strides, counts, *tensors)
+        grid = _new_grid(sizes, strides, cells, offset, torch.device("cpu"))
+        tensors = (t.to(device) for t in (grid.anchors, grid.centres, grid.levels))
+        return Grid(sizes, strides, grid.counts, *tensors)
+
+
+def _new_grid(sizes: Sizes, strides: tuple[int, ...], cells: Cells, offset: float, device: torch.device) -> Grid:
+    anchors, centres, levels = [], [], []
+    for number, (points, level) in enumerate(zip(level_points(sizes, strides, offset, device), cells, strict=True)):
+        of_cell = torch.tensor(level, device=device)
+        anchors.append((torch.cat([points, points], -1)[:, None] + of_cell).flatten(0, 1))
+        centres.append(points[:, None].expand(-1, len(level), -1).flatten(0, 1))
+        levels.append(torch.full_like(anchors[-1][:, 0], number, dtype=torch.int64))
+    # Not `len`, which would be a constant to torch.export.
+    counts = tuple(level.shape[0] for level in anchors)
+    return Grid(sizes, strides, counts, torch.cat(anchors), torch.cat(centres), torch.cat(levels))
 
 
 def point_grid(

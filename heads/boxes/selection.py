@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -29,8 +29,30 @@ class ImageDetections(TypedDict):
     mask_probabilities: NotRequired[Tensor]
 
 
-# Image, anchors (K,) and classes (K,) of its candidates -> their boxes (K, 4) in pixels and scores (K,).
-ReadCandidates = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+# Image, anchors (K,) and classes (K,) of its candidates -> their boxes (K, 4) in pixels and scores (K,). Or of all N
+# images (N, 1), (N, K) and (N, K) -> (N, K, 4) and (N, K).
+ReadCandidates = Callable[[int | Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Candidates(NamedTuple):
+    """What a dense head predicts for N images, and how it is read; A anchors, C classes.
+
+    Attributes:
+        probabilities: (N, A, C), what `score_threshold` is compared with.
+        counts: Anchors of each level; they sum to A.
+        read: Gives boxes and scores of chosen candidates, which alone need decoding.
+        rank: (N, A, C), what the best of a level are chosen by; None for `probabilities`.
+    """
+
+    probabilities: Tensor
+    counts: Sequence[int]
+    read: ReadCandidates
+    rank: Tensor | None = None
+
+    @property
+    def order(self) -> Tensor:
+        """(N, A, C), what the best of a level are chosen by."""
+        return self.probabilities if self.rank is None else self.rank
 
 
 @dataclass(frozen=True)
@@ -52,29 +74,19 @@ class Selection:
     most: int = 100
     clip_first: bool = True
 
-    def detections(
-        self,
-        probabilities: Tensor,
-        counts: Sequence[int],
-        image_sizes: Sequence[tuple[int, int]],
-        read: ReadCandidates,
-        rank: Tensor | None = None,
-    ) -> list[ImageDetections]:
+    def detections(self, candidates: Candidates, image_sizes: Sequence[tuple[int, int]]) -> list[ImageDetections]:
         """Select the candidates of each image, decode them, and apply NMS.
 
         Args:
-            probabilities: (N, A, C), what `score_threshold` is compared with.
-            counts: Anchors of each level; they sum to A.
+            candidates: Of N images.
             image_sizes: (height, width) of each image before padding.
-            read: Gives boxes and scores of the candidates of an image, which alone need decoding.
-            rank: (N, A, C), what the best of a level are chosen by; None for `probabilities`.
 
         Returns:
             The detections of each image, by falling score.
         """
-        ranks = probabilities if rank is None else rank
+        probabilities, counts, read, _ = candidates
         results = []
-        for image, (values, order, size) in enumerate(zip(probabilities, ranks, image_sizes, strict=True)):
+        for image, (values, order, size) in enumerate(zip(probabilities, candidates.order, image_sizes, strict=True)):
             anchor, label = best_per_level(values, self.score_threshold, self.per_level, counts, order)
             boxes, scores = read(image, anchor, label)
             results.append(

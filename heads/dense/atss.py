@@ -47,9 +47,10 @@ from heads.boxes.boxes import DeltaCoder, centerness_of, encode_distances
 from heads.boxes.losses import Focal, centerness_loss, giou_loss, sigmoid_focal_loss
 from heads.boxes.matched import labels_of, positives_of
 from heads.boxes.rows import initialise_predictors, predict_rows
-from heads.boxes.selection import ImageDetections, Selection
+from heads.boxes.selection import Candidates, Selection
+from heads.dense.head import DenseHead
 from heads.dense.towers import ConvTowers, LevelScales
-from heads.detector import Detector, PredictionHead
+from heads.detector import Detector
 from heads.dyhead.dyhead import DyHead
 from heads.ranks import normaliser
 from heads.targets import Target
@@ -144,7 +145,7 @@ class ATSSTargets(NamedTuple):
     valid: Tensor | None
 
 
-class ATSSHead(PredictionHead[ATSSOutputs]):
+class ATSSHead(DenseHead[ATSSOutputs]):
     """Predicts class, box and centerness for one anchor per cell; see the top of this file.
 
     Args:
@@ -274,18 +275,17 @@ class ATSSHead(PredictionHead[ATSSOutputs]):
             ),
         }
 
-    @torch.no_grad()
-    def predict(self, outputs: ATSSOutputs, image_sizes: list[tuple[int, int]]) -> list[ImageDetections]:
-        """Detections of each image, by falling score; see `PredictionHead.predict`."""
+    def candidates_of(self, outputs: ATSSOutputs) -> Candidates:
+        """See `DenseHead.candidates_of`."""
         rule, grid = self.convention, self.grid(outputs)
         probabilities, centerness = outputs.logits.sigmoid(), outputs.centerness.sigmoid()
 
-        def read(image: int, anchor: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        def read(image: int | Tensor, anchor: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
             boxes = self.coder.decode(outputs.deltas[image, anchor], grid.anchors[anchor])
             return boxes, probabilities[image, anchor, label] * centerness[image, anchor]
 
         rank = probabilities * centerness[..., None] if rule.rank_by_product else None
-        return self.selection.detections(probabilities, grid.counts, image_sizes, read, rank)
+        return Candidates(probabilities, grid.counts, read, rank)
 
 
 def atss(backbone: Backbone, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:

@@ -36,7 +36,7 @@ from heads.boxes.boxes import decode_distances
 from heads.boxes.losses import sigmoid_focal_loss, smooth_l1_loss
 from heads.boxes.matched import labels_of, positives_of
 from heads.boxes.rows import bias_of, initialise_predictors, predict_rows
-from heads.boxes.selection import ImageDetections, Selection
+from heads.boxes.selection import Candidates, Selection
 from heads.dense.fcos import RANGES, PointHead
 from heads.dense.towers import ConvTowers
 from heads.detector import Detector
@@ -166,7 +166,7 @@ class BorderDetHead(PointHead[BorderDetOutputs]):
         first = self.predict_points(cls_features, reg_features)
         # Points without the cache of grids, which must not be filled while tensors are stand-ins that hold no numbers.
         points = level_points(first.sizes, self.strides, 0.5, first.raw.device)
-        raw = first.raw.detach().split([len(p) for p in points], 1)
+        raw = first.raw.detach().split([p.shape[0] for p in points], 1)
         boxes, of_classes, of_boxes = [], [], []
         by_level = zip(cls_features, reg_features, raw, points, self.strides, strict=True)
         for for_classes, for_boxes, distances, point, stride in by_level:
@@ -212,19 +212,18 @@ class BorderDetHead(PointHead[BorderDetOutputs]):
             "loss_border_bbox": smooth_l1_loss(predicted, deltas, normaliser=count),
         }
 
-    @torch.no_grad()
-    def predict(self, outputs: BorderDetOutputs, image_sizes: list[tuple[int, int]]) -> list[ImageDetections]:
-        """Detections of each image, by falling score; see `PredictionHead.predict`."""
+    def candidates_of(self, outputs: BorderDetOutputs) -> Candidates:
+        """See `DenseHead.candidates_of`."""
         counts = self.grid(outputs).counts
         first = (outputs.logits.sigmoid() * outputs.centerness.sigmoid()[..., None]).sqrt()
         both = first * outputs.border_logits.sigmoid()
 
-        def read(image: int, point: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        def read(image: int | Tensor, point: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
             box = outputs.boxes[image, point]
             box = box + outputs.border_deltas[image, point] * self._unit(box)
             return box, both[image, point, label].sqrt()
 
-        return self.selection.detections(first, counts, image_sizes, read, rank=both)
+        return Candidates(first, counts, read, rank=both)
 
 
 def borderdet(backbone: Backbone, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:

@@ -47,9 +47,10 @@ from heads.boxes.boxes import centerness_of, decode_distances, encode_distances
 from heads.boxes.losses import Focal, centerness_loss, giou_loss, iou_loss, sigmoid_focal_loss
 from heads.boxes.matched import labels_of, positives_of
 from heads.boxes.rows import initialise_predictors, predict_rows
-from heads.boxes.selection import ImageDetections, Selection
+from heads.boxes.selection import Candidates, Selection
+from heads.dense.head import DenseHead
 from heads.dense.towers import ConvTowers, LevelScales
-from heads.detector import Detector, PredictionHead
+from heads.detector import Detector
 from heads.dyhead.dyhead import DyHead
 from heads.ranks import normaliser
 from heads.targets import Target
@@ -147,7 +148,7 @@ class FCOSTargets(NamedTuple):
     centerness: Tensor
 
 
-class PointHead(PredictionHead[Outputs]):
+class PointHead(DenseHead[Outputs]):
     """The layers, the targets and the losses of FCOS, for heads that predict what FCOS does, and maybe more.
 
     Args:
@@ -290,19 +291,18 @@ class FCOSHead(PointHead[FCOSOutputs]):
         """Predict from the trunk's maps (N, C, H_l, W_l); both lists may be the same one, as with DyHead."""
         return self.predict_points(cls_features, reg_features)
 
-    @torch.no_grad()
-    def predict(self, outputs: FCOSOutputs, image_sizes: list[tuple[int, int]]) -> list[ImageDetections]:
-        """Detections of each image, by falling score; see `PredictionHead.predict`."""
+    def candidates_of(self, outputs: FCOSOutputs) -> Candidates:
+        """See `DenseHead.candidates_of`."""
         grid = self.grid(outputs)
         strides = self.row_strides(grid)
         probabilities, centerness = outputs.logits.sigmoid(), outputs.centerness.sigmoid()
 
-        def read(image: int, point: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        def read(image: int | Tensor, point: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
             distances = self.distances(outputs.raw[image, point], strides[point])
             boxes = decode_distances(distances, grid.centres[point])
             return boxes, probabilities[image, point, label] * centerness[image, point]
 
-        return self.selection.detections(probabilities, grid.counts, image_sizes, read)
+        return Candidates(probabilities, grid.counts, read)
 
 
 def fcos(backbone: Backbone, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:

@@ -39,9 +39,10 @@ from heads.boxes.assign_points import assign_nearest
 from heads.boxes.losses import Focal, sigmoid_focal_loss, smooth_l1_loss
 from heads.boxes.matched import labels_of, positives_of
 from heads.boxes.rows import bias_of, flatten_levels
-from heads.boxes.selection import ImageDetections, Selection
+from heads.boxes.selection import Candidates, Selection
+from heads.dense.head import DenseHead
 from heads.dense.towers import ConvTowers
-from heads.detector import Detector, PredictionHead
+from heads.detector import Detector
 from heads.dyhead.dyhead import DyHead
 from heads.ranks import normaliser
 from heads.targets import Target
@@ -105,7 +106,7 @@ class StageTargets(NamedTuple):
     normaliser: Tensor | int | float
 
 
-class RepPointsHead(PredictionHead[RepPointsOutputs]):
+class RepPointsHead(DenseHead[RepPointsOutputs]):
     """Predicts class and two sets of nine points for every cell; see the top of this file.
 
     Args:
@@ -266,17 +267,16 @@ class RepPointsHead(PredictionHead[RepPointsOutputs]):
             "loss_second": box_loss(outputs.second, second),
         }
 
-    @torch.no_grad()
-    def predict(self, outputs: RepPointsOutputs, image_sizes: list[tuple[int, int]]) -> list[ImageDetections]:
-        """Detections of each image, by falling score; see `PredictionHead.predict`."""
+    def candidates_of(self, outputs: RepPointsOutputs) -> Candidates:
+        """See `DenseHead.candidates_of`."""
         grid, probabilities = self.grid(outputs), outputs.logits.sigmoid()
         strides = self.row_strides(grid)
 
-        def read(image: int, cell: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        def read(image: int | Tensor, cell: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
             boxes = self.boxes(outputs.second[image, cell], grid.centres[cell], strides[cell])
             return boxes, probabilities[image, cell, label]
 
-        return self.selection.detections(probabilities, grid.counts, image_sizes, read)
+        return Candidates(probabilities, grid.counts, read)
 
 
 def reppoints(backbone: Backbone, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:

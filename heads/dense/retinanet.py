@@ -45,9 +45,10 @@ from heads.boxes.boxes import DeltaCoder
 from heads.boxes.losses import Focal, sigmoid_focal_loss, smooth_l1_loss
 from heads.boxes.matched import labels_of, positives_of
 from heads.boxes.rows import initialise_predictors, predict_rows
-from heads.boxes.selection import ImageDetections, Selection
+from heads.boxes.selection import Candidates, Selection
+from heads.dense.head import DenseHead
 from heads.dense.towers import ConvTowers
-from heads.detector import Detector, PredictionHead
+from heads.detector import Detector
 from heads.dyhead.dyhead import DyHead
 from heads.ranks import normaliser
 from heads.targets import Target
@@ -127,7 +128,7 @@ class RetinaNetTargets(NamedTuple):
     counted: Tensor
 
 
-class RetinaNetHead(PredictionHead[RetinaNetOutputs]):
+class RetinaNetHead(DenseHead[RetinaNetOutputs]):
     """Predicts class and box for nine anchors per cell; see the top of this file.
 
     Args:
@@ -261,16 +262,15 @@ class RetinaNetHead(PredictionHead[RetinaNetOutputs]):
             "loss_bbox": smooth_l1_loss(predicted, goal.deltas, normaliser=count),
         }
 
-    @torch.no_grad()
-    def predict(self, outputs: RetinaNetOutputs, image_sizes: list[tuple[int, int]]) -> list[ImageDetections]:
-        """Detections of each image, by falling score; see `PredictionHead.predict`."""
+    def candidates_of(self, outputs: RetinaNetOutputs) -> Candidates:
+        """See `DenseHead.candidates_of`."""
         grid, probabilities = self.grid(outputs), outputs.logits.sigmoid()
 
-        def read(image: int, anchor: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        def read(image: int | Tensor, anchor: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
             boxes = self.coder.decode(outputs.deltas[image, anchor], grid.anchors[anchor])
             return boxes, probabilities[image, anchor, label]
 
-        return self.selection.detections(probabilities, grid.counts, image_sizes, read)
+        return Candidates(probabilities, grid.counts, read)
 
 
 def retinanet(backbone: Backbone, num_classes: int, channels: int, dyhead: DyHead | None) -> Detector:

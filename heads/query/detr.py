@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from heads.backbones.fpn import FPN
 from heads.backbones.resnet import Backbone
 from heads.boxes.boxes import clip_boxes, giou, pairwise_giou
+from heads.boxes.fixed import FixedDetections, best_of, image_index
 from heads.boxes.selection import ImageDetections
 from heads.detector import Detector, PredictionHead
 from heads.dyhead.dyhead import DyHead
@@ -263,6 +264,18 @@ class DETRHead(PredictionHead[DETROutputs]):
             results.append({"boxes": boxes, "scores": scores[image, : len(best)], "labels": labels[image, best]})
         return results
 
+    @torch.no_grad()
+    def predict_fixed(self, outputs: DETROutputs, size: tuple[int, int]) -> FixedDetections:
+        """Detections in tensors of fixed shapes; see `PredictionHead.predict_fixed`."""
+        scores, labels = outputs.logits[-1].softmax(-1)[..., :-1].max(-1)
+        image, best = image_index(scores), best_of(scores, self.max_detections)
+        corners = to_corners(outputs.boxes[-1][image, best])
+        height, width = size
+        # Factors one by one: no tensor can be made of sizes that are symbols.
+        sides = (side * factor for side, factor in zip(corners.unbind(-1), (width, height) * 2, strict=True))
+        boxes = clip_boxes(torch.stack(list(sides), -1), size)
+        return FixedDetections(boxes, scores[image, best], labels[image, best])
+
 
 class Tokens(NamedTuple):
     """The cells of one or several maps in a row, T of them.
@@ -285,11 +298,11 @@ def tokens_of(
 
     Args:
         maps: One (N, C, H_l, W_l) a level.
-        sizes: (height, width) of each image before padding.
+        sizes: (height, width) of each image before padding; a single one is that of all.
         padded: (height, width) of the batch.
         levels: (L, C), added to the positions of each level; None for nothing.
     """
-    masks = [padding_mask(sizes, padded, (m.shape[2], m.shape[3]), m.device) for m in maps]
+    masks = [padding_mask(sizes, padded, (m.shape[2], m.shape[3]), m.device).expand(m.shape[0], -1, -1) for m in maps]
     positions = [sine_positions(mask, m.shape[1]).flatten(1, 2) for mask, m in zip(masks, maps, strict=True)]
     if levels is not None:
         positions = [p + level for p, level in zip(positions, levels, strict=True)]
@@ -307,7 +320,7 @@ class DETR(Detector):
         self, features: list[Tensor], padded: tuple[int, int], sizes: list[tuple[int, int]] | None = None
     ) -> DETROutputs:
         """Head outputs from the backbone's maps of a batch of images of these sizes; None says that all are full."""
-        sizes = [padded] * len(features[0]) if sizes is None else sizes
+        sizes = [padded] if sizes is None else sizes
         return self.head(*self.encode(self.fpn(features), sizes, padded))
 
     def encode(self, maps: list[Tensor], sizes: list[tuple[int, int]], padded: tuple[int, int]) -> Tokens:

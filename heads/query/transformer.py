@@ -23,8 +23,10 @@ def padding_mask(
     inside = []
     for axis in (0, 1):
         corner = torch.arange(cells[axis], device=device) * padded[axis] // cells[axis]
-        inside.append(corner < torch.tensor([size[axis] for size in sizes], device=device)[:, None])
-    return ~(inside[0][:, :, None] & inside[1][:, None, :])
+        sides = [size[axis] for size in sizes]
+        inside.append(corner < (torch.tensor(sides, device=device)[:, None] if len(sides) > 1 else sides[0]))
+    rows, columns = (x.view(len(sizes), -1) for x in inside)
+    return ~(rows[:, :, None] & columns[:, None, :])
 
 
 def sine_positions(mask: Tensor, channels: int) -> Tensor:

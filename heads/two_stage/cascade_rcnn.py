@@ -24,13 +24,14 @@ from torch import Tensor, nn
 
 from heads.backbones.resnet import Backbone
 from heads.boxes.boxes import DeltaCoder, clip_boxes
+from heads.boxes.fixed import FixedDetections
 from heads.boxes.selection import ImageDetections
 from heads.detector import Detector
 from heads.dyhead.attention import DynamicReLU
 from heads.dyhead.dyhead import DyHead
 from heads.targets import Target
 from heads.two_stage.faster_rcnn import TwoStageHead, TwoStageOutputs, TwoStageSettings, two_stage
-from heads.two_stage.roi import BoxHead, Regions, class_detections, sample_regions
+from heads.two_stage.roi import BoxHead, Regions, class_detections, class_detections_fixed, sample_regions
 
 THRESHOLDS = (0.5, 0.6, 0.7)
 WEIGHTS = (1.0, 0.5, 0.25)
@@ -136,10 +137,7 @@ class CascadeRCNNHead(TwoStageHead):
     ) -> list[ImageDetections]:
         """Detections from given proposals, for each image (k, 4)."""
         boxes, deltas, logits = self.cascade(outputs, proposals, image_sizes)
-        if self.average == "logits":
-            probabilities = logits.mean(0).softmax(1)
-        else:
-            probabilities = logits.softmax(2).mean(0)
+        probabilities = self.averaged(logits)
         counts = [len(b) for b in boxes]
         limits = (self.score_threshold, self.iou_threshold, self.max_detections)
         return [
@@ -148,6 +146,25 @@ class CascadeRCNNHead(TwoStageHead):
                 probabilities.split(counts), deltas.split(counts), boxes, image_sizes, strict=True
             )
         ]
+
+    def averaged(self, logits: Tensor) -> Tensor:
+        """Logits of all stages (3, R, K + 1) -> probabilities (R, K + 1)."""
+        return logits.mean(0).softmax(1) if self.average == "logits" else logits.softmax(2).mean(0)
+
+    @torch.no_grad()
+    def predict_fixed(self, outputs: TwoStageOutputs, size: tuple[int, int]) -> FixedDetections:
+        """Detections in tensors of fixed shapes; see `PredictionHead.predict_fixed`."""
+        boxes, valid = self.proposals_fixed(outputs, size)
+        shape, all_logits = boxes.shape[:2], []
+        for number, stage in enumerate(self.stages):
+            logits, deltas = stage(self.pool_fixed(outputs, boxes))
+            all_logits.append(logits)
+            deltas = deltas.unflatten(0, shape)
+            if stage is not self.stages[-1]:
+                boxes = clip_boxes(self.coders[number].decode(deltas[:, :, 0], boxes), size).nan_to_num(0)
+        probabilities = self.averaged(torch.stack(all_logits)).unflatten(0, shape)
+        limits = (self.score_threshold, self.iou_threshold, self.max_detections)
+        return class_detections_fixed(probabilities, deltas, boxes, valid, self.coders[-1], size, *limits)
 
     def cascade(
         self, outputs: TwoStageOutputs, proposals: list[Tensor], image_sizes: list[tuple[int, int]]

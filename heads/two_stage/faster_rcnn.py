@@ -33,12 +33,22 @@ from torch import Tensor, nn
 from heads.backbones.fpn import FPNFromC2
 from heads.backbones.resnet import Backbone
 from heads.boxes.boxes import DeltaCoder
+from heads.boxes.fixed import FixedDetections
 from heads.boxes.selection import ImageDetections
 from heads.detector import Detector, PredictionHead
 from heads.dyhead.attention import DynamicReLU
 from heads.dyhead.dyhead import DyHead
 from heads.targets import Target
-from heads.two_stage.roi import BINS, BoxHead, Regions, class_detections, pool, sample_regions
+from heads.two_stage.roi import (
+    BINS,
+    BoxHead,
+    Regions,
+    class_detections,
+    class_detections_fixed,
+    pool,
+    pool_fixed,
+    sample_regions,
+)
 from heads.two_stage.rpn import RPNHead, RPNOutputs
 
 PLACEMENTS = ("trunk", "around_roi")
@@ -109,6 +119,14 @@ class TwoStageHead(PredictionHead[TwoStageOutputs]):
         """Proposals, one (k, 4) an image in pixels, as many as training or evaluation takes."""
         proposals = self.rpn.proposals(outputs.rpn, image_sizes, self.per_level[self.training], self.per_image)
         return [boxes for boxes, _ in proposals]
+
+    def proposals_fixed(self, outputs: TwoStageOutputs, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """As many proposals (N, P, 4) as evaluation takes at most, and which of them there are; see `RPNHead`."""
+        return self.rpn.proposals_fixed(outputs.rpn, size, self.per_level[False], self.per_image)
+
+    def pool_fixed(self, outputs: TwoStageOutputs, boxes: Tensor, bins: int = BINS) -> Tensor:
+        """RoIAlign of boxes (N, P, 4): (N * P, C, bins, bins)."""
+        return pool_fixed(outputs.features[: len(self.strides)], self.strides, boxes, bins)
 
     def pool(self, outputs: TwoStageOutputs, boxes: Sequence[Tensor], bins: int = BINS) -> Tensor:
         """RoIAlign of the boxes, one (r, 4) an image: (R, C, bins, bins)."""
@@ -195,6 +213,16 @@ class FasterRCNNHead(TwoStageHead):
                 logits.softmax(1).split(counts), deltas.split(counts), proposals, image_sizes, strict=True
             )
         ]
+
+    @torch.no_grad()
+    def predict_fixed(self, outputs: TwoStageOutputs, size: tuple[int, int]) -> FixedDetections:
+        """Detections in tensors of fixed shapes; see `PredictionHead.predict_fixed`."""
+        proposals, valid = self.proposals_fixed(outputs, size)
+        logits, deltas = self.box(self.pool_fixed(outputs, proposals))
+        shape = proposals.shape[:2]
+        limits = (self.score_threshold, self.iou_threshold, self.max_detections)
+        probabilities, deltas = logits.softmax(1).unflatten(0, shape), deltas.unflatten(0, shape)
+        return class_detections_fixed(probabilities, deltas, proposals, valid, self.coder, size, *limits)
 
     def full_image(self, outputs: TwoStageOutputs) -> None:
         """Run the second stage on as many proposals as an image may have, to count its operations."""

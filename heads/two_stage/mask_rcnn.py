@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heads.backbones.resnet import Backbone
+from heads.boxes.fixed import FixedDetections
 from heads.boxes.selection import ImageDetections
 from heads.detector import Detector
 from heads.dyhead.dyhead import DyHead
@@ -73,6 +74,15 @@ class MaskRCNNHead(FasterRCNNHead):
         ):
             result |= {"masks": paste(masks, result["boxes"], size), "mask_probabilities": masks}
         return results
+
+    @torch.no_grad()
+    def predict_fixed(self, outputs: TwoStageOutputs, size: tuple[int, int]) -> FixedDetections:
+        """Faster R-CNN's, with `masks` (N, M, 28, 28) before they are pasted; see `PredictionHead.predict_fixed`."""
+        found = super().predict_fixed(outputs, size)
+        logits = self.mask(self.pool_fixed(outputs, found.boxes, MASK_BINS))
+        label = found.labels.flatten().clamp(min=0)
+        masks = logits[torch.arange(label.shape[0], device=label.device), label].sigmoid()
+        return found._replace(masks=masks.unflatten(0, found.labels.shape))
 
     def full_image(self, outputs: TwoStageOutputs) -> None:
         """As in Faster R-CNN, and masks for as many detections as an image may have."""

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heads.boxes.assign import IGNORED, assign_max_iou
-from heads.boxes.boxes import DeltaCoder
+from heads.boxes.boxes import DeltaCoder, clip_boxes
+from heads.boxes.fixed import NONE, FixedDetections, filled, image_index, whole
 from heads.boxes.losses import smooth_l1_loss
 from heads.boxes.matched import labels_of
 from heads.boxes.sample import sample
@@ -17,7 +18,7 @@ from heads.dyhead.attention import DynamicReLU
 from heads.precision import at_least_float32
 from heads.ranks import normaliser
 from heads.targets import Target
-from kernels import roi_align
+from kernels import nms_mask, roi_align
 
 BINS = 7
 # Boxes whose sqrt(area) is less than twice this many pixels are pooled from the finest level.
@@ -140,6 +141,21 @@ def pool(features: Sequence[Tensor], strides: Sequence[int], boxes: Sequence[Ten
     return torch.cat(pieces)[order.argsort()]
 
 
+def pool_fixed(features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, bins: int) -> Tensor:
+    """`pool` for boxes (N, P, 4), as many of each image: (N * P, C, bins, bins), in a graph of fixed shapes.
+
+    Every level is asked for all boxes. Those of other levels are in no image, cost next to nothing, and are 0.
+    """
+    image = image_index(boxes).expand(boxes.shape[:2]).flatten().to(boxes.dtype)
+    batch = boxes.flatten(0, 1)
+    levels = levels_of(batch, len(features))
+    pooled = [
+        roi_align(feature, torch.cat([torch.where(levels == level, image, -1.0)[:, None], batch], 1), bins, 1 / stride)
+        for level, (feature, stride) in enumerate(zip(features, strides, strict=True))
+    ]
+    return torch.stack(pooled).sum(0)
+
+
 class BoxHead(nn.Module):
     """Class and box of every pooled region.
 
@@ -225,3 +241,38 @@ def class_detections(
     decoded = coder.decode(deltas[region, column], boxes[region])
     scores = probabilities[region, label]
     return detections(decoded, scores, label, size, iou_threshold, max_detections, clip_first=True)
+
+
+def class_detections_fixed(
+    probabilities: Tensor,
+    deltas: Tensor,
+    boxes: Tensor,
+    valid: Tensor,
+    coder: DeltaCoder,
+    size: tuple[int, int],
+    score_threshold: float,
+    iou_threshold: float,
+    max_detections: int,
+) -> FixedDetections:
+    """`class_detections` of N images of one size, in tensors of fixed shapes.
+
+    Args:
+        probabilities: (N, P, K + 1), background last.
+        deltas: (N, P, K, 4), or (N, P, 1, 4) class-agnostic.
+        boxes: (N, P, 4) in pixels, to which the deltas are applied.
+        valid: (N, P) bool, which of the boxes there are.
+        coder, size, score_threshold, iou_threshold, max_detections: As for `class_detections`.
+    """
+    decoded = clip_boxes(coder.decode(deltas, boxes[:, :, None]), size)
+    # (N, P, K), in which a class-agnostic box is that of every class.
+    exists = whole(decoded) & valid[..., None]
+    scores = torch.where(exists, probabilities[..., :-1], NONE)
+    # To NMS the boxes of a class are a set of their own where every class has its own.
+    sets, by_class = decoded.transpose(1, 2).flatten(0, 1), scores.transpose(1, 2)
+    parts = by_class if deltas.shape[2] == 1 else by_class.flatten(0, 1)[:, None]
+    kept = nms_mask(sets, parts, iou_threshold, score_threshold).view(by_class.shape)
+    # In the order of regions, then classes.
+    scores = torch.where(kept, by_class, NONE).transpose(1, 2)
+    labels = torch.arange(scores.shape[2], device=scores.device).expand(scores.shape)
+    each = decoded.expand(*scores.shape, 4)
+    return filled(each.flatten(1, 2), scores.flatten(1), labels.flatten(1), max_detections)

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from heads.boxes.anchors import Grid, Sizes, anchor_grid, cell_anchors, outside_padding
 from heads.boxes.assign import IGNORED, assign_max_iou
-from heads.boxes.boxes import DeltaCoder
+from heads.boxes.boxes import DeltaCoder, clip_boxes
+from heads.boxes.fixed import LEAST, NONE, best_of, image_index, least, one_hot_scores, whole
 from heads.boxes.losses import smooth_l1_loss
 from heads.boxes.rows import predict_rows
 from heads.boxes.sample import sample
 from heads.ranks import normaliser
 from heads.targets import Target
-from kernels import batched_nms
+from kernels import batched_nms, nms_mask
 
 
 class RPNOutputs(NamedTuple):
@@ -160,20 +161,43 @@ class RPNHead(nn.Module):
         Returns:
             For each image (k, 4) boxes in pixels, clipped to the image, and their (k,) scores.
         """
-        grid, scores = self.grid(outputs), outputs.logits.sigmoid()
-        best, start = [], 0
-        for part in scores.split(grid.counts, 1):
-            # Back in the order of anchors, so that equal scores are dropped by NMS in that order.
-            best.append(part.topk(min(per_level, part.shape[1]), 1).indices.sort(1).values + start)
-            start += part.shape[1]
-        anchor = torch.cat(best, 1)
-        boxes = self.coder.decode(outputs.deltas.gather(1, anchor[..., None].expand(-1, -1, 4)), grid.anchors[anchor])
+        boxes, scores, levels = self.best(outputs, per_level)
         limits = torch.tensor([(w, h, w, h) for h, w in image_sizes], device=boxes.device, dtype=boxes.dtype)
         boxes = torch.minimum(boxes.clamp(min=0), limits[:, None])
-        whole = (boxes[..., 2:] - boxes[..., :2] > self.least_side).all(-1)
         results = []
-        for box, score, level, inside in zip(boxes, scores.gather(1, anchor), grid.levels[anchor], whole, strict=True):
+        for box, score, level, inside in zip(boxes, scores, levels, whole(boxes, self.least_side), strict=True):
             box, score = box[inside], score[inside]
             keep = batched_nms(box, score, level[inside], self.iou_threshold, per_image)
             results.append((box[keep], score[keep]))
         return results
+
+    def proposals_fixed(
+        self, outputs: RPNOutputs, size: tuple[int, int], per_level: int, per_image: int
+    ) -> tuple[Tensor, Tensor]:
+        """The same for images of one (height, width), in tensors of fixed shapes.
+
+        Returns:
+            (N, P, 4) boxes by falling score, and (N, P) bool, which of them are proposals; the others fill up.
+        """
+        boxes, scores, levels = self.best(outputs, per_level)
+        boxes = clip_boxes(boxes, size)
+        scores = torch.where(whole(boxes, self.least_side), scores, NONE)
+        by_level = one_hot_scores(scores, levels, len(self.strides))
+        kept = nms_mask(boxes, by_level, self.iou_threshold, LEAST).any(1)
+        scores = torch.where(kept, scores, NONE)
+        image, best = image_index(scores), best_of(scores, per_image)
+        return boxes[image, best], scores[image, best] > LEAST
+
+    def best(self, outputs: RPNOutputs, per_level: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The best anchors of each level, K of an image: boxes (N, K, 4), not clipped, scores and levels (N, K)."""
+        grid, scores = self.grid(outputs), outputs.logits.sigmoid()
+        best, start = [], 0
+        for count in grid.counts:
+            part = scores[:, start : start + count]
+            # Back in the order of anchors, so that equal scores are dropped by NMS in that order.
+            best.append(part.topk(least(per_level, count), 1).indices.sort(1).values + start)
+            start += count
+        anchor = torch.cat(best, 1)
+        image = image_index(anchor)
+        boxes = self.coder.decode(outputs.deltas[image, anchor], grid.anchors[anchor])
+        return boxes, scores[image, anchor], grid.levels[anchor]

@@ -133,11 +133,13 @@ def _forward(
     return greedy(boxes, order, labels, iou_threshold, limit)
 
 
-def _forward_torch(*arguments: Any) -> Tensor:
+def forward_torch(*arguments: Any) -> Tensor:
+    """`batched_nms` in PyTorch, without checks."""
     return _forward(_greedy, *arguments)
 
 
-def _forward_triton(boxes: Tensor, *others: Any) -> Tensor:
+def forward_triton(boxes: Tensor, *others: Any) -> Tensor:
+    """`batched_nms` in Triton, without checks."""
     # Triton is looked for only where it is used: it is not installed on every system.
     from kernels.regions import nms_kernels
 
@@ -193,8 +195,8 @@ _operator = Operator(
     "nms",
     Implementation(
         "(Tensor boxes, Tensor scores, Tensor? labels, float iou_threshold, SymInt? max_output, str backend) -> Tensor",
-        _forward_torch,
-        _forward_triton,
+        forward_torch,
+        forward_triton,
         _fake,
     ),
 )

@@ -2,7 +2,7 @@
 
 import torch
 
-from heads.boxes.selection import Selection, best_per_level
+from heads.boxes.selection import Candidates, Selection, best_per_level
 
 
 def test_best_per_level_limits_each_level_by_itself():
@@ -39,7 +39,7 @@ def selected(selection: Selection, probabilities, rank=None, scores=None, boxes=
         candidates.append((image, anchor.tolist(), label.tolist()))
         return boxes[anchor], (probabilities if scores is None else scores)[image, anchor, label]
 
-    (found,) = selection.detections(probabilities, COUNTS, [(100, 100)], read, rank)
+    (found,) = selection.detections(Candidates(probabilities, COUNTS, read, rank), [(100, 100)])
     return found, candidates[0]
 
 
