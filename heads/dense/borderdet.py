@@ -32,7 +32,7 @@ from heads.backbones.fpn import FPN
 from heads.backbones.resnet import Backbone
 from heads.boxes.anchors import Sizes, level_points
 from heads.boxes.assign import assign_max_iou
-from heads.boxes.boxes import decode_distances
+from heads.boxes.boxes import clip_boxes, decode_distances
 from heads.boxes.losses import sigmoid_focal_loss, smooth_l1_loss
 from heads.boxes.matched import labels_of, positives_of
 from heads.boxes.rows import bias_of, initialise_predictors, predict_rows
@@ -79,7 +79,7 @@ class BorderBranch(nn.Module):
         # The instance norm; `nn.InstanceNorm2d` refuses maps of one cell.
         maps = torch.group_norm(self.split(features), 5 * self.border_channels, eps=1e-5).relu()
         borders = border_align(maps[:, : 4 * self.border_channels], boxes, self.pool_size)
-        borders = borders.permute(0, 3, 1, 2).reshape(len(maps), -1, *maps.shape[2:])
+        borders = borders.permute(0, 3, 1, 2).flatten(1, 2).unflatten(2, maps.shape[2:])
         return F.relu(self.join(torch.cat([borders, maps[:, 4 * self.border_channels :]], 1)), inplace=True)
 
 
@@ -172,7 +172,7 @@ class BorderDetHead(PointHead[BorderDetOutputs]):
         for for_classes, for_boxes, distances, point, stride in by_level:
             height, width = for_boxes.shape[2:]
             box = decode_distances(self.distances(distances, stride), point)
-            cells = (box / stride).clamp(min=0).minimum(box.new_tensor([width - 1, height - 1] * 2))
+            cells = clip_boxes(box / stride, (height - 1, width - 1))
             boxes.append(box)
             of_classes.append(self.cls_branch(for_classes, cells))
             of_boxes.append(self.reg_branch(for_boxes, cells))

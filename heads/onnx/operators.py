@@ -133,7 +133,7 @@ def border_align(features: Any, boxes: Any, pool_size: int, backend: str) -> tup
     height, width = size(features, 2), size(features, 3)
     # Each border of each image reads its own channels: (N * 4, C, H, W).
     maps = op.Reshape(maps, ints(-1, channels, height, width))
-    x1, y1, x2, y2 = op.Split(floats(boxes), num_outputs=4, axis=2, _outputs=4)
+    x1, y1, x2, y2 = op.Split(floats(boxes), num_outputs=4, axis=2)
     wide, high = (op.Mul(op.Sub(b, a), 1 / pool_size) for a, b in ((x1, x2), (y1, y2)))
     still = op.Mul(wide, 0.0)
     # Where each border begins and where it goes: (N, 4, n, 2), and then one image a border.
@@ -176,9 +176,9 @@ def nms(boxes: Any, scores: Any, labels: Any, iou_threshold: float, max_output: 
     kept = op.Gather(found, op.Constant(value_int=2), axis=1)
     # By index, and then by score with equal ones in that order.
     every = op.Shape(kept)
-    kept, _ = op.TopK(kept, every, axis=0, largest=0, sorted=1, _outputs=2)
+    kept, _ = op.TopK(kept, every, axis=0, largest=0, sorted=1)
     most = every if max_output is None else op.Min(every, ints(max_output))
-    _, order = op.TopK(op.Gather(scores, kept, axis=0), most, axis=0, largest=1, sorted=1, _outputs=2)
+    _, order = op.TopK(op.Gather(scores, kept, axis=0), most, axis=0, largest=1, sorted=1)
     return op.Gather(kept, order, axis=0)
 
 

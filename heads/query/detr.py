@@ -146,7 +146,7 @@ class DETRHead(PredictionHead[DETROutputs]):
 
     def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> DETROutputs:
         """Predict from tokens; arguments as in `Tokens`, and no mask where there is no padding."""
-        queries = self.queries.weight.expand(len(tokens), -1, -1)
+        queries = self.queries.weight.expand(tokens.shape[0], -1, -1)
         x, states = torch.zeros_like(queries), []
         for layer in self.layers:
             x = layer(x, queries, tokens, positions, mask)
