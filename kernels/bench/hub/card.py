@@ -20,9 +20,9 @@ on a CPU. All have gradients in float16, bfloat16, float32 and float64, are oper
 and `torch.export`, follow autocast, and compute the same bits twice under `torch.use_deterministic_algorithms(True)`.
 
 There is nothing to build. Needed are Python {python}, torch {torch} and, on a GPU, Triton {triton}, which comes
-with torch. (The Hub asks for code that runs with Python 3.9. This uses what 3.10 brought, as the torch that it needs does,
-and was tested with 3.11.) The kernels for GPUs were compiled ahead of time and run under Triton's interpreter; they
-have not run on a GPU yet.
+with torch. (The Hub asks for code that runs with Python 3.9. This uses what 3.10 brought, as the torch that it needs
+does, and was tested with 3.11.) The kernels for GPUs were compiled ahead of time and run under Triton's interpreter;
+they have not run on a GPU yet.
 
 ## Functions
 

@@ -218,10 +218,10 @@ def test_the_card_asks_for_what_the_project_asks_for(out):
 
 
 def test_layers_are_pure_and_compute_what_the_functions_compute():
-    x, offset, mask = torch.randn(1, 4, 5, 6), torch.randn(1, 18, 3, 3), torch.rand(1, 9, 3, 3)
+    x, offset, mask = torch.randn(1, 4, 5, 6), torch.randn(1, 18, 2, 2), torch.rand(1, 9, 2, 2)
     rois, lines = torch.tensor([[0.0, 1.0, 1.0, 30.0, 20.0]]), torch.randn(1, 4, 4)
-    kept = SimpleNamespace(weight=torch.randn(2, 4, 3, 3), bias=torch.randn(2), stride=(2, 2), padding=1, dilation=1)
-    wanted = deform_conv2d(x, offset, kept.weight, kept.bias, 2, 1, mask=mask)
+    kept = SimpleNamespace(weight=torch.randn(2, 4, 3, 3), bias=torch.randn(2), stride=(2, 2), padding=1, dilation=2)
+    wanted = deform_conv2d(x, offset, kept.weight, kept.bias, 2, 1, 2, mask)
     assert torch.equal(layers.DeformConv2d.forward(kept, x, offset, mask), wanted)
     assert torch.equal(layers.DynamicReLU.forward(None, x, lines), dynamic_relu(x, lines))
     kept = SimpleNamespace(output_size=(2, 3), spatial_scale=1 / 4, sampling_ratio=2, aligned=False)
