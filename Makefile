@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 CHECKED = .venv-sanitize
+HUB = .venv-hub
 
-.PHONY: grid test sanitize bench faults report lint clean
+.PHONY: grid test sanitize hub bench faults report lint clean
 
 grid: $(VENV)/installed
 	$(BIN)/python -m ablations.run --grid
@@ -19,6 +20,10 @@ test: $(VENV)/installed-test
 # What a GPU would do, by the IR of the kernels: out of bounds, races, what nobody wrote, and 16 bits.
 sanitize: $(CHECKED)/installed-ttsem
 	OMP_NUM_THREADS=1 $(CHECKED)/bin/pytest -n auto --dist worksteal tests/sanitize
+
+# What `python -m kernels.bench.hub` writes, loaded by Hugging Face's package in an environment of its own.
+hub: $(VENV)/installed-test $(HUB)/installed-kernels
+	OMP_NUM_THREADS=1 DYHEAD_HUB_PYTHON=$(abspath $(HUB)/bin/python) $(BIN)/pytest tests/kernels/bench/hub
 
 bench: $(VENV)/installed-test
 	$(BIN)/pytest --benchmark-only
@@ -36,7 +41,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(CHECKED) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CHECKED) $(HUB) build *.egg-info .pytest_cache .ruff_cache
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -52,4 +57,10 @@ $(VENV)/installed-test: pyproject.toml constraints.txt
 $(CHECKED)/installed-ttsem: pyproject.toml constraints.txt tests/sanitize/requirements.txt
 	$(MAKE) VENV=$(CHECKED) $(CHECKED)/installed-test
 	$(CHECKED)/bin/pip install --no-deps --ignore-requires-python -r tests/sanitize/requirements.txt
+	touch $@
+
+# tests/kernels/bench/hub/requirements.txt says why it is not the environment of the other tests.
+$(HUB)/installed-kernels: constraints.txt tests/kernels/bench/hub/requirements.txt
+	$(PYTHON) -m venv $(HUB)
+	$(HUB)/bin/pip install -c constraints.txt -r tests/kernels/bench/hub/requirements.txt
 	touch $@

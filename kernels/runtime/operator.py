@@ -23,7 +23,9 @@ Signature = tuple[Any, ...]
 Gradient = Tensor | Sequence[Tensor] | None
 
 _AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}
-_library = torch.library.Library("dyhead", "FRAGMENT")
+# Where operators are registered, once in a process: a copy of this package needs another (`kernels.bench.hub`).
+NAMESPACE = "dyhead"
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def _keys(*names: str) -> int:
@@ -295,7 +297,7 @@ def differentiable_once(name: str) -> Callable[[Callable[..., Sequence[Any]]], C
 def _register(name: str, implementation: Implementation, casts: bool) -> Any:
     """Schema, both paths, fake results, autocast and FLOPs of an operator; what `torch.ops.dyhead` then holds."""
     _library.define(f"{name}{implementation.schema}")
-    packet = getattr(torch.ops.dyhead, name)
+    packet = getattr(getattr(torch.ops, NAMESPACE), name)
     op = packet.default
 
     def flops(*arguments: Any, out_shape: Any = None, **named: Any) -> int:
@@ -319,6 +321,6 @@ def _register(name: str, implementation: Implementation, casts: bool) -> Any:
     _library.impl(name, implementation.run, "CompositeExplicitAutograd")
     for device, key in _AUTOCAST.items():
         _library.impl(name, autocast(device, key), key)
-    torch.library.register_fake(f"dyhead::{name}", implementation.fake, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", implementation.fake, lib=_library)
     register_flop_formula(packet)(flops)
     return op
