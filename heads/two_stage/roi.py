@@ -106,13 +106,22 @@ def sample_regions(
     )
 
 
-def levels_of(boxes: Tensor, levels: int) -> Tensor:
-    """Level of each of (R, 4) boxes: floor(log2(sqrt(area) / 56)), 0 for the finest (Lin et al., CVPR 2017, eq. 1)."""
+def levels_of(boxes: Tensor, levels: int, guard: float = 1e-6) -> Tensor:
+    """Level of each of (R, 4) boxes: floor(log2(sqrt(area) / 56)), 0 for the finest (Lin et al., CVPR 2017, eq. 1).
+
+    Args:
+        boxes: In pixels.
+        levels: How many there are.
+        guard: Added to sqrt(area) / 56, so that a rounding error below a power of two costs no level: mmdetection's
+            number. detectron2's is less than float32 resolves.
+    """
     width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
-    return ((width * height).sqrt() / _FINEST_SIDE + 1e-6).log2().floor().clamp(0, levels - 1).long()
+    return ((width * height).sqrt() / _FINEST_SIDE + guard).log2().floor().clamp(0, levels - 1).long()
 
 
-def pool(features: Sequence[Tensor], strides: Sequence[int], boxes: Sequence[Tensor], bins: int) -> Tensor:
+def pool(
+    features: Sequence[Tensor], strides: Sequence[int], boxes: Sequence[Tensor], bins: int, guard: float = 1e-6
+) -> Tensor:
     """RoIAlign of each box on the level that `levels_of` gives it.
 
     Args:
@@ -120,6 +129,7 @@ def pool(features: Sequence[Tensor], strides: Sequence[int], boxes: Sequence[Ten
         strides: Pixels per cell of each level.
         boxes: One (r_i, 4) an image, in pixels.
         bins: Bins of a region along each side.
+        guard: See `levels_of`.
 
     Returns:
         (sum r_i, C, bins, bins), image by image.
@@ -128,7 +138,7 @@ def pool(features: Sequence[Tensor], strides: Sequence[int], boxes: Sequence[Ten
     batch = torch.cat(list(boxes))
     counts = torch.tensor([len(b) for b in boxes], device=batch.device)
     image = torch.arange(images, device=batch.device).repeat_interleave(counts)
-    key = levels_of(batch, len(features)) * images + image
+    key = levels_of(batch, len(features), guard) * images + image
     order = key.argsort(stable=True)
     groups = batch[order].split(torch.bincount(key, minlength=len(features) * images).tolist())
     pieces = []
