@@ -1,7 +1,8 @@
 """`python -m ablations.checkpoint FILE --layout NAME --data DIR`: the average precision of a released detector on COCO.
 
 FILE is a checkpoint of a detector with DyHead as the authors or mmdetection released it, DIR has COCO's layout; its val
-part is evaluated. What the layouts are stands in `heads/released/settings.py`. The result is printed and written as JSON.
+part is evaluated. What the layouts are stands in `heads/released/settings.py`. The result is printed, and written as
+JSON.
 """
 
 import argparse
