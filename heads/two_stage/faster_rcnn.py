@@ -23,7 +23,8 @@ in these of the second; `convention` selects one:
 |-----------------------------|------------------------------------------|---------------------------------------|
 | a box's best candidate      | positive from 0.5, moves to that box     | keeps the box of its own best IoU     |
 | width and height deltas     | clamped on both sides                    | clamped from above                    |
-| level of a region           | 1e-6 added to its relative side          | nothing added                         |
+| level of a region           | from a side of 56, 1e-6 added to the     | from a side of 224, nothing added     |
+|                             | quotient                                 |                                       |
 
 Deviations: at 256 channels of the pyramid all numbers are the published ones; below, the width of the layers and the
 number of anchors in the first stage's sample fall with the channels, and the numbers of candidates, proposals and
@@ -61,17 +62,17 @@ class RegionConvention:
     Attributes:
         low_quality: What becomes of a box's best candidate, see `assign_max_iou`.
         delta_clamp: See `DeltaCoder`.
-        level_guard: See `levels_of`.
+        level_rule: See `levels_of`.
     """
 
     low_quality: Literal["moves"] | None
     delta_clamp: Literal["both", "above"]
-    level_guard: float
+    level_rule: Literal["mmdet", "official"]
 
 
 CONVENTIONS = {
-    "mmdet": RegionConvention(low_quality="moves", delta_clamp="both", level_guard=1e-6),
-    "official": RegionConvention(low_quality=None, delta_clamp="above", level_guard=0.0),
+    "mmdet": RegionConvention(low_quality="moves", delta_clamp="both", level_rule="mmdet"),
+    "official": RegionConvention(low_quality=None, delta_clamp="above", level_rule="official"),
 }
 
 
@@ -152,7 +153,7 @@ class TwoStageHead(PredictionHead[TwoStageOutputs]):
     def pool(self, outputs: TwoStageOutputs, boxes: Sequence[Tensor], bins: int = BINS) -> Tensor:
         """RoIAlign of the boxes, one (r, 4) an image: (R, C, bins, bins)."""
         features = outputs.features[: len(self.strides)]
-        return pool(features, self.strides, boxes, bins, self.convention.level_guard)
+        return pool(features, self.strides, boxes, bins, self.convention.level_rule)
 
     def regions_of_a_full_image(self, outputs: TwoStageOutputs, count: int, bins: int = BINS) -> Tensor:
         """Pooled regions without content to count operations with: (N * count, C, bins, bins)."""

@@ -106,21 +106,30 @@ def sample_regions(
     )
 
 
-def levels_of(boxes: Tensor, levels: int, guard: float = 1e-6) -> Tensor:
+def levels_of(boxes: Tensor, levels: int, rule: Literal["mmdet", "official"] = "mmdet") -> Tensor:
     """Level of each of (R, 4) boxes: floor(log2(sqrt(area) / 56)), 0 for the finest (Lin et al., CVPR 2017, eq. 1).
 
     Args:
         boxes: In pixels.
         levels: How many there are.
-        guard: Added to sqrt(area) / 56, so that a rounding error below a power of two costs no level: mmdetection's
-            number. detectron2's is less than float32 resolves.
+        rule: Where rounding puts boxes whose quotient is some millionths below a power of two: `"mmdet"` adds 1e-6 to
+            it, `"official"` (detectron2) counts levels from a side of 224, as the equation is written.
     """
     width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
-    return ((width * height).sqrt() / _FINEST_SIDE + guard).log2().floor().clamp(0, levels - 1).long()
+    side = (width * height).sqrt()
+    if rule == "mmdet":
+        level = (side / _FINEST_SIDE + 1e-6).log2().floor()
+    else:
+        level = (4 + (side / (4 * _FINEST_SIDE)).log2()).floor() - 2
+    return level.clamp(0, levels - 1).long()
 
 
 def pool(
-    features: Sequence[Tensor], strides: Sequence[int], boxes: Sequence[Tensor], bins: int, guard: float = 1e-6
+    features: Sequence[Tensor],
+    strides: Sequence[int],
+    boxes: Sequence[Tensor],
+    bins: int,
+    rule: Literal["mmdet", "official"] = "mmdet",
 ) -> Tensor:
     """RoIAlign of each box on the level that `levels_of` gives it.
 
@@ -129,7 +138,7 @@ def pool(
         strides: Pixels per cell of each level.
         boxes: One (r_i, 4) an image, in pixels.
         bins: Bins of a region along each side.
-        guard: See `levels_of`.
+        rule: See `levels_of`.
 
     Returns:
         (sum r_i, C, bins, bins), image by image.
@@ -138,7 +147,7 @@ def pool(
     batch = torch.cat(list(boxes))
     counts = torch.tensor([len(b) for b in boxes], device=batch.device)
     image = torch.arange(images, device=batch.device).repeat_interleave(counts)
-    key = levels_of(batch, len(features), guard) * images + image
+    key = levels_of(batch, len(features), rule) * images + image
     order = key.argsort(stable=True)
     groups = batch[order].split(torch.bincount(key, minlength=len(features) * images).tolist())
     pieces = []
