@@ -110,6 +110,9 @@ def test_levels_are_counted_as_detectron2_counts():
         exact = np.sqrt((side * side).numpy()) / np.float32(224)
         want = np.clip(np.floor(np.float32(4) + np.log2(exact)), 2, 5) - 2
     assert levels_of(boxes, 4, "official").tolist() == want.tolist()
+    # The number next below the border counts as on it: three and a bit of nothing less is three in float32.
+    next_below = torch.tensor([[0.0, 0, *[np.nextafter(np.float32(112), np.float32(0)).item()] * 2]])
+    assert next_below[0, 2] < 112 and levels_of(next_below, 4, "official").tolist() == [1]
     # Half a millionth below the border is another level here than in mmdetection.
     below = torch.tensor([[0.0, 0, 111.99995, 111.99995]])
     assert levels_of(below, 4, "official").tolist() == [0] and levels_of(below, 4).tolist() == [1]
