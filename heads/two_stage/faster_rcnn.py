@@ -26,6 +26,9 @@ in these of the second; `convention` selects one:
 | level of a region           | from a side of 56, 1e-6 added to the     | from a side of 224, nothing added     |
 |                             | quotient                                 |                                       |
 
+The first row matters where two boxes are equal, and nowhere else, as the ground truth is among the candidates.
+mmdetection itself has it so in Mask R-CNN; its Faster R-CNN does there what detectron2 does.
+
 Deviations: at 256 channels of the pyramid all numbers are the published ones; below, the width of the layers and the
 number of anchors in the first stage's sample fall with the channels, and the numbers of candidates, proposals and
 regions with their square, down to 64 proposals and 32 regions, so that the second stage of a small model costs no more
