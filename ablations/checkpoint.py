@@ -1,7 +1,8 @@
 """`python -m ablations.checkpoint FILE --layout NAME --data DIR`: the average precision of a released detector on COCO.
 
-FILE is a checkpoint of ATSS with DyHead as the authors or mmdetection released it, DIR has COCO's layout; its val part
-is evaluated. What the layouts are stands in `heads/released/layouts.py`. The result is printed and written as JSON.
+FILE is a checkpoint of a detector with DyHead as the authors or mmdetection released it, DIR has COCO's layout; its val
+part is evaluated. What the layouts are stands in `heads/released/settings.py`. The result is printed, and written as
+JSON.
 """
 
 import argparse
@@ -28,7 +29,8 @@ from ablations.files import atomic_write_text
 from ablations.grid import Backend
 from ablations.rows.machine import device_name, machine_info
 from heads.detector import Detector
-from heads.released.layouts import LAYOUTS, open_released
+from heads.released.layouts import open_released
+from heads.released.settings import LAYOUTS
 from heads.released.weights import read_weights
 from kernels import use_backend
 from kernels.backend import BACKENDS
@@ -43,7 +45,7 @@ class Options:
 
     Attributes:
         file: The checkpoint.
-        layout: One of `heads.released.layouts.LAYOUTS`.
+        layout: One of `heads.released.settings.LAYOUTS`.
         data: A directory in COCO layout.
         reading: How it is read.
         short_side: Shorter side of the images in pixels.
@@ -174,7 +176,9 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(options.out, json.dumps(result, indent=1) + "\n")
     print("  ".join(f"{name} {'-' if value is None else f'{value:.1f}'}" for name, value in metrics.items()))
-    print(f"published on COCO val2017: AP {published}; written to {options.out}")
+    print(
+        f"published on COCO val2017: {'nothing' if published is None else f'AP {published}'}; written to {options.out}"
+    )
     return OK
 
 

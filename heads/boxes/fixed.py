@@ -14,8 +14,8 @@ from heads.boxes.boxes import clip_boxes
 from heads.boxes.selection import Candidates, Selection
 from kernels import nms_mask
 
-# Below any score, for what is no candidate; and between that and every score.
-NONE, LEAST = -1.0, -0.5
+# Below any score, which may be a logit, for what is no candidate; and between that and every score.
+NONE, LEAST = -3e38, -1e38
 
 
 class FixedDetections(NamedTuple):

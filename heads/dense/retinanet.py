@@ -21,7 +21,8 @@ differ in details, which `convention` selects:
 
 The running mean starts at 100 and keeps nine tenths of itself a step. Both centre anchors on the corner of their cells
 (offset 0). The official pyramid has a ReLU between P6 and P7, and the official RetinaNet with DyHead keeps the four
-convolutions of each tower behind it; here DyHead replaces them, as the paper says.
+convolutions of each tower behind it, as `build_released` does (`heads/released/layouts.py`); here DyHead replaces them,
+as the paper says.
 
 Deviations: the towers start by He's rule (He et al., ICCV 2015), not with the published standard deviation of 0.01. By
 that, no more than a seventieth of the signal passes an untrained tower, which has no norm to restore it, and the losses

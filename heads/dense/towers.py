@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from heads.boxes.anchors import Sizes
+from heads.dyhead.dyhead import DyHead
 
 
 class Scale(nn.Module):
@@ -73,3 +74,21 @@ class ConvTowers(nn.Module):
             Maps of the same shapes for classification, and others for boxes and the rest.
         """
         return [self.classification(f) for f in features], [self.regression(f) for f in features]
+
+
+class DyHeadBeforeTowers(nn.Module):
+    """DyHead with a detector's towers behind it: the trunk of the authors' RetinaNet, and of mmdetection's.
+
+    Args:
+        dyhead: What comes first.
+        towers: What reads its maps.
+    """
+
+    def __init__(self, dyhead: DyHead, towers: ConvTowers):
+        super().__init__()
+        self.dyhead = dyhead
+        self.towers = towers
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Maps (N, C, H_l, W_l), finest first -> as many for classification, and as many for boxes."""
+        return self.towers(self.dyhead(features))

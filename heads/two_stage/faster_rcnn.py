@@ -16,6 +16,19 @@ stages stay as they are. `placement="around_roi"`, the paper's Fig. 2(c): the ta
 behind RoIAlign and takes the place of the two layers; the flattened 7×7 bins go to the two linear layers that predict.
 The baseline has nothing between pyramid and heads.
 
+detectron2, in which DyHead's authors released a Faster R-CNN, differs in the details of the first stage's table and
+in these of the second; `convention` selects one:
+
+| detail                      | "mmdet" (mmdetection 3.3)                | "official" (detectron2)               |
+|-----------------------------|------------------------------------------|---------------------------------------|
+| a box's best candidate      | positive from 0.5, moves to that box     | keeps the box of its own best IoU     |
+| width and height deltas     | clamped on both sides                    | clamped from above                    |
+| level of a region           | from a side of 56, 1e-6 added to the     | from a side of 224, nothing added     |
+|                             | quotient                                 |                                       |
+
+The first row matters where two boxes are equal, and nowhere else, as the ground truth is among the candidates.
+mmdetection itself has it so in Mask R-CNN; its Faster R-CNN does there what detectron2 does.
+
 Deviations: at 256 channels of the pyramid all numbers are the published ones; below, the width of the layers and the
 number of anchors in the first stage's sample fall with the channels, and the numbers of candidates, proposals and
 regions with their square, down to 64 proposals and 32 regions, so that the second stage of a small model costs no more
@@ -24,8 +37,9 @@ by class. The sample is drawn from random keys (`heads/boxes/sample.py`).
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypedDict, Unpack
+from typing import Literal, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +66,27 @@ from heads.two_stage.roi import (
 from heads.two_stage.rpn import RPNHead, RPNOutputs
 
 PLACEMENTS = ("trunk", "around_roi")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionConvention:
+    """The details in which the second stages of two releases differ, row by row as in the table above.
+
+    Attributes:
+        low_quality: What becomes of a box's best candidate, see `assign_max_iou`.
+        delta_clamp: See `DeltaCoder`.
+        level_rule: See `levels_of`.
+    """
+
+    low_quality: Literal["moves"] | None
+    delta_clamp: Literal["both", "above"]
+    level_rule: Literal["mmdet", "official"]
+
+
+CONVENTIONS = {
+    "mmdet": RegionConvention(low_quality="moves", delta_clamp="both", level_rule="mmdet"),
+    "official": RegionConvention(low_quality=None, delta_clamp="above", level_rule="official"),
+}
 
 
 class TwoStageOutputs(NamedTuple):
@@ -86,6 +121,10 @@ class TwoStageHead(PredictionHead[TwoStageOutputs]):
         score_threshold: Class probability that a detection must exceed.
         iou_threshold: IoU above which NMS drops the lower of two boxes of a class.
         max_detections: The most detections of an image.
+        convention: `"mmdet"` or `"official"`.
+
+    Raises:
+        ValueError: The convention is unknown.
     """
 
     def __init__(
@@ -97,10 +136,14 @@ class TwoStageHead(PredictionHead[TwoStageOutputs]):
         score_threshold: float = 0.05,
         iou_threshold: float = 0.5,
         max_detections: int = 100,
+        convention: Literal["mmdet", "official"] = "mmdet",
     ):
         super().__init__()
         self.strides = tuple(strides)[:-1]
-        self.rpn = RPNHead(in_channels, strides, anchor_offset=anchor_offset, samples=in_channels)
+        self.rpn = RPNHead(
+            in_channels, strides, anchor_offset=anchor_offset, samples=in_channels, convention=convention
+        )
+        self.convention = CONVENTIONS[convention]
         scale = (in_channels / 256) ** 2
         self.per_image = max(64, int(1000 * scale))
         # By `training`.
@@ -126,11 +169,13 @@ class TwoStageHead(PredictionHead[TwoStageOutputs]):
 
     def pool_fixed(self, outputs: TwoStageOutputs, boxes: Tensor, bins: int = BINS) -> Tensor:
         """RoIAlign of boxes (N, P, 4): (N * P, C, bins, bins)."""
-        return pool_fixed(outputs.features[: len(self.strides)], self.strides, boxes, bins)
+        features = outputs.features[: len(self.strides)]
+        return pool_fixed(features, self.strides, boxes, bins, self.convention.level_rule)
 
     def pool(self, outputs: TwoStageOutputs, boxes: Sequence[Tensor], bins: int = BINS) -> Tensor:
         """RoIAlign of the boxes, one (r, 4) an image: (R, C, bins, bins)."""
-        return pool(outputs.features[: len(self.strides)], self.strides, boxes, bins)
+        features = outputs.features[: len(self.strides)]
+        return pool(features, self.strides, boxes, bins, self.convention.level_rule)
 
     def regions_of_a_full_image(self, outputs: TwoStageOutputs, count: int, bins: int = BINS) -> Tensor:
         """Pooled regions without content to count operations with: (N * count, C, bins, bins)."""
@@ -145,7 +190,11 @@ class FasterRCNNHead(TwoStageHead):
         in_channels: Channels of the maps.
         num_classes: K, without background.
         task: Task attention in place of the two layers behind RoIAlign.
+        convention: `"mmdet"` or `"official"`; the other two-stage detectors have mmdetection's alone.
         settings: See `TwoStageHead`.
+
+    Raises:
+        ValueError: The convention is unknown.
     """
 
     def __init__(
@@ -154,12 +203,13 @@ class FasterRCNNHead(TwoStageHead):
         in_channels: int,
         num_classes: int,
         task: DynamicReLU | None = None,
+        convention: Literal["mmdet", "official"] = "mmdet",
         **settings: Unpack[TwoStageSettings],
     ):
-        super().__init__(in_channels=in_channels, **settings)
+        super().__init__(in_channels=in_channels, convention=convention, **settings)
         self.num_classes = num_classes
         self.box = BoxHead(in_channels, num_classes, 4 * in_channels, task)
-        self.coder = DeltaCoder(stds=(0.1, 0.1, 0.2, 0.2))
+        self.coder = DeltaCoder(stds=(0.1, 0.1, 0.2, 0.2), clamp=self.convention.delta_clamp)
 
     def regions(self, proposals: list[Tensor], targets: list[Target]) -> Regions:
         """Sample the regions that the second stage learns from. Arguments as in `sample_regions`."""
@@ -167,7 +217,7 @@ class FasterRCNNHead(TwoStageHead):
             proposals,
             targets,
             threshold=0.5,
-            low_quality="moves",
+            low_quality=self.convention.low_quality,
             count=self.samples,
             positive_share=self.positive_share,
             background=self.num_classes,

@@ -107,13 +107,31 @@ def sample_regions(
     )
 
 
-def levels_of(boxes: Tensor, levels: int) -> Tensor:
-    """Level of each of (R, 4) boxes: floor(log2(sqrt(area) / 56)), 0 for the finest (Lin et al., CVPR 2017, eq. 1)."""
+def levels_of(boxes: Tensor, levels: int, rule: Literal["mmdet", "official"] = "mmdet") -> Tensor:
+    """Level of each of (R, 4) boxes: floor(log2(sqrt(area) / 56)), 0 for the finest (Lin et al., CVPR 2017, eq. 1).
+
+    Args:
+        boxes: In pixels.
+        levels: How many there are.
+        rule: Where rounding puts boxes whose quotient is some millionths below a power of two: `"mmdet"` adds 1e-6 to
+            it, `"official"` (detectron2) counts levels from a side of 224, as the equation is written.
+    """
     width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
-    return ((width * height).sqrt() / _FINEST_SIDE + 1e-6).log2().floor().clamp(0, levels - 1).long()
+    side = (width * height).sqrt()
+    if rule == "mmdet":
+        level = (side / _FINEST_SIDE + 1e-6).log2().floor()
+    else:
+        level = (4 + (side / (4 * _FINEST_SIDE)).log2()).floor() - 2
+    return level.clamp(0, levels - 1).long()
 
 
-def pool(features: Sequence[Tensor], strides: Sequence[int], boxes: Sequence[Tensor], bins: int) -> Tensor:
+def pool(
+    features: Sequence[Tensor],
+    strides: Sequence[int],
+    boxes: Sequence[Tensor],
+    bins: int,
+    rule: Literal["mmdet", "official"] = "mmdet",
+) -> Tensor:
     """RoIAlign of each box on the level that `levels_of` gives it.
 
     Args:
@@ -121,6 +139,7 @@ def pool(features: Sequence[Tensor], strides: Sequence[int], boxes: Sequence[Ten
         strides: Pixels per cell of each level.
         boxes: One (r_i, 4) an image, in pixels.
         bins: Bins of a region along each side.
+        rule: See `levels_of`.
 
     Returns:
         (sum r_i, C, bins, bins), image by image.
@@ -129,7 +148,7 @@ def pool(features: Sequence[Tensor], strides: Sequence[int], boxes: Sequence[Ten
     batch = torch.cat(list(boxes))
     counts = torch.tensor([len(b) for b in boxes], device=batch.device)
     image = torch.arange(images, device=batch.device).repeat_interleave(counts)
-    key = levels_of(batch, len(features)) * images + image
+    key = levels_of(batch, len(features), rule) * images + image
     order = key.argsort(stable=True)
     groups = batch[order].split(torch.bincount(key, minlength=len(features) * images).tolist())
     pieces = []
@@ -141,14 +160,20 @@ def pool(features: Sequence[Tensor], strides: Sequence[int], boxes: Sequence[Ten
     return torch.cat(pieces)[order.argsort()]
 
 
-def pool_fixed(features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, bins: int) -> Tensor:
+def pool_fixed(
+    features: Sequence[Tensor],
+    strides: Sequence[int],
+    boxes: Tensor,
+    bins: int,
+    rule: Literal["mmdet", "official"] = "mmdet",
+) -> Tensor:
     """`pool` for boxes (N, P, 4), as many of each image: (N * P, C, bins, bins), in a graph of fixed shapes.
 
     Every level is asked for all boxes. Those of other levels are in no image, cost next to nothing, and are 0.
     """
     image = image_index(boxes).expand(boxes.shape[:2]).flatten().to(boxes.dtype)
     batch = boxes.flatten(0, 1)
-    levels = levels_of(batch, len(features))
+    levels = levels_of(batch, len(features), rule)
     pooled = [
         roi_align(feature, torch.cat([torch.where(levels == level, image, -1.0)[:, None], batch], 1), bins, 1 / stride)
         for level, (feature, stride) in enumerate(zip(features, strides, strict=True))

@@ -8,12 +8,24 @@ Ingredients, as published (mmdetection 3.3's configuration):
 - proposals: the best of every level by score, decoded and clipped, those without area dropped, NMS at IoU 0.7 within
   a level, the best of an image; no score is too low.
 
+detectron2, in which DyHead's authors released a Faster R-CNN, differs in details; `convention` selects one:
+
+| detail                      | "mmdet" (mmdetection 3.3)                    | "official" (detectron2)               |
+|-----------------------------|----------------------------------------------|---------------------------------------|
+| anchors in the padding      | take no part                                 | are background                        |
+| a box's best anchors        | from IoU 0.3, move to that box               | from any IoU, keep the box of their   |
+|                             |                                              | own best IoU                          |
+| losses divided by           | max(positives, 1) + max(negatives, 1), summed| 256 times the images                  |
+| width and height deltas     | clamped on both sides                        | clamped from above                    |
+| proposals ranked by         | probability                                  | logit                                 |
+
 Deviations: the sample is drawn for the whole batch at once from random keys, not by permuting; the 1.2e-7 that
 mmdetection adds to every normaliser is left out; NMS compares levels instead of shifting boxes by level.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +41,47 @@ from heads.boxes.sample import sample
 from heads.ranks import normaliser
 from heads.targets import Target
 from kernels import batched_nms, nms_mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class RPNConvention:
+    """The details in which the two releases differ, row by row as in the table above.
+
+    Attributes:
+        padding_is_background: Whether anchors in the padding are background; else they take no part.
+        least: IoU from which a box has its best anchors.
+        low_quality: What becomes of a box's best anchors, see `assign_max_iou`.
+        fixed_normaliser: Whether losses are divided by the most anchors that may be sampled; else by those that are.
+        delta_clamp: See `DeltaCoder`.
+        rank_by_logit: Whether proposals are ranked by logit; else by probability, of which large ones are equal.
+    """
+
+    padding_is_background: bool
+    least: float
+    low_quality: Literal["moves", "keeps"]
+    fixed_normaliser: bool
+    delta_clamp: Literal["both", "above"]
+    rank_by_logit: bool
+
+
+CONVENTIONS = {
+    "mmdet": RPNConvention(
+        padding_is_background=False,
+        least=0.3,
+        low_quality="moves",
+        fixed_normaliser=False,
+        delta_clamp="both",
+        rank_by_logit=False,
+    ),
+    "official": RPNConvention(
+        padding_is_background=True,
+        least=0.0,
+        low_quality="keeps",
+        fixed_normaliser=True,
+        delta_clamp="above",
+        rank_by_logit=True,
+    ),
+}
 
 
 class RPNOutputs(NamedTuple):
@@ -58,6 +111,10 @@ class RPNHead(nn.Module):
         samples: Anchors of an image that the losses see.
         least_side: Pixels that a proposal must exceed in width and height.
         iou_threshold: IoU above which NMS drops the lower of two proposals of a level.
+        convention: `"mmdet"` or `"official"`.
+
+    Raises:
+        ValueError: The convention is unknown.
     """
 
     def __init__(
@@ -72,8 +129,12 @@ class RPNHead(nn.Module):
         samples: int = 256,
         least_side: float = 0.0,
         iou_threshold: float = 0.7,
+        convention: Literal["mmdet", "official"] = "mmdet",
     ):
         super().__init__()
+        if convention not in CONVENTIONS:
+            raise ValueError(f"unknown convention {convention!r}; the conventions are {', '.join(CONVENTIONS)}")
+        self.convention = CONVENTIONS[convention]
         self.strides = tuple(strides)
         self.cells = [cell_anchors([anchor_scale * stride], ratios) for stride in strides]
         self.anchor_offset = anchor_offset
@@ -81,7 +142,7 @@ class RPNHead(nn.Module):
         self.samples = samples
         self.least_side = least_side
         self.iou_threshold = iou_threshold
-        self.coder = DeltaCoder()
+        self.coder = DeltaCoder(clamp=self.convention.delta_clamp)
         self.conv = nn.Conv2d(in_channels, in_channels, 3, padding=1)
         self.objectness = nn.Conv2d(in_channels, len(ratios), 1)
         self.bbox_pred = nn.Conv2d(in_channels, 4 * len(ratios), 1)
@@ -102,9 +163,11 @@ class RPNHead(nn.Module):
 
     def match(self, grid: Grid, targets: list[Target], image_sizes: list[tuple[int, int]]) -> Tensor:
         """(N, A) int64: for each anchor the index of a box in the whole batch, or `BACKGROUND`, or `IGNORED`."""
-        _, valid = outside_padding(grid, image_sizes, self.pad_divisor)
+        rule, valid = self.convention, None
+        if not rule.padding_is_background:
+            _, valid = outside_padding(grid, image_sizes, self.pad_divisor)
         boxes = [t["boxes"] for t in targets]
-        matched = assign_max_iou(grid.anchors, boxes, 0.7, 0.3, 0.3, "moves", valid)
+        matched = assign_max_iou(grid.anchors, boxes, 0.7, 0.3, rule.least, rule.low_quality, valid)
         return matched if valid is None else matched.masked_fill_(~valid, IGNORED)
 
     def loss(
@@ -131,7 +194,8 @@ class RPNHead(nn.Module):
             chosen = sample(matched, self.samples, 0.5)
         positive = chosen & (matched >= 0)
         counts = torch.stack([positive.sum(1), (chosen & ~positive).sum(1)])
-        count = normaliser(counts.clamp(min=1).sum(), 1, outputs.logits)
+        sampled = self.samples * len(matched) if self.convention.fixed_normaliser else counts.clamp(min=1).sum()
+        count = normaliser(sampled, 1, outputs.logits)
         image, anchor = positive.nonzero(as_tuple=True)
         boxes = torch.cat([t["boxes"] for t in targets])[matched[image, anchor]]
         return {
@@ -159,7 +223,8 @@ class RPNHead(nn.Module):
             per_image: The most proposals of an image.
 
         Returns:
-            For each image (k, 4) boxes in pixels, clipped to the image, and their (k,) scores.
+            For each image (k, 4) boxes in pixels, clipped to the image, and their (k,) scores: probabilities, or the
+            logits where the convention ranks by them.
         """
         boxes, scores, levels = self.best(outputs, per_level)
         limits = torch.tensor([(w, h, w, h) for h, w in image_sizes], device=boxes.device, dtype=boxes.dtype)
@@ -190,7 +255,8 @@ class RPNHead(nn.Module):
 
     def best(self, outputs: RPNOutputs, per_level: int) -> tuple[Tensor, Tensor, Tensor]:
         """The best anchors of each level, K of an image: boxes (N, K, 4), not clipped, scores and levels (N, K)."""
-        grid, scores = self.grid(outputs), outputs.logits.sigmoid()
+        grid = self.grid(outputs)
+        scores = outputs.logits if self.convention.rank_by_logit else outputs.logits.sigmoid()
         best, start = [], 0
         for count in grid.counts:
             part = scores[:, start : start + count]

@@ -1,35 +1,29 @@
 """A released checkpoint in a file is evaluated from the command line; what does not fit is one clear line."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from places import GOLDEN
+from release_keys import SMALL, keys, random_state
 
-from ablations.checkpoint import main
+from ablations.checkpoint import main, parse
 from ablations.evaluation.evaluate import METRICS
 from heads import load_released
 from heads.backbones.resnet import BasicBlock, FrozenBatchNorm2d, ResNet
-from heads.released.layouts import build_released
+from heads.released.layouts import build_released, open_released
+from heads.released.settings import LAYOUTS
 
 # Original sizes (width, height) and what they become with a shorter side of 128 and at most 170 pixels.
 SIZES = {(96, 80): (154, 128), (160, 100): (170, 106)}
 ARGUMENTS = ["--short-side", "128", "--max-size", "170", "--device", "cpu"]
 
 
-@pytest.fixture(scope="module")
-def released(tmp_path_factory):
-    """A checkpoint file in mmdetection's layout, and data whose ground truth is what its detector should find."""
-    root = tmp_path_factory.mktemp("released")
-    with np.load(GOLDEN / "whole_atss_dyhead_r18.npz") as vectors:
-        state = {k.removeprefix("param."): torch.from_numpy(vectors[k]) for k in vectors if k.startswith("param.")}
-    torch.save({"meta": {"CLASSES": ["thing"] * 20}, "state_dict": state}, root / "tiny.pth")
-    body = ResNet(BasicBlock, (1, 1, 1, 1), 8, FrozenBatchNorm2d)
-    model = build_released("mmdet-r50-caffe", 20, depth=2, channels=32, backbone=body).eval()
-    load_released(model, state)
-
+def write_truth(root, model):
+    """Data in COCO's layout, whose ground truth is what a detector should find."""
     generator, found = np.random.default_rng(0), {}
     document = {"images": [], "annotations": [], "categories": [{"id": 3 * c + 1, "name": f"{c}"} for c in range(20)]}
     for number, ((width, height), (shown_width, shown_height)) in enumerate(SIZES.items(), start=1):
@@ -62,6 +56,19 @@ def released(tmp_path_factory):
     (root / "annotations").mkdir()
     for split in ("train", "val"):
         (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(document))
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A checkpoint file in mmdetection's layout, and data whose ground truth is what its detector should find."""
+    root = tmp_path_factory.mktemp("released")
+    with np.load(GOLDEN / "whole_atss_dyhead_r18.npz") as vectors:
+        state = {k.removeprefix("param."): torch.from_numpy(vectors[k]) for k in vectors if k.startswith("param.")}
+    torch.save({"meta": {"CLASSES": ["thing"] * 20}, "state_dict": state}, root / "tiny.pth")
+    body = ResNet(BasicBlock, (1, 1, 1, 1), 8, FrozenBatchNorm2d)
+    model = build_released("mmdet-r50-caffe", 20, depth=2, channels=32, backbone=body).eval()
+    load_released(model, state)
+    write_truth(root, model)
     return root
 
 
@@ -85,6 +92,26 @@ def test_a_layout_that_does_not_fit_is_an_error(released, layout, message, capsy
     arguments = [str(released / "tiny.pth"), "--layout", layout, "--data", str(released), *ARGUMENTS]
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_file_of_any_layout_is_evaluated(tmp_path, capsys, name):
+    """A file of random weights, which finds what its own detector found."""
+    state = random_state(keys(name, replace(SMALL[name], classes=20)))
+    # Weights by which maps neither grow nor vanish; variances stay positive.
+    state = {k: value + 0.5 if k.endswith("running_var") else (value - 0.5) / 2 for k, value in state.items()}
+    torch.save({"model": state}, tmp_path / "any.pth")
+    write_truth(tmp_path, open_released(name, state).eval())
+    out = tmp_path / "result.json"
+    command = [str(tmp_path / "any.pth"), "--layout", name, "--data", str(tmp_path), "--out", str(out)]
+    assert main([*command, *ARGUMENTS]) == 0
+    result, published = json.loads(out.read_text()), LAYOUTS[name].published_ap
+    assert result["metrics"]["AP"] > 99.9 and result["metrics"]["AR100"] > 99.9
+    assert result["layout"] == name and result["published_AP_on_COCO"] == published
+    said = capsys.readouterr().out
+    assert f"published on COCO val2017: {f'AP {published}' if published else 'nothing'}; written to" in said
+    options = parse(command)
+    assert (options.short_side, options.max_size) == ((1200, 2000) if name == "mmdet-swin-l" else (800, 1333))
 
 
 def test_files_that_cannot_be_read_and_data_that_does_not_fit(released, tmp_path, capsys):
