@@ -72,7 +72,7 @@ def anchor_grid(
     """Anchors on the grid of every level; the 32 grids used last are kept, so a call in a training loop is free.
 
     Args:
-        sizes: (height, width) of each level's feature map; symbols of `torch.export` give a grid that is not kept.
+        sizes: (height, width) of each level's feature map, ints or symbols of `torch.export`.
         strides: Pixels per cell, by level.
         cells: The anchors of a cell, by level, as `cell_anchors` gives them.
         offset: Where in its cell an anchor is centred, in cells: 0.5 is the middle (official DyHead), 0 the upper left
@@ -84,7 +84,8 @@ def anchor_grid(
     """
     shape = tuple((h, w) for h, w in sizes)
     all_cells = tuple(tuple(tuple(anchor) for anchor in level) for level in cells)
-    if torch.compiler.is_compiling():
+    # A mode may put stand-ins in the place of tensors, as a compiler does: no other caller must get those.
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return _new_grid(shape, tuple(strides), all_cells, offset, torch.device(device))
     return _anchor_grid(shape, tuple(strides), all_cells, offset, torch.device(device))
 

@@ -16,8 +16,10 @@ Numbers that are not finite keep none of our promises there, but for boxes of Ro
 from collections.abc import Sequence
 from typing import Any
 
-from onnxscript import opset20 as op
+from onnxscript import opset20
 
+# Its methods are typed for those who write functions in ONNX's own types.
+op: Any = opset20
 # Types of ONNX, by its numbers (`onnx.TensorProto`).
 FLOAT, UINT8, INT64, BOOL = 1, 2, 7, 9
 # Below all scores that a box may have, and below that.
