@@ -82,7 +82,10 @@ def test_yolo_detect_takes_what_old_and_new_forks_give_it(between):
         yolo.DyHeadDetect.__bases__ = (Newer,)
     detect = yolo.DyHeadDetect(3, 16, 1, *between, (8, 24))
     assert getattr(detect, "reg_max", None) == (between[0] if between else None)
-    found = detect([torch.rand(1, 8, 8, 8), torch.rand(1, 24, 4, 4)])
+    pyramid = [torch.rand(1, 8, 8, 8), torch.rand(1, 24, 4, 4)]
+    found = detect(pyramid)
+    behind = yolo.Detect.forward(detect, detect.neck(pyramid))
+    assert all(torch.equal(x, y) for x, y in zip(found, behind, strict=True))
     assert [tuple(x.shape) for x in found] == [(1, 67, 8, 8), (1, 67, 4, 4)]
     assert len(detect.boxes) == 2 and detect.boxes[0].in_channels == 16
 

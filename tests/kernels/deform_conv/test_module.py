@@ -12,8 +12,8 @@ from torch import nn
 from kernels import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack, deform_conv2d
 from kernels.deform_conv.operator import reference
 
-# Golden vectors with so few output pixels that some convolution predicts their offsets and masks exactly.
-PREDICTABLE = ["tiny_1x1", "tiny_2x2", "s1_nobias", "s2_dg1", "s2_dg2_even", "s2_far_dg2"]
+# Golden vectors whose first image has so few output pixels that some convolution predicts offsets and masks exactly.
+PREDICTABLE = ["tiny_1x1", "tiny_2x2", "s1_nobias", "s1_groups2_dil2", "s2_dg1", "s2_dg2_even", "s2_far_dg2"]
 
 
 def inputs(channels=4, taps=9, size=(5, 6), groups=1, dtype=torch.float32):
@@ -26,7 +26,8 @@ def inputs(channels=4, taps=9, size=(5, 6), groups=1, dtype=torch.float32):
 def mmcv_layer(vectors) -> tuple[ModulatedDeformConv2dPack, dict[str, torch.Tensor]]:
     """A layer of the vectors' geometry, and a state dict with mmcv's keys that predicts their offsets and masks."""
     meta = json.loads(str(vectors["meta"]))
-    x, offset, mask, weight = (torch.tensor(vectors[key]).double() for key in ("x", "offset", "mask", "weight"))
+    x, offset, mask = (torch.tensor(vectors[key][:1]).double() for key in ("x", "offset", "mask"))
+    weight = torch.tensor(vectors["weight"]).double()
     kernel, geometry = weight.shape[2:], [meta[name] for name in ("stride", "padding", "dilation")]
     groups = x.shape[1] // weight.shape[1], offset.shape[1] // (2 * kernel.numel())
     layer = ModulatedDeformConv2dPack(
@@ -47,9 +48,9 @@ def mmcv_layer(vectors) -> tuple[ModulatedDeformConv2dPack, dict[str, torch.Tens
 
 
 def assert_gives(layer, vectors):
-    expected = torch.tensor(vectors["y"]).double()
+    expected = torch.tensor(vectors["y"][:1]).double()
     limit = 1e-13 * expected.abs().max().item() * (1 if vectors["y"].dtype == "float64" else 1e6)
-    assert (layer(torch.tensor(vectors["x"]).double()) - expected).abs().max().item() <= limit
+    assert (layer(torch.tensor(vectors["x"][:1]).double()) - expected).abs().max().item() <= limit
 
 
 @pytest.mark.parametrize("file", PREDICTABLE)
