@@ -14,7 +14,9 @@ What holds for all of them, on both paths:
 from kernels.backend import use_backend
 from kernels.block.dyhead_block import dyhead_block, dyhead_blocks
 from kernels.block.parameters import BlockParameters
+from kernels.deform_conv.module import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack
 from kernels.deform_conv.operator import deform_conv2d, deform_conv2d_levels
+from kernels.deform_conv.patch import patch_torchvision
 from kernels.dynamic_relu.operator import dynamic_relu
 from kernels.regions.border_align import border_align
 from kernels.regions.nms import batched_nms, nms
@@ -24,6 +26,9 @@ from kernels.version import __version__
 
 __all__ = [
     "BlockParameters",
+    "DeformConv2d",
+    "DeformConv2dPack",
+    "ModulatedDeformConv2dPack",
     "__version__",
     "batched_nms",
     "border_align",
@@ -34,6 +39,7 @@ __all__ = [
     "dynamic_relu",
     "nms",
     "nms_mask",
+    "patch_torchvision",
     "roi_align",
     "use_backend",
 ]
