@@ -76,13 +76,14 @@ class ExportedDetector(nn.Module):
     def predicted(self, images: Tensor) -> tuple[Any, tuple[int, int]]:
         """What the head predicts, and (height, width) of the images."""
         detector, size = self.detector, (images.shape[2], images.shape[3])
-        padded = tuple(-(-side // detector.divisor) * detector.divisor for side in size)
+        # ONNX divides negative integers otherwise than Python, so not `-(-side // divisor)`.
+        height, width = ((side + detector.divisor - 1) // detector.divisor * detector.divisor for side in size)
         batch = (images - self.mean) / self.std
-        batch = F.pad(batch, (0, padded[1] - size[1], 0, padded[0] - size[0]))
+        batch = F.pad(batch, (0, width - size[1], 0, height - size[0]))
         batch = batch.flip(1) if detector.bgr else batch
         features = detector.features(batch.half() if self.half_precision else batch)
         # One size for all images, however many there are.
-        return detector.raw_from(features, padded, [size]), size
+        return detector.raw_from(features, (height, width), [size]), size
 
     def output_names(self) -> list[str]:
         """The names of what `forward` returns."""

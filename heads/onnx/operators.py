@@ -9,6 +9,7 @@
 | `nms` | NonMaxSuppression with a row of scores for each label, then TopK for the order | 11 |
 | `nms_mask` | NonMaxSuppression and ScatterND | 13 |
 | PyTorch's adaptive average pooling to a size that is not known | two matrix products | 13 |
+| PyTorch's stable sort | TopK, which is stable | 11 |
 
 Numbers that are not finite keep none of our promises there, but for boxes of RoIAlign, which could crash a program.
 """
@@ -125,8 +126,12 @@ def roi_align(
         sampling_ratio=sampling_ratio,
     )
     pooled = op.Where(op.Unsqueeze(known, [1, 2, 3]), pooled, op.Constant(value_float=0.0))
-    # The weights of bins are for the backward alone.
-    return pooled, boxes, boxes
+    # The weights of bins are for the backward alone: what nobody asks for is left out of the graph.
+    rows, columns = (
+        op.ConstantOfShape(ints(size(boxes, 0), int(bins), size(features, axis)))
+        for axis, bins in zip((2, 3), output_size, strict=True)
+    )
+    return pooled, rows, columns
 
 
 def border_align(features: Any, boxes: Any, pool_size: int, backend: str) -> tuple[Any, Any]:
@@ -219,3 +224,9 @@ def windows(size: Any, count: Any) -> Any:
     behind = op.Div(op.Sub(op.Add(op.Mul(op.Add(window, one), size), count), one), count)
     held = floats(op.And(op.Not(op.Less(cell, first)), op.Less(cell, behind)))
     return op.Div(held, op.ReduceSum(held, [1], keepdims=1))
+
+
+def stable_sort(x: Any, *, stable: bool, dim: int = -1, descending: bool = False) -> tuple[Any, Any]:
+    """TopK of all: of equal numbers it takes those of lower indices first, whichever way it sorts."""
+    count = op.Shape(x, start=dim, end=dim + 1 if dim != -1 else None)
+    return op.TopK(x, count, axis=dim, largest=int(descending), sorted=1)
