@@ -128,27 +128,17 @@ def export(
     names = [str(number) for number in range(classes)] if class_names is None else list(class_names)
     if len(names) != classes:
         raise ValueError(f"class_names must be {classes}, as many as the detector's classes, got {len(names)}")
-    model, table = ExportedDetector(detector, raw=raw, half=half), onnx_translation_table()
-    with torch.no_grad(), use_backend("torch"), _quiet():
-        program = torch.onnx.export(
-            model,
-            (torch.rand(EXAMPLE, device=detector.mean.device),),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=model.output_names(),
-            dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
-            custom_translation_table=table,
-            verbose=False,
-        )
-    assert program is not None
+    model = ExportedDetector(detector, raw=raw, half=half)
+    program = to_onnx(model)
     normalisation = {"mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}
     program.model.producer_name, program.model.producer_version = "dyhead-lab", __version__
     program.model.metadata_props.update(
         {
             "class_names": json.dumps(names),
             "input": "images (batch, 3, height, width) float32, RGB in 0 ... 1, not normalised, not padded",
-            "normalisation": json.dumps(normalisation | {"channels": "BGR" if detector.bgr else "RGB", "in_graph": True}),
+            "normalisation": json.dumps(
+                normalisation | {"channels": "BGR" if detector.bgr else "RGB", "in_graph": True}
+            ),
             "padded_to": str(detector.divisor),
             "precision": "float16" if half else "float32",
             **(about or {}),
@@ -161,6 +151,34 @@ def export(
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def to_onnx(model: ExportedDetector, example: Tensor | None = None) -> torch.onnx.ONNXProgram:
+    """The graph of a detector in ONNX.
+
+    Args:
+        model: The detector.
+        example: (N, 3, H, W) images; the graph is for this size and number alone. None leaves all three open.
+
+    Raises:
+        ImportError: onnx or onnxscript is not installed.
+    """
+    table = onnx_translation_table()
+    images = torch.rand(EXAMPLE, device=model.mean.device) if example is None else example
+    with torch.no_grad(), use_backend("torch"), _quiet():
+        program = torch.onnx.export(
+            model,
+            (images,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=model.output_names(),
+            dynamic_shapes=({0: "batch", 2: "height", 3: "width"},) if example is None else None,
+            custom_translation_table=table,
+            verbose=False,
+        )
+    assert program is not None
+    return program
 
 
 @contextmanager

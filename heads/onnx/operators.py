@@ -154,14 +154,15 @@ def border_align(features: Any, boxes: Any, pool_size: int, backend: str) -> tup
     one = op.Constant(value_floats=[1.0])
     # From cells to -1 … 1 between the middles of the first and the last cell.
     scale = op.Div(op.Constant(value_float=2.0), op.Max(op.Sub(sizes, one), one))
+    # All steps in a row, (N * 4, steps, n, 2), then one of them at a time: the samples of all would fill a memory.
+    steps = op.Reshape(op.Constant(value_floats=[float(i) for i in range(pool_size + 1)]), [1, -1, 1, 1])
+    place = op.Add(begin, op.Mul(walk, steps))
+    near = op.And(op.Not(op.Less(place, op.Constant(value_float=-1.0))), op.Not(op.Greater(place, sizes)))
+    near = op.Unsqueeze(op.ReduceMin(floats(near), [3], keepdims=0), [2])
+    grids = op.Split(op.Sub(op.Mul(place, scale), one), num_outputs=pool_size + 1, axis=1)
     best = None
-    for step in range(pool_size + 1):
-        place = op.Add(begin, op.Mul(walk, float(step)))
-        near = op.And(op.Not(op.Less(place, op.Constant(value_float=-1.0))), op.Not(op.Greater(place, sizes)))
-        near = op.ReduceMin(floats(near), [3], keepdims=0)
-        grid = op.Sub(op.Mul(place, scale), one)
-        sample = op.GridSample(maps, grid, align_corners=1, mode="linear", padding_mode="border")
-        sample = op.Mul(sample, op.Unsqueeze(near, [1]))
+    for grid, counts in zip(grids, op.Split(near, num_outputs=pool_size + 1, axis=1), strict=True):
+        sample = op.Mul(op.GridSample(maps, grid, align_corners=1, mode="linear", padding_mode="border"), counts)
         best = sample if best is None else op.Max(best, sample)
     # (N * 4, C, 1, n) -> (N, C, n, 4)
     best = op.Reshape(best, ints(-1, 4, channels, size(boxes, 1)))
