@@ -1,6 +1,7 @@
-"""Which implementation an operator runs: Triton on a GPU, plain PyTorch on a CPU, or the one the caller names."""
+"""Which implementation an operator runs: Triton where it compiles, plain PyTorch elsewhere, or the one that is named."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
@@ -10,10 +11,15 @@ import torch
 Backend = Literal["auto", "triton", "torch"]
 BACKENDS = ("auto", "triton", "torch")
 
+# Where Triton compiles for: NVIDIA's and AMD's GPUs, both of which PyTorch calls cuda, and Intel's.
+TRITON_DEVICES = ("cuda", "xpu")
+
 # Triton reads the variable when a kernel is decorated, so its value at import is the one that counts.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 _selected: Backend = "auto"
+# What has been said of a device that runs plain PyTorch; once is enough.
+_said: set[str] = set()
 
 
 @contextmanager
@@ -23,8 +29,9 @@ def use_backend(name: Backend) -> Iterator[None]:
     The choice is made in the forward call and kept for its backward. It belongs to the process, not to a thread.
 
     Args:
-        name: `"auto"` takes Triton for tensors on a GPU and plain PyTorch for tensors on a CPU; `"triton"` and
-            `"torch"` take one for all. `"triton"` on CPU tensors works only under `TRITON_INTERPRET=1`.
+        name: `"auto"` takes Triton for tensors on a GPU of NVIDIA, AMD or Intel where Triton can be imported, and plain
+            PyTorch for all others, which it says once where that is not a CPU. `"triton"` and `"torch"` take one for
+            all. `"triton"` on CPU tensors works only under `TRITON_INTERPRET=1`.
 
     Raises:
         ValueError: `name` is no backend.
@@ -53,10 +60,31 @@ def resolve_backend(device: torch.device) -> Literal["triton", "torch"]:
         RuntimeError: Triton was asked for on a CPU without its interpreter.
     """
     if _selected == "auto":
-        return "torch" if device.type == "cpu" else "triton"
+        if device.type in ("cpu", "meta"):
+            return "torch"
+        reason = reason_against_triton(device.type)
+        if reason is None:
+            return "triton"
+        if device.type not in _said and not torch.compiler.is_compiling():
+            _said.add(device.type)
+            warnings.warn(f"operators on {device.type!r} run in plain PyTorch: {reason}", stacklevel=3)
+        return "torch"
     if _selected == "triton" and device.type == "cpu" and not INTERPRET:
         raise RuntimeError("the Triton kernels run on CPU tensors only under TRITON_INTERPRET=1, set before the import")
     return _selected
+
+
+@torch.compiler.assume_constant_result
+def reason_against_triton(device_type: str) -> str | None:
+    """Why Triton cannot run on a type of device, "cuda" or another; None if it can."""
+    if device_type not in TRITON_DEVICES:
+        return f"Triton compiles for {' and '.join(TRITON_DEVICES)}"
+    try:
+        import triton  # noqa: F401
+    # A wheel for another system fails in other ways than a missing one.
+    except Exception as error:
+        return f"Triton cannot be imported ({type(error).__name__}: {error})"
+    return None
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 Signature = tuple[Any, ...]
 Gradient = Tensor | Sequence[Tensor] | None
 
-_AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}
+_AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
 # Where operators are registered, once in a process: a copy of this package needs another (`kernels.bench.hub`).
 NAMESPACE = "dyhead"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
