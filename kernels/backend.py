@@ -1,4 +1,4 @@
-"""Which implementation an operator runs: Triton where it compiles, plain PyTorch elsewhere, or the one that is named."""
+"""Which implementation an operator runs: Triton where it compiles, plain PyTorch elsewhere, or the one asked for."""
 
 import os
 import warnings

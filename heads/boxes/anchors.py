@@ -84,8 +84,7 @@ def anchor_grid(
     """
     shape = tuple((h, w) for h, w in sizes)
     all_cells = tuple(tuple(tuple(anchor) for anchor in level) for level in cells)
-    # A mode may put stand-ins in the place of tensors, as a compiler does: no other caller must get those.
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling():
         return _new_grid(shape, tuple(strides), all_cells, offset, torch.device(device))
     return _anchor_grid(shape, tuple(strides), all_cells, offset, torch.device(device))
 
@@ -96,6 +95,9 @@ def _anchor_grid(sizes: Sizes, strides: tuple[int, ...], cells: Cells, offset: f
     # that is set around one call (`meta`, say) is not every caller's.
     with torch.inference_mode(False), torch.device("cpu"):
         grid = _new_grid(sizes, strides, cells, offset, torch.device("cpu"))
+        if type(grid.anchors) is not Tensor:
+            # What fails is not kept, so that no other caller gets them.
+            raise RuntimeError("anchors are not made of fake tensors")
         tensors = (t.to(device) for t in (grid.anchors, grid.centres, grid.levels))
         return Grid(sizes, strides, grid.counts, *tensors)
 

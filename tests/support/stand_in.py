@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -35,6 +36,22 @@ class StandIn(Tensor):
         raise AssertionError(f"{function} was called outside of the device")
 
 
+class Literals(TorchFunctionMode):
+    """Tensors of Python's numbers, which PyTorch makes on a device before any dispatcher is asked."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function is Tensor.new_tensor and isinstance(args[0], StandIn):
+            return StandIn(torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype)), self.device)
+        if function is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == self.device.type:
+            return StandIn(torch.tensor(*args, **kwargs | {"device": "cpu"}), self.device)
+        return function(*args, **kwargs)
+
+
 class Device(TorchDispatchMode):
     """While it is entered, a device of this type exists: what is made on it, or of what lies on it, are stand-ins.
 
@@ -45,6 +62,15 @@ class Device(TorchDispatchMode):
         super().__init__()
         self.device = torch.device(kind)
         self.called: set[str] = set()
+        self.literals = Literals(self.device)
+
+    def __enter__(self):
+        self.literals.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *problem):
+        super().__exit__(*problem)
+        self.literals.__exit__(*problem)
 
     def put(self, x: Tensor) -> StandIn:
         return StandIn(x.detach(), self.device)
