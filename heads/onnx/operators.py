@@ -10,6 +10,7 @@
 | `nms_mask` | NonMaxSuppression and ScatterND | 13 |
 | PyTorch's adaptive average pooling to a size that is not known | two matrix products | 13 |
 | PyTorch's stable sort | TopK, which is stable | 11 |
+| PyTorch's attention | MatMul, Softmax, MatMul | 13 |
 
 Numbers that are not finite keep none of our promises there, but for boxes of RoIAlign, which could crash a program.
 """
@@ -231,3 +232,25 @@ def stable_sort(x: Any, *, stable: bool, dim: int = -1, descending: bool = False
     """TopK of all: of equal numbers it takes those of lower indices first, whichever way it sorts."""
     count = op.Shape(x, start=dim, end=dim + 1 if dim != -1 else None)
     return op.TopK(x, count, axis=dim, largest=int(descending), sorted=1)
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """softmax(query keyᵀ · scale + mask) value, for any number of dimensions; the exporter's own takes four."""
+    if is_causal or dropout_p or enable_gqa or (attn_mask is not None and attn_mask.dtype != query.dtype):
+        raise ValueError("only attention with an added mask or none is exported")
+    last = len(query.shape)
+    scale = int(query.shape[-1]) ** -0.5 if scale is None else scale
+    weights = op.MatMul(query, op.Transpose(key, perm=[*range(last - 2), last - 1, last - 2]))
+    weights = op.Mul(weights, op.CastLike(op.Constant(value_float=scale), query))
+    if attn_mask is not None:
+        weights = op.Add(weights, attn_mask)
+    return op.MatMul(op.Softmax(weights, axis=-1), value)

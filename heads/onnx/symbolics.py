@@ -45,9 +45,7 @@ def _deform_conv2d(
     backend: Any,
 ) -> Any:
     levels, all_offsets, all_masks = (symbolic_helper._unpack_list(values) for values in (inputs, offsets, masks))
-    stride, padding, dilation = (
-        symbolic_helper._maybe_get_const(pair, "is") for pair in (stride, padding, dilation)
-    )
+    stride, padding, dilation = (symbolic_helper._maybe_get_const(pair, "is") for pair in (stride, padding, dilation))
     outputs, share, *kernel = symbolic_helper._get_tensor_sizes(weight)
     if symbolic_helper._is_none(bias):
         bias = g.op("CastLike", g.op("Constant", value_t=torch.zeros(outputs)), weight)

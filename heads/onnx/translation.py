@@ -46,4 +46,5 @@ def onnx_translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         ours.nms_mask.default: operators.nms_mask,
         aten._adaptive_avg_pool2d.default: operators.adaptive_average_pool,
         aten.sort.stable: operators.stable_sort,
+        aten.scaled_dot_product_attention.default: operators.attention,
     }

@@ -292,7 +292,11 @@ class Tokens(NamedTuple):
 
 
 def tokens_of(
-    maps: list[Tensor], sizes: list[tuple[int, int]], padded: tuple[int, int], levels: Tensor | None = None
+    maps: list[Tensor],
+    sizes: list[tuple[int, int]],
+    padded: tuple[int, int],
+    dtype: torch.dtype,
+    levels: Tensor | None = None,
 ) -> Tokens:
     """The tokens of a batch.
 
@@ -300,10 +304,11 @@ def tokens_of(
         maps: One (N, C, H_l, W_l) a level.
         sizes: (height, width) of each image before padding; a single one is that of all.
         padded: (height, width) of the batch.
+        dtype: Of the positions: that of the weights which read them.
         levels: (L, C), added to the positions of each level; None for nothing.
     """
     masks = [padding_mask(sizes, padded, (m.shape[2], m.shape[3]), m.device).expand(m.shape[0], -1, -1) for m in maps]
-    positions = [sine_positions(mask, m.shape[1]).flatten(1, 2) for mask, m in zip(masks, maps, strict=True)]
+    positions = [sine_positions(mask, m.shape[1]).flatten(1, 2).to(dtype) for mask, m in zip(masks, maps, strict=True)]
     if levels is not None:
         positions = [p + level for p, level in zip(positions, levels, strict=True)]
     return Tokens(
@@ -325,7 +330,7 @@ class DETR(Detector):
 
     def encode(self, maps: list[Tensor], sizes: list[tuple[int, int]], padded: tuple[int, int]) -> Tokens:
         """What the decoder attends to. Arguments as in `tokens_of`."""
-        tokens = tokens_of(maps, sizes, padded)
+        tokens = tokens_of(maps, sizes, padded, self.mean.dtype)
         return tokens._replace(values=self.trunk(*tokens))
 
 
@@ -347,7 +352,7 @@ class DyHeadDETR(DETR):
 
     def encode(self, maps: list[Tensor], sizes: list[tuple[int, int]], padded: tuple[int, int]) -> Tokens:
         """What the decoder attends to: the cells of all levels. Arguments as in `tokens_of`."""
-        tokens = tokens_of(self.trunk(maps), sizes, padded, self.levels)
+        tokens = tokens_of(self.trunk(maps), sizes, padded, self.levels.dtype, self.levels)
         return tokens._replace(values=self.norm(tokens.values))
 
 

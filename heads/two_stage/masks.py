@@ -39,7 +39,8 @@ class MaskHead(nn.Module):
 
     def forward(self, regions: Tensor) -> Tensor:
         """(R, C, 14, 14) -> logits (R, K, 28, 28)."""
-        x = regions
+        # RoIAlign gives float32, also of maps in half precision.
+        x = regions.to(self.mask_logits.weight.dtype)
         for conv in self.convs:
             x = F.relu(conv(x), inplace=True)
         return at_least_float32(self.mask_logits(F.relu(self.upsample(x), inplace=True)))

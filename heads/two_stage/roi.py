@@ -221,6 +221,8 @@ class BoxHead(nn.Module):
 
     def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
         """(R, C, 7, 7) -> logits (R, K + 1), background last, and deltas (R, K, 4), or (R, 1, 4) class-agnostic."""
+        # RoIAlign gives float32, also of maps in half precision.
+        regions = regions.to(self.cls_score.weight.dtype)
         x = (regions if self.task is None else self.task.activate(regions)).flatten(1)
         for layer in (self.fc1, self.fc2):
             if layer is not None:

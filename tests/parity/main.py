@@ -27,10 +27,10 @@ from ablations.rows.machine import machine_info, machine_line
 from heads.backbones.resnet import BACKBONES
 from heads.backbones.swin import Swin
 from heads.build import DETECTORS
-from heads.detector import Detector
+from heads.detector import STD, Detector
 from heads.onnx.model import EXAMPLE, ExportedDetector
 from heads.released.layouts import build_released
-from heads.released.settings import LAYOUTS
+from heads.released.settings import LAYOUTS, UNSCALED
 
 INTRODUCTION = """
 What each detector computes as a program of another kind, against itself in PyTorch, float32 on a CPU. Detectors are
@@ -39,7 +39,8 @@ last layers are scaled, so that they find something. Programs are made once, wit
 {example} images, and run on others: {shapes}. *raw*: largest difference of what the head predicts, by the largest
 number of its tensor; *boxes*, *scores*: largest difference of a detection's side in pixels and of its score; *found*:
 detections in PyTorch; *same*: whether number, order and labels are those of PyTorch. ONNX is opset 20, run by
-onnxruntime {version}. "ONNX, float16" is compared with PyTorch in float32.
+onnxruntime {version}. "ONNX, float16" is compared with PyTorch in
+float32, by what the head predicts alone.
 """
 SHAPES = ((1, 3, 100, 130), (3, 3, 270, 200))
 HEADS: dict[str, dict[str, Any]] = {
@@ -63,14 +64,18 @@ def released(layout: str) -> Detector:
     finest = 2 if settings.kind == "faster_rcnn" else 3
     body = BACKBONES["tiny"](finest=finest)
     backbone = Swin(16, (2, 2, 2, 2), (1, 2, 4, 8), 4, finest=finest) if "swin" in layout else body
-    return enliven(build_released(layout, 3, depth=1, channels=32, backbone=backbone).eval())
+    detector = build_released(layout, 3, depth=1, channels=32, backbone=backbone).eval()
+    if settings.std == UNSCALED:
+        # Weights that were trained on pixels of 0 … 255 are that much smaller.
+        body.conv1.weight.data *= UNSCALED[0] / STD[0]
+    return enliven(detector)
 
 
 def onnx(make: Callable[[], Detector], half: bool = False) -> dict[str, Any]:
     """As a model of ONNX."""
     # With `half` the weights of the exported one are rounded for good.
-    found = onnx_parity(make(), session(make(), half=half), batches())
-    return found._asdict()
+    found = onnx_parity(make(), session(make(), half=half), batches())._asdict()
+    return {"raw": found["raw"]} if half else found
 
 
 def program(make: Callable[[], Detector], kind: str) -> dict[str, Any]:
