@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 CHECKED = .venv-sanitize
 HUB = .venv-hub
 
-.PHONY: grid test sanitize hub bench faults report lint clean
+.PHONY: grid test sanitize hub bench faults parity report lint clean
 
 grid: $(VENV)/installed
 	$(BIN)/python -m ablations.run --grid
@@ -31,6 +31,10 @@ bench: $(VENV)/installed-test
 # Kill, fill, cut and set back what a grid stands on, and see what is lost: results/faults/. Ten minutes.
 faults: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/main.py
+
+# Every detector as a program of ONNX, torch.export and torch.compile, against itself: results/export/. Half an hour.
+parity: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests/support/detectors $(BIN)/python tests/parity/main.py
 
 report: $(VENV)/installed
 	$(BIN)/python -m ablations.report $(DIR)

@@ -6,6 +6,15 @@ A name is imported when it is asked for, so that `from heads import DyHead` load
 import importlib
 from typing import TYPE_CHECKING
 
+import kernels
+
+if not hasattr(kernels, "deform_conv2d"):
+    raise ImportError(
+        f"the package kernels at {kernels.__file__} is not dyhead-lab's, which heads needs, but another of that name, "
+        "such as Hugging Face's: keep the two in separate environments, or take our operators into that one with "
+        "`python -m kernels.bench.hub DIR` and its get_local_kernel"
+    )
+
 if TYPE_CHECKING:
     from heads.backbones.resnet import BACKBONES
     from heads.build import DETECTORS, build_detector

@@ -43,3 +43,16 @@ __all__ = [
     "roi_align",
     "use_backend",
 ]
+
+# What others import of Hugging Face's package of this name.
+_OF_HUGGING_FACE = ("get_kernel", "get_local_kernel", "get_locked_kernel", "has_kernel", "kernelize")
+
+
+def __getattr__(name: str) -> object:
+    if name in _OF_HUGGING_FACE:
+        # Not an AttributeError, which `from kernels import` replaces by a message of its own.
+        raise ImportError(
+            f"{name} is of Hugging Face's package kernels; the one at {__file__} is dyhead-lab's: keep the two in "
+            "separate environments"
+        )
+    raise AttributeError(f"module 'kernels' has no attribute {name!r}")

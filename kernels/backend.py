@@ -1,5 +1,7 @@
 """Which implementation an operator runs: Triton where it compiles, plain PyTorch elsewhere, or the one asked for."""
 
+import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -16,6 +18,8 @@ TRITON_DEVICES = ("cuda", "xpu")
 
 # Triton reads the variable when a kernel is decorated, so its value at import is the one that counts.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+_INSTALLED = importlib.util.find_spec("triton") is not None
 
 _selected: Backend = "auto"
 # What has been said of a device that runs plain PyTorch; once is enough.
@@ -74,13 +78,15 @@ def resolve_backend(device: torch.device) -> Literal["triton", "torch"]:
     return _selected
 
 
-@torch.compiler.assume_constant_result
 def reason_against_triton(device_type: str) -> str | None:
     """Why Triton cannot run on a type of device, "cuda" or another; None if it can."""
     if device_type not in TRITON_DEVICES:
         return f"Triton compiles for {' and '.join(TRITON_DEVICES)}"
+    if torch.compiler.is_compiling():
+        # A compiler does not follow imports; what it makes for these devices needs Triton itself.
+        return None if _INSTALLED else "Triton is not installed"
     try:
-        import triton  # noqa: F401
+        importlib.import_module("triton")
     # A wheel for another system fails in other ways than a missing one.
     except Exception as error:
         return f"Triton cannot be imported ({type(error).__name__}: {error})"

@@ -49,6 +49,13 @@ def test_plain_pytorch_on_a_gpu_without_triton_and_said_once(kind, monkeypatch):
         assert resolve_backend(torch.device(kind)) == "torch"
 
 
+@pytest.mark.parametrize("kind", ["cuda", "mps", "cpu"])
+def test_a_compiler_finds_the_same_without_a_break(kind):
+    chosen = torch.compile(lambda x: (x + 1, resolve_backend(torch.device(kind))), fullgraph=True, backend="eager")
+    assert chosen(torch.zeros(1))[1] == ("triton" if kind == "cuda" else "torch")
+    assert not backend._said
+
+
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None

@@ -1,0 +1,38 @@
+"""A DyHead in a package of AOTInductor runs where `kernels` alone is imported; whole detectors in `make parity`."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from places import ROOT
+
+from heads import DyHead
+
+# What the compiler makes of the program's frame costs most of its time, and nothing here.
+QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+FRESH = """
+import sys, torch, kernels
+maps, wanted = torch.load(sys.argv[1])
+found = torch._inductor.aoti_load_package(sys.argv[2])(maps)
+assert "heads" not in sys.modules
+print(max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True)))
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler, which AOTInductor needs")
+def test_a_package_in_a_fresh_process(tmp_path):
+    torch.manual_seed(0)
+    head = DyHead(16, 1, levels=2).eval()
+    torch.nn.init.normal_(head.blocks[0].spatial.offset.weight, std=0.1)
+    maps = [torch.randn(2, 16, *size) for size in ((12, 9), (6, 5))]
+    with torch.no_grad():
+        program = torch.export.export(head, (maps,))
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "head.pt2"), inductor_configs=QUICK
+        )
+        torch.save((maps, head(maps)), tmp_path / "values.pt")
+    command = [sys.executable, "-c", FRESH, str(tmp_path / "values.pt"), package]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout and float(done.stdout) < 1e-5, done.stderr
