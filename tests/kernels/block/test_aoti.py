@@ -1,14 +1,17 @@
-"""A DyHead in a package of AOTInductor runs where `kernels` alone is imported; whole detectors in `make parity`."""
+"""What AOTInductor packages runs where `kernels` alone is imported."""
 
+import os
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from lively import lively_detector
 from places import ROOT
 
 from heads import DyHead
+from heads.onnx.model import ExportedDetector
 
 # What the compiler makes of the program's frame costs most of its time, and nothing here.
 QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0"}
@@ -21,12 +24,23 @@ print(max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, want
 """
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler, which AOTInductor needs")
-def test_a_package_in_a_fresh_process(tmp_path):
+def a_dyhead():
     torch.manual_seed(0)
     head = DyHead(16, 1, levels=2).eval()
     torch.nn.init.normal_(head.blocks[0].spatial.offset.weight, std=0.1)
-    maps = [torch.randn(2, 16, *size) for size in ((12, 9), (6, 5))]
+    return head, [torch.randn(2, 16, *size) for size in ((12, 9), (6, 5))]
+
+
+def a_detector():
+    if "DYHEAD_AOTI" not in os.environ:
+        pytest.skip("the package of a whole ATSS takes two minutes to make; DYHEAD_AOTI=1 or `make parity` does it")
+    return ExportedDetector(lively_detector("atss"), raw=True), torch.rand(2, 3, 270, 330)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler, which AOTInductor needs")
+@pytest.mark.parametrize("make", [a_dyhead, a_detector])
+def test_a_package_in_a_fresh_process(make, tmp_path):
+    head, maps = make()
     with torch.no_grad():
         program = torch.export.export(head, (maps,))
         package = torch._inductor.aoti_compile_and_package(
