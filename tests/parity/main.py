@@ -38,9 +38,9 @@ tiny (backbone "tiny" or a Swin of 16 channels, 32 channels, one block, 3 classe
 last layers are scaled, so that they find something. Programs are made once, with batch, height and width left open,
 from {example} images, and run on others: {shapes}. *raw*: largest difference of what the head predicts, by the largest
 number of its tensor; *boxes*, *scores*: largest difference of a detection's side in pixels and of its score; *found*:
-detections in PyTorch; *same*: whether number, order and labels are those of PyTorch. ONNX is opset 20, run by
-onnxruntime {version}. Where *found* is
-empty, the program returns what the head predicts alone. "ONNX, float16" is compared with PyTorch in float32.
+detections in PyTorch; *swapped*: those elsewhere in the order, by scores that are equal but for rounding; *same*:
+whether number, labels and order are those of PyTorch otherwise. ONNX is opset 20, run by onnxruntime {version}. Where
+*found* is empty, the program returns what the head predicts alone. "ONNX, float16" is compared with PyTorch in float32.
 """
 SHAPES = ((1, 3, 100, 130), (3, 3, 270, 200))
 HEADS: dict[str, dict[str, Any]] = {
@@ -137,7 +137,13 @@ def main() -> int:
     frame = pd.DataFrame(rows).drop(columns="seconds")
     shapes = " and ".join(" × ".join(map(str, shape)) for shape in SHAPES)
     about = {"example": " × ".join(map(str, EXAMPLE)), "shapes": shapes, "version": onnxruntime.__version__}
-    for column, form in (("raw", "{:.1e}"), ("boxes", "{:.1e}"), ("scores", "{:.1e}"), ("found", "{:.0f}")):
+    for column, form in (
+        ("raw", "{:.1e}"),
+        ("boxes", "{:.1e}"),
+        ("scores", "{:.1e}"),
+        ("found", "{:.0f}"),
+        ("swapped", "{:.0f}"),
+    ):
         if column in frame:
             frame[column] = [form.format(value) if value == value else "" for value in frame[column]]
     table = frame.fillna("").to_markdown(index=False, disable_numparse=True)

@@ -6,7 +6,8 @@ from torch import Tensor
 from heads import build_detector
 from heads.detector import Detector
 
-SPREAD = 2.0
+# More would bring the best scores so near to 1 that float32 does not tell them apart.
+SPREAD = 1.0
 
 
 def lively_detector(name: str, attentions: str | None = "LSC", **settings) -> Detector:
