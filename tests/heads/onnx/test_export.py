@@ -20,21 +20,20 @@ from heads.released.layouts import build_released, open_released
 CLASSES = ("car", "dog", "sea urchin")
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """ATSS through the command line: the detector, and the folder with its weights and its model."""
-    folder = tmp_path_factory.mktemp("exported")
+def weights_in(folder):
+    """An ATSS that finds something, and a checkpoint of it."""
     detector = lively_detector("atss")
     torch.save({"model": detector.state_dict()}, folder / "weights.pth")
-    (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
-    arguments = ["--detector", "atss", "--weights", str(folder / "weights.pth"), "--out", str(folder / "model.onnx")]
-    assert main([*arguments, "--classes", str(folder / "classes.txt")]) == OK
-    return detector, folder
+    return detector, str(folder / "weights.pth")
 
 
-def test_images_of_any_number_and_size_to_detections(exported):
-    detector, folder = exported
-    run = onnxruntime.InferenceSession(folder / "model.onnx")
+def test_images_of_any_number_and_size_to_detections(tmp_path):
+    """One export, which takes half a minute: what the model finds, and what it says of itself."""
+    detector, weights = weights_in(tmp_path)
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    arguments = ["--detector", "atss", "--weights", weights, "--out", str(tmp_path / "model.onnx")]
+    assert main([*arguments, "--classes", str(tmp_path / "classes.txt")]) == OK
+    run = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     assert [(each.name, each.shape) for each in run.get_inputs()] == [("images", ["batch", 3, "height", "width"])]
     assert [each.name for each in run.get_outputs()] == ["boxes", "scores", "labels"]
     generator = torch.Generator().manual_seed(3)
@@ -50,10 +49,7 @@ def test_images_of_any_number_and_size_to_detections(exported):
             torch.testing.assert_close(boxes[number][there], found["boxes"], rtol=1e-5, atol=1e-3)
             torch.testing.assert_close(scores[number][there], found["scores"], rtol=1e-4, atol=1e-5)
 
-
-def test_the_model_says_what_it_takes_and_finds(exported):
-    _, folder = exported
-    model = onnx.load(folder / "model.onnx")
+    model = onnx.load(tmp_path / "model.onnx")
     onnx.checker.check_model(model)
     assert {node.domain for node in model.graph.node} == {""} and not model.functions
     assert [each.version for each in model.opset_import if each.domain == ""] == [20]
@@ -97,9 +93,8 @@ def test_what_is_not_exported_is_refused_by_name(option, name, tmp_path, capsys)
     assert re.match(f"error: {name} is not exported: .*[Ww]ithout {option}", capsys.readouterr().err)
 
 
-def test_what_does_not_fit_is_said(exported, tmp_path, capsys):
-    _, folder = exported
-    weights, out = str(folder / "weights.pth"), str(tmp_path / "m.onnx")
+def test_what_does_not_fit_is_said(tmp_path, capsys):
+    (_, weights), out = weights_in(tmp_path), str(tmp_path / "m.onnx")
     wrong = {
         "no weights at": ["--detector", "atss", "--weights", str(tmp_path / "no.pth")],
         "these are no weights of 'fcos' as build_detector makes it": ["--detector", "fcos", "--weights", weights],

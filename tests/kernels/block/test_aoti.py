@@ -26,9 +26,9 @@ print(max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, want
 
 def a_dyhead():
     torch.manual_seed(0)
-    head = DyHead(16, 1, levels=2).eval()
+    head = DyHead(16, 1, levels=1).eval()
     torch.nn.init.normal_(head.blocks[0].spatial.offset.weight, std=0.1)
-    return head, [torch.randn(2, 16, *size) for size in ((12, 9), (6, 5))]
+    return head, [torch.randn(2, 16, 12, 9)]
 
 
 def a_detector():
