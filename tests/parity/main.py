@@ -39,8 +39,10 @@ last layers are scaled, so that they find something. Programs are made once, wit
 from {example} images, and run on others: {shapes}. *raw*: largest difference of what the head predicts, by the largest
 number of its tensor; *boxes*, *scores*: largest difference of a detection's side in pixels and of its score; *found*:
 detections in PyTorch; *swapped*: those elsewhere in the order, by scores that are equal but for rounding; *same*:
-whether number, labels and order are those of PyTorch otherwise. ONNX is opset 20, run by onnxruntime {version}. Where
-*found* is empty, the program returns what the head predicts alone. "ONNX, float16" is compared with PyTorch in float32.
+whether number, labels and order are those of PyTorch otherwise. Of two boxes that suppress each other and score the
+same but for rounding, NMS may keep either: then *same* is False for one detection. ONNX is opset 20, run by
+onnxruntime {version}. Where *found* is empty, the program returns what the head predicts alone. "ONNX, float16" is
+compared with PyTorch in float32.
 """
 SHAPES = ((1, 3, 100, 130), (3, 3, 270, 200))
 HEADS: dict[str, dict[str, Any]] = {
@@ -120,20 +122,8 @@ def measure(key: tuple[str, str, str]) -> dict[str, Any]:
     return dict(zip(("detector", "head", "program"), key, strict=True)) | found | {"seconds": time.monotonic() - began}
 
 
-def main() -> int:
-    """Measure all and write the table; the exit code is 1 where a program failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="rows with one of these words")
-    parser.add_argument("--out", type=Path, default=Path("results/export"), help="default: results/export")
-    options = parser.parse_args()
-    keys = [key for key in jobs() if any(word in " | ".join(key) for word in options.only)]
-    machine = machine_info("cpu", " ".join(["python tests/parity/main.py", *sys.argv[1:]]))
-    rows: list[dict[str, Any]] = []
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
-        for row in pool.imap_unordered(measure, keys):
-            rows.append(row)
-            print(f"{len(rows)} of {len(keys)}: {row}", flush=True)
-    rows.sort(key=lambda row: keys.index((row["detector"], row["head"], row["program"])))
+def write(out: Path, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """The rows as they are, and the table made of them."""
     frame = pd.DataFrame(rows).drop(columns="seconds")
     shapes = " and ".join(" × ".join(map(str, shape)) for shape in SHAPES)
     about = {"example": " × ".join(map(str, EXAMPLE)), "shapes": shapes, "version": onnxruntime.__version__}
@@ -148,10 +138,34 @@ def main() -> int:
             frame[column] = [form.format(value) if value == value else "" for value in frame[column]]
     table = frame.fillna("").to_markdown(index=False, disable_numparse=True)
     text = ["# Parity of exported detectors", machine_line([machine]), INTRODUCTION.format(**about).strip(), table]
-    options.out.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(options.out / "parity.md", "\n\n".join(text) + "\n")
-    atomic_write_text(options.out / "parity.json", json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    print(f"written: {options.out}/parity.md and parity.json")
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(out / "parity.md", "\n\n".join(text) + "\n")
+    atomic_write_text(out / "parity.json", json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    print(f"written: {out}/parity.md and parity.json")
+
+
+def main() -> int:
+    """Measure all and write the table; the exit code is 1 where a program failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="rows with one of these words")
+    parser.add_argument("--out", type=Path, default=Path("results/export"), help="default: results/export")
+    parser.add_argument(
+        "--redraw", action="store_true", help="make parity.md anew from parity.json, and measure nothing"
+    )
+    options = parser.parse_args()
+    if options.redraw:
+        record = json.loads((options.out / "parity.json").read_text())
+        write(options.out, record["machine"], record["rows"])
+        return 0
+    keys = [key for key in jobs() if any(word in " | ".join(key) for word in options.only)]
+    machine = machine_info("cpu", " ".join(["python tests/parity/main.py", *sys.argv[1:]]))
+    rows: list[dict[str, Any]] = []
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
+        for row in pool.imap_unordered(measure, keys):
+            rows.append(row)
+            print(f"{len(rows)} of {len(keys)}: {row}", flush=True)
+    rows.sort(key=lambda row: keys.index((row["detector"], row["head"], row["program"])))
+    write(options.out, machine, rows)
     return int(any("failed" in row for row in rows))
 
 
