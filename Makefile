@@ -35,7 +35,7 @@ faults: $(VENV)/installed-test
 # Every detector as a program of ONNX, torch.export and torch.compile, against itself: results/export/. Half an hour.
 parity: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests/support/detectors $(BIN)/python tests/parity/main.py
-	OMP_NUM_THREADS=1 DYHEAD_AOTI=1 $(BIN)/pytest tests/kernels/block/test_aoti.py
+	OMP_NUM_THREADS=1 DYHEAD_EXPORTS=1 $(BIN)/pytest tests/kernels/block/test_aoti.py tests/heads/onnx
 
 report: $(VENV)/installed
 	$(BIN)/python -m ablations.report $(DIR)

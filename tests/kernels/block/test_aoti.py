@@ -35,7 +35,9 @@ def a_detector():
     return ExportedDetector(lively_detector("atss"), raw=True), torch.rand(2, 3, 270, 330)
 
 
-@pytest.mark.skipif("DYHEAD_AOTI" not in os.environ, reason="takes two minutes: DYHEAD_AOTI=1 or `make parity` runs it")
+@pytest.mark.skipif(
+    "DYHEAD_EXPORTS" not in os.environ, reason="takes minutes: DYHEAD_EXPORTS=1 or `make parity` runs it"
+)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler, which AOTInductor needs")
 @pytest.mark.parametrize("make", [a_dyhead, a_detector])
 def test_a_package_in_a_fresh_process(make, tmp_path):
